@@ -1,0 +1,157 @@
+"""Gradients of an inner loss with respect to the pixels, in any precision.
+
+Only the direction of a sample's gradient matters to an attack, so each sample's gradient may be
+scaled freely. The gradient at the logits is computed in float64 and scaled per sample by a power of
+two, which is exact, before it goes back through the network: a float16 network then neither
+underflows for confident samples nor needs a loss scale, and a float32 network gives the direction
+that the unscaled gradient has.
+
+Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dat_ds.attacks.losses import InnerLoss
+
+Model = Callable[[Tensor], Tensor]
+"""Pixels ``(B, C, H, W)`` float32 to logits ``(B, K)``."""
+
+_LOG2_SCALE = 6  # the largest entry of each sample's logit gradient lands in [2^5, 2^6)
+_RETRY_FACTOR = 2.0**-6
+_MAX_RETRIES = 3
+
+
+def logit_gradient(logits: Tensor, y: Tensor, loss: InnerLoss) -> tuple[Tensor, Tensor]:
+    """Gradient of each sample's loss at the logits, scaled per sample by a power of two.
+
+    Args:
+        logits: Shape ``(B, K)``, any floating dtype; not differentiated through.
+        y: Labels as ``loss`` takes them.
+        loss: Per-sample inner loss.
+
+    Returns:
+        The float64 gradient ``(B, K)`` whose largest entry per sample lies in ``[2^5, 2^6)`` (zero
+        where the loss is flat), and the float64 loss of each sample ``(B,)``.
+    """
+    leaf = logits.detach().double().requires_grad_()
+    with torch.enable_grad():
+        values = loss(leaf, y.double() if y.is_floating_point() else y)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    _, exponent = torch.frexp(gradient.abs().amax(dim=1, keepdim=True))
+    # A float64 exponent: older torch raises 2 to an integer one in float32, which overflows.
+    return torch.ldexp(gradient, (_LOG2_SCALE - exponent).double()), values.detach()
+
+
+def has_reentrant_checkpoint(output: Tensor) -> bool:
+    """Whether the graph of ``output`` holds a reentrant activation checkpoint.
+
+    ``torch.autograd.grad`` refuses those, from ``torch.utils.checkpoint`` with
+    ``use_reentrant=True`` and from ``deepspeed.checkpointing`` alike.
+    """
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def _agree_locally(flag: Tensor) -> bool:
+    return bool(flag)
+
+
+@dataclass
+class InputGradient:
+    """Takes input gradients of ``loss`` and counts what went wrong.
+
+    One instance serves one model in one mode: whether its graph holds a reentrant checkpoint is
+    looked up on the first call.
+
+    Args:
+        retry_non_finite: Take a gradient with non-finite entries again at a smaller scale, up to 3
+            times. Only a 16-bit float with few exponent bits (float16) needs it; it costs one
+            host synchronisation per gradient, so it is off otherwise.
+        agree: Turns a rank's 0-dim bool tensor "mine was not finite" into the decision of all
+            ranks, so that every rank does the same number of forwards. Default: decide alone.
+
+    Attributes:
+        num_zero: Gradient entries that were exactly zero, 0-dim float64 tensor, summed over calls.
+        num_entries: Gradient entries looked at.
+        num_non_finite: Samples whose gradient stayed non-finite and was set to zero, 0-dim tensor.
+        num_samples: Samples looked at.
+        num_retries: Gradients taken again.
+    """
+
+    retry_non_finite: bool = False
+    agree: Callable[[Tensor], bool] = _agree_locally
+    num_zero: Tensor | None = field(default=None, init=False)
+    num_non_finite: Tensor | None = field(default=None, init=False)
+    num_entries: int = field(default=0, init=False)
+    num_samples: int = field(default=0, init=False)
+    num_retries: int = field(default=0, init=False)
+    _uses_backward: bool | None = field(default=None, init=False, repr=False)
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss) -> Tensor:
+        """Direction-preserving gradient of each sample's ``loss`` at ``x``.
+
+        One forward and one input-gradient backward; parameters get no gradient, provided that they
+        are frozen (see :func:`dat_ds.attacks.attack_mode`).
+
+        Args:
+            model: Pixels to logits.
+            x: Images ``(B, C, H, W)``, float32; not modified.
+            y: Labels as ``loss`` takes them.
+            loss: Per-sample inner loss.
+
+        Returns:
+            Float32 like ``x``: the gradient times a positive factor per sample; zero for samples
+            whose gradient is not finite.
+        """
+        scale = 1.0
+        for attempt in range(1 + (_MAX_RETRIES if self.retry_non_finite else 0)):
+            self.num_retries += attempt > 0
+            gradient = self._gradient(model, x, y, loss, scale)
+            finite = gradient.flatten(1).isfinite().all(dim=1)
+            if not self.retry_non_finite or not self.agree(~finite.all()):
+                break
+            scale *= _RETRY_FACTOR
+        return self._count(gradient, finite)
+
+    def _gradient(
+        self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss, scale: float
+    ) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(leaf)
+        cotangent, _ = logit_gradient(logits, y, loss)
+        cotangent = (cotangent * scale).to(logits.dtype)
+        if self._uses_backward is None:
+            self._uses_backward = has_reentrant_checkpoint(logits)
+        if self._uses_backward:
+            torch.autograd.backward(logits, cotangent)
+            gradient = leaf.grad
+        else:
+            (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
+        assert gradient is not None
+        return gradient
+
+    def _count(self, gradient: Tensor, finite: Tensor) -> Tensor:
+        mask = finite.view(-1, *[1] * (gradient.ndim - 1))
+        gradient = torch.where(mask, gradient, torch.zeros_like(gradient))
+        num_zero = (gradient == 0).sum().double()
+        num_non_finite = (~finite).sum().double()
+        self.num_zero = num_zero if self.num_zero is None else self.num_zero + num_zero
+        self.num_non_finite = (
+            num_non_finite if self.num_non_finite is None else self.num_non_finite + num_non_finite
+        )
+        self.num_entries += gradient.numel()
+        self.num_samples += len(gradient)
+        return gradient

@@ -1,0 +1,89 @@
+"""Leave-no-trace context for running an attack on a model that is being trained."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+ModelMode = Literal["eval", "train"]
+MODEL_MODES: tuple[str, ...] = get_args(ModelMode)
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Restore the global generators of the CPU and of ``device`` on exit."""
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices, device_type=_rng_device_type(device)):
+        yield
+
+
+def _rng_device_type(device: torch.device) -> str:
+    return device.type if device.type != "cpu" else "cuda"
+
+
+@contextlib.contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Let the model work on copies of its buffers (BatchNorm statistics among them), until exit.
+
+    The buffers themselves are never written to, so a graph made inside stays valid for a backward
+    after the exit.
+    """
+    saved = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]:
+    """Freeze ``model`` while an attack runs; restore everything exactly, even on error.
+
+    Inside, gradients are enabled, parameters do not require them, and every module is in
+    ``model_mode``. On exit each module's ``training`` flag, each parameter's ``requires_grad`` and
+    the global random number generators are as they were; so are all buffers after ``"train"``,
+    while ``"eval"`` relies on modules not to write to theirs.
+
+    Args:
+        model: A module; for any other callable only the gradient mode is set.
+        model_mode: ``"eval"`` (running BatchNorm statistics, no dropout: the attacker's view of
+            the deployed model) or ``"train"`` (batch statistics, dropout active).
+    """
+    if model_mode not in MODEL_MODES:
+        raise ValueError(f"model_mode={model_mode!r} is not one of {', '.join(MODEL_MODES)}.")
+    if not isinstance(model, nn.Module):
+        with torch.enable_grad():
+            yield
+        return
+    # One walk over the module tree: at small models' speed, several of them show.
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = list(
+        dict.fromkeys(p for m, _ in modes for p in m._parameters.values() if p is not None)
+    )
+    flags = [p.requires_grad for p in parameters]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    training = model_mode == "train"
+    try:
+        for module, _ in modes:
+            module.training = training
+        for p in parameters:
+            p.requires_grad_(False)
+        # Evaluation mode neither updates buffers nor draws, unless a model does so on its own.
+        keep_buffers = preserved_buffers(model) if training else contextlib.nullcontext()
+        with preserved_rng(device), keep_buffers, torch.enable_grad():
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training  # model.train() would un-freeze frozen BatchNorm
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)

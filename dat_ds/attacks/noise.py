@@ -1,0 +1,108 @@
+"""Random numbers for attacks, either from a ``torch.Generator`` or counter-based.
+
+A counter-based source gives every sample its own stream, a pure function of
+``(seed, step, global sample index, draw)``. It needs no saved state, and the numbers depend
+neither on the number of ranks nor on the micro-batch nor on the device.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as a signed integer, which is what torch's int64 holds."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix(z: int) -> int:
+    """Finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), on Python integers."""
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * _MULTIPLIERS[0]) & _MASK
+    z = ((z ^ (z >> 27)) * _MULTIPLIERS[1]) & _MASK
+    return z ^ (z >> 31)
+
+
+def _mix_tensor_(z: Tensor) -> Tensor:
+    """:func:`_mix` on an int64 tensor, in place; shifts are made logical by a mask."""
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+        z.mul_(_signed(multiplier))
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def stream_key(*parts: int) -> int:
+    """Hash integers into one 63-bit key; a different order gives a different key."""
+    key = 0
+    for part in parts:
+        key = _mix(key ^ _mix(part + _GOLDEN_GAMMA))
+    return key >> 1
+
+
+@dataclass
+class SampleGenerator:
+    """Counter-based source of one batch's random numbers.
+
+    Args:
+        seed: Seed of the run.
+        step: Optimizer step, so that every step draws anew.
+        first_index: Index, within the step's global batch, of the batch's first sample.
+    """
+
+    seed: int
+    step: int
+    first_index: int = 0
+    _draws: int = field(default=0, init=False, repr=False)
+
+    def bits(self, batch: int, numel: int, device: torch.device) -> Tensor:
+        """Next 64 random bits for ``numel`` elements of each sample: int64 ``(batch, numel)``."""
+        keys = [
+            _signed(stream_key(self.seed, self.step, self.first_index + i, self._draws))
+            for i in range(batch)
+        ]
+        self._draws += 1
+        counter = torch.arange(1, numel + 1, device=device) * _signed(_GOLDEN_GAMMA)
+        streams = torch.tensor(keys, dtype=torch.int64, device=device)  # int64 also when empty
+        return _mix_tensor_(streams.unsqueeze(1) + counter)
+
+
+Generator = torch.Generator | SampleGenerator
+
+
+def _unit_interval(bits: Tensor) -> Tensor:
+    """Map 64 random bits to float32 in (0, 1), symmetric about 1/2: ``(top 23 bits + 1/2)/2^23``.
+
+    With 23 bits the half is exact in float32, so neither end is ever produced.
+    """
+    return ((bits >> 41) & ((1 << 23) - 1)).float().add_(0.5).mul_(2.0**-23)
+
+
+def fresh_generator(device: torch.device) -> torch.Generator:
+    """A generator seeded by the operating system: attacks never touch the global generator."""
+    generator = torch.Generator(device=device)
+    generator.seed()
+    return generator
+
+
+def rand_like(x: Tensor, generator: Generator) -> Tensor:
+    """Uniform in [0, 1), same shape and dtype as ``x`` ``(B, ...)``, independent per element."""
+    if isinstance(generator, SampleGenerator):
+        bits = generator.bits(len(x), x[:1].numel(), x.device)
+        return _unit_interval(bits).view(x.shape).to(x.dtype)
+    return torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def randn_like(x: Tensor, generator: Generator) -> Tensor:
+    """Standard normal, same shape and dtype as ``x`` ``(B, ...)``, independent per element."""
+    if isinstance(generator, SampleGenerator):
+        # Box-Muller, with both uniforms strictly inside (0, 1).
+        radius = rand_like(x, generator).log_().mul_(-2.0).sqrt_()
+        return radius.mul_(rand_like(x, generator).mul_(2 * math.pi).cos_())
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -1,0 +1,1 @@
+"""The command line: parses, calls, returns an exit code."""

@@ -1,0 +1,164 @@
+"""``dat-ds train | eval | bench | report | config``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dat_ds
+from dat_ds.config import RunConfig, load_config
+from dat_ds.config.reference import reference
+from dat_ds.errors import NumericsError, UserError
+
+logger = logging.getLogger("dat_ds")
+
+
+def entry_point() -> None:
+    """The installed ``dat-ds`` script."""
+    sys.exit(main())
+
+
+def main(
+    arguments: Sequence[str] | None = None, *, defaults: Mapping[str, Any] | None = None
+) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words of the command line; None takes the process's own.
+        defaults: Config values for keys that the JSON leaves out (a recipe's choices).
+
+    Returns:
+        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it.
+    """
+    options = _parser().parse_args(arguments)
+    _log_to_stdout()
+    try:
+        return int(options.run(options, dict(defaults or {})))
+    except UserError as error:
+        return _fail(str(error), 2)
+    except NumericsError as error:
+        return _fail(str(error), 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dat-ds", description=dat_ds.__doc__)
+    parser.add_argument("--version", action="version", version=dat_ds.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _add_command(commands, "train", _train, "train a run and write its record")
+    _add_config(train)
+    train.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|PATH",
+        help="continue from the run's newest checkpoint, or from this one",
+    )
+    evaluate = _add_command(commands, "eval", _evaluate, "evaluate the best model of a run")
+    evaluate.add_argument("path", help="folder of a run")
+    _add_set(evaluate)
+    config = _add_command(commands, "config", _config, "check a config and show the resolved run")
+    _add_config(config, required=False)
+    config.add_argument("--print", action="store_true", help="print the resolved run as JSON")
+    config.add_argument("--reference", action="store_true", help="print all keys as markdown")
+    report = _add_command(commands, "report", _report, "compare records as a markdown table")
+    report.add_argument("paths", nargs="+", help="folders of runs, or record files")
+    bench = _add_command(commands, "bench", _bench, "time a step against its parts")
+    bench.add_argument("table", choices=["attack"], help="which table")
+    _add_config(bench)
+    bench.add_argument("--repetitions", type=int, default=20, help="timed steps of each (>= 5)")
+    bench.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "--deepspeed_config", required=required, metavar="FILE", help="the run's JSON"
+    )
+    # The deepspeed launcher adds these two to every script.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config, such as dat.attack.steps=10; repeatable",
+    )
+
+
+def _load(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:
+    return load_config(options.deepspeed_config, overrides=options.set, defaults=defaults)
+
+
+def _train(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    run = _load(options, defaults)
+    from dat_ds.engine.run import train
+
+    train(run, resume=options.resume)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.engine.evaluate import evaluate_run
+
+    evaluate_run(Path(options.path), options.set)
+    return 0
+
+
+def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    if options.reference:
+        print(reference(), end="")
+        return 0
+    if options.deepspeed_config is None:
+        raise UserError("Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json")
+    run = _load(options, defaults)
+    if options.print:
+        print(json.dumps(run.to_dict(), indent=2))
+    else:
+        print(f"{options.deepspeed_config}: valid. Add --print to see the resolved run.")
+    return 0
+
+
+def _report(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.evaluation.report import report_table
+
+    print(report_table([Path(path) for path in options.paths]))
+    return 0
+
+
+def _bench(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    run = _load(options, defaults)
+    from dat_ds.bench.step_time import bench_attack
+
+    print(bench_attack(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _log_to_stdout() -> None:
+    # Models and data log wherever they are built, which is on every rank.
+    is_main = os.environ.get("RANK", "0") == "0"
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"dat-ds: error: {message}", file=sys.stderr, flush=True)
+    return code

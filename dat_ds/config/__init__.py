@@ -1,0 +1,20 @@
+"""One JSON per run: a DeepSpeed config plus our ``"dat"`` section."""
+
+from dat_ds.config.evaluation_attack import EvaluationAttack, parse_evaluation_attack
+from dat_ds.config.length import Length
+from dat_ds.config.load import load_config
+from dat_ds.config.reconcile import adapt_to_device, precision_of, resolve_batch
+from dat_ds.config.schema import DatConfig, RunConfig, plain
+
+__all__ = [
+    "DatConfig",
+    "EvaluationAttack",
+    "Length",
+    "RunConfig",
+    "adapt_to_device",
+    "load_config",
+    "parse_evaluation_attack",
+    "plain",
+    "precision_of",
+    "resolve_batch",
+]

@@ -1,0 +1,64 @@
+"""What DeepSpeed 0.19.8 accepts at the top level, and its defaults that change results.
+
+DeepSpeed ignores unknown top-level keys, a typo such as ``gradiant_clipping`` included, so we
+refuse them. A test compares both tables with the installed DeepSpeed.
+"""
+
+from typing import Any
+
+TOP_LEVEL_KEYS = frozenset(
+    """
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+    communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
+    datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler
+    fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation
+    memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel
+    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()  # noqa: SIM905
+)
+
+SCALAR_DEFAULTS: dict[str, Any] = {
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "gradient_allreduce_op": "mean",
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+}
+"""Top-level defaults that change results. Since 0.19, gradients are clipped to norm 1.
+
+``gradient_accumulation_steps`` follows from the two batch sizes where both are given.
+"""
+
+AUTOCAST_DEFAULTS: dict[str, Any] = {"dtype": "bfloat16"}
+"""Of ``torch_autocast``, shown where it is enabled."""
+
+FP16_DEFAULTS: dict[str, Any] = {
+    "auto_cast": False,
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
+"""Dynamic loss scaling of ``fp16``, shown where it is enabled."""
+
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adam": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True},
+    "adamw": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8},
+    "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0},
+}
+"""Defaults of the optimizers that DeepSpeed names; :func:`adam_weight_decay` gives the rest."""
+
+
+def adam_weight_decay(name: str, params: dict[str, Any]) -> float:
+    """Default weight decay of DeepSpeed's Adam and AdamW, which depends on who implements them.
+
+    Its own fused and CPU kernels default to 0, torch's AdamW (``torch_adam``) to 0.01.
+    """
+    decoupled = name == "adamw" or params.get("adam_w_mode", True)
+    return 0.01 if params.get("torch_adam") and decoupled else 0.0

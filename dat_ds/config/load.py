@@ -1,0 +1,140 @@
+"""Reading a run config: JSON file, overrides, checks. Every problem is reported in one error."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dat_ds.config.parse import parse_section
+from dat_ds.config.reconcile import resolve_dat, resolve_deepspeed
+from dat_ds.config.schema import DatConfig, RunConfig
+from dat_ds.errors import ConfigError
+
+DIGITS_MODEL = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "depth": 4,
+    "embed_dim": 64,
+    "num_heads": 4,
+}
+"""``dat.model`` where a config names none and the data are the embedded digits of 8 x 8 pixels."""
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | RunConfig,
+    *,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    client_optimizer: bool = False,
+) -> RunConfig:
+    """Read, merge, check and resolve a run config.
+
+    Precedence: ``defaults`` < JSON < ``overrides``. Where no model is named, the embedded digits
+    get :data:`DIGITS_MODEL`.
+
+    Args:
+        source: Path of a DeepSpeed JSON file with our ``"dat"`` section, or its content. A
+            :class:`RunConfig` is returned as it is.
+        overrides: ``"dotted.key=value"``; values are JSON, anything else is a string.
+        defaults: Nested values for keys that the JSON leaves out (a recipe's choices).
+        client_optimizer: The caller brings an optimizer of its own, so the config names none.
+
+    Returns:
+        The resolved run.
+
+    Raises:
+        ConfigError: With all problems found, one per line.
+    """
+    if isinstance(source, RunConfig):
+        return source
+    values = _read(source)
+    for override in overrides:
+        _apply_override(values, override)
+    values = _merge(dict(defaults or {}), values)
+    ours = values.pop("dat", {})
+    if isinstance(ours, dict) and _is_digits(ours.get("data", {})):
+        model = ours.get("model", {})
+        if isinstance(model, dict) and "name" not in model:
+            ours["model"] = {**DIGITS_MODEL, **model}
+    problems: list[str] = []
+    dat = resolve_dat(parse_section(DatConfig, ours, "dat", problems), problems)
+    deepspeed = resolve_deepspeed(values, dat, problems, client_optimizer=client_optimizer)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return RunConfig(deepspeed=deepspeed, dat=dat)
+
+
+def _is_digits(data: Any) -> bool:
+    return isinstance(data, Mapping) and data.get("name", "digits") == "digits"
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the run config {str(path)!r}: {error}.") from None
+    try:
+        values = json.loads(text, object_pairs_hook=_reject_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})."
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: the run config must be a JSON object.")
+    return values
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ConfigError(f"Keys given twice in the run config: {', '.join(twice)}.")
+    return values
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, objects merged key by key.
+
+    An object that names another method than the one below it does not inherit that one's options.
+    """
+    merged = copy.deepcopy(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, dict) and _same_method(below, value):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _same_method(below: Mapping[str, Any], top: Mapping[str, Any]) -> bool:
+    names = [section["name"] for section in (below, top) if "name" in section]
+    return len(set(map(str, names))) < 2
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        raise ConfigError(
+            f"--set {override!r} is not 'dotted.key=value', as in dat.attack.steps=10."
+        )
+    *parents, last = path.split(".")
+    node = values
+    for i, key in enumerate(parents):
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is no section.")
+        node = child
+    try:
+        node[last] = json.loads(text)
+    except json.JSONDecodeError:
+        node[last] = text

@@ -1,0 +1,302 @@
+"""The ``"dat"`` section of a run config, one frozen dataclass per part.
+
+A field's metadata holds its check: ``valid`` says in words what is allowed, ``check`` decides.
+"""
+
+# ruff: noqa: RUF009 - the defaults are made by functions that return ``dataclasses.field``
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dat_ds.config.length import Length
+
+DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"]
+Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
+ScheduleName = Literal["constant", "cosine", "step"]
+OptimizerName = Literal["adamw", "sgd"]
+Checkpointing = Literal["none", "non_reentrant", "reentrant"]
+
+
+def _checked(default: Any, valid: str, check: Callable[[Any], bool]) -> Any:
+    """A field with its check; a mutable default is copied for every instance."""
+    metadata = {"valid": valid, "check": check}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _at_least(bound: float, default: Any) -> Any:
+    return _checked(default, f"a number of at least {bound:g}", lambda v: v >= bound)
+
+
+def _above(bound: float, default: Any) -> Any:
+    return _checked(default, f"a number above {bound:g}", lambda v: v > bound)
+
+
+def _fraction(default: Any) -> Any:
+    return _checked(default, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Network: any timm model by name, or a Hugging Face image classifier as ``hf:PATH``.
+
+    Where no name is given, ``digits`` get a ViT of 4 blocks and width 64 that fits their 8 x 8
+    pixels.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    num_classes: int | None = _above(1, None)
+    """Default: the number of classes of the data."""
+    img_size: int | None = _above(0, None)
+    """Default: the size of the data's images."""
+    patch_size: int | None = _above(0, None)
+    depth: int | None = _above(0, None)
+    embed_dim: int | None = _above(0, None)
+    num_heads: int | None = _above(0, None)
+    drop_rate: float | None = _fraction(None)
+    drop_path_rate: float | None = _fraction(None)
+    stem: Literal["default", "cifar"] = "default"
+    pretrained: str | None = None
+    """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``)."""
+    mean: list[float] | None = None
+    """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
+    std: list[float] | None = None
+    activation_checkpointing: Checkpointing = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the timm model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Dataset and how it is loaded; images reach the model as pixels in [0, 1]."""
+
+    name: DatasetName = "digits"
+    path: str | None = None
+    augment: Augmentation = "none"
+    validation_fraction: float = _fraction(0.1)
+    """Share of the training images held out for choosing the best checkpoint."""
+    img_size: int | None = _above(0, None)
+    num_classes: int | None = _above(1, None)
+    num_train: int | None = _above(0, None)
+    """Size of ``synthetic`` data."""
+    num_test: int | None = _above(0, None)
+    image_shape: list[int] | None = None
+    """Channels, height, width of ``synthetic`` images."""
+    num_workers: int = _at_least(0, 0)
+    pin_memory: bool | None = None
+    """Default: on where there is an accelerator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModelConfig:
+    """Allowed perturbations; lengths are pixel units in [0, 1]."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Length = _at_least(0, Length("8/255"))
+    lower: float = 0.0
+    upper: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """The inner maximisation. ``none`` trains naturally."""
+
+    name: Literal["pgd", "fgsm", "none"] = "pgd"
+    steps: int | None = _at_least(1, None)
+    """Gradient steps of ``pgd``. Default 10 (Madry et al. 2018 use 7, DAT's release 10)."""
+    step_size: Length | None = _at_least(0, None)
+    """Default: eps / 4 for pgd; eps for fgsm, 1.25 eps with a random start."""
+    random_start: bool | None = None
+    """Default: true for pgd, false for fgsm."""
+    restarts: int = _at_least(1, 1)
+    loss: Literal["ce"] = "ce"
+    model_mode: Literal["eval", "train"] = "eval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The outer loss: ``natural_weight * CE(x) + CE(x_adv)``."""
+
+    name: Literal["at", "dat"] = "at"
+    natural_weight: float | None = _at_least(0, None)
+    """Default: 0 for ``at``, 1 for ``dat``."""
+    label_smoothing: float = _fraction(0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimizer of ours, instead of DeepSpeed's ``optimizer`` section.
+
+    Vectors (biases, normalisation weights) are excluded from weight decay, as timm does.
+    """
+
+    name: OptimizerName = "adamw"
+    lr: float = _above(0, 1e-3)
+    weight_decay: float = _at_least(0, 0.05)
+    betas: list[float] = _checked(
+        [0.9, 0.999],
+        "two numbers in [0, 1)",
+        lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
+    )
+    """adamw only."""
+    eps: float = _above(0, 1e-8)
+    """adamw only."""
+    momentum: float = _fraction(0.9)
+    """sgd only."""
+    nesterov: bool = False
+    """sgd only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Length of the run and the learning rate along it, as fractions of the run.
+
+    The peak is the optimizer's ``lr``.
+    """
+
+    name: ScheduleName = "cosine"
+    epochs: float = _above(0, 30.0)
+    warmup_epochs: float = _at_least(0, 0.0)
+    """Linear warm-up from 0, part of ``epochs``."""
+    final_ratio: float = _checked(0.0, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+    """Learning rate at the end over the peak (cosine)."""
+    milestones: list[float] = _checked(
+        [0.5, 0.75],
+        "increasing fractions of the run in (0, 1)",
+        lambda v: all(0 < m < 1 for m in v) and sorted(set(v)) == v,
+    )
+    """step only."""
+    decay_factor: float = _checked(0.1, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """step only: factor at each milestone."""
+    max_steps: int | None = _at_least(1, None)
+    """Ends the run (and its schedule) after this many optimizer steps, if that is sooner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Exponential moving average of the weights; evaluated and exported instead of them."""
+
+    decay: float = _fraction(0.0)
+    """0 switches it off. Warmed up as ``min(decay, (1 + t) / (10 + t))`` after ``t`` steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """Compressed communication."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Robust evaluation, sharded over ranks.
+
+    An attack is written ``pgd-STEPS`` or ``pgd-STEPS-RESTARTS``: random start, step size
+    ``2.5 eps / STEPS``, the run's threat model.
+    """
+
+    attacks: list[str] = field(default_factory=lambda: ["pgd-20"])
+    """On the test set, after training."""
+    num_examples: int | None = _above(0, None)
+    """First images of the test set. Default: all."""
+    batch_size: int = _above(0, 256)
+    """Per rank."""
+    validation_attack: str = "pgd-10"
+    validation_every_epochs: float = _above(0, 5.0)
+    validation_examples: int | None = _above(0, None)
+    natural_twin: bool = False
+    """Train a natural twin (same config, no attack) and evaluate it beside the robust model."""
+    pictures: int = _at_least(0, 8)
+    """Test images drawn with their perturbation and both predictions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the resumable state is written."""
+
+    every_epochs: float = _above(0, 5.0)
+    every_steps: int | None = _above(0, None)
+    """Takes precedence over ``every_epochs``."""
+    keep: int = _at_least(1, 1)
+    """Newest checkpoints kept; the best model is kept beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run shows and writes while it trains."""
+
+    every_steps: int = _above(0, 10)
+    progress: bool = True
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the attack runs inside DeepSpeed's engine."""
+
+    resident_parameters_gib: float = _at_least(0, 4.0)
+    """ZeRO-3: parameters are gathered once per attack and stay on the device until it ends where
+    they fit into this much memory; else they are gathered again on every pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatConfig:
+    """The whole ``"dat"`` section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    threat_model: ThreatModelConfig = field(default_factory=ThreatModelConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = _at_least(0, 0)
+    output_dir: str | None = None
+    """Default: ``runs/<data>-<model>-<attack>-zero<stage>``, with a number where that is taken."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: a DeepSpeed config and our section, resolved and checked.
+
+    Args:
+        deepspeed: What ``deepspeed.initialize`` receives, with every default that changes results
+            written out; batch sizes are resolved only once the number of ranks is known.
+        dat: Our section.
+        notes: What was changed on the user's behalf, to be said once.
+    """
+
+    deepspeed: dict[str, Any]
+    dat: DatConfig
+    notes: tuple[str, ...] = ()
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self.deepspeed["zero_optimization"]["stage"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The complete run as one JSON-serialisable dict; loading it gives this config again."""
+        return {**self.deepspeed, "dat": plain(dataclasses.asdict(self.dat))}
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every :class:`Length` as it was written, for JSON."""
+    if isinstance(value, Length):
+        return value.text
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,176 @@
+"""Pixel conversions and augmentation whose randomness is a function of (seed, epoch, index).
+
+Shapes: ``C`` channels, ``H`` height, ``W`` width, ``S`` side of a square image. Images are ``CHW``.
+
+Why the epoch travels with the index: worker processes hold a *copy* of the dataset, so an epoch set
+on the parent's dataset would not reach running workers. The sampler therefore hands out
+`SampleKey(epoch, index)`, and the dataset keeps no state at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torchvision.transforms.functional as vision
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset, Subset
+
+from dat_ds.data.sampler import SampleKey, seeded_generator
+
+Sample = tuple[Tensor, int]
+
+AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip")
+
+# He et al., CVPR 2016, arXiv 1512.03385: evaluate the central 224 of an image resized to 256.
+_RESIZE_RATIO = 256 / 224
+# Szegedy et al., CVPR 2015, arXiv 1409.4842, section 6: area and aspect ratio of a training crop.
+_CROP_AREA = (0.08, 1.0)
+_CROP_RATIO = (3 / 4, 4 / 3)
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """Convert uint8 pixels in 0..255 to float32 in [0, 1]; float pixels are returned as float32."""
+    if image.dtype == torch.uint8:
+        return image.to(torch.float32) / 255
+    return image.to(torch.float32)
+
+
+def resize_square(image: Tensor, side: int) -> Tensor:
+    """Resize ``(C, H, W)`` to ``(C, side, side)``, bilinear with antialiasing, ratio not kept."""
+    resized: Tensor = vision.resize(image, [side, side], antialias=True)
+    return resized
+
+
+def resize_center_crop(image: Tensor, side: int) -> Tensor:
+    """Resize the shorter edge to ``side * 256 / 224`` and cut the central ``(C, side, side)``."""
+    resized = vision.resize(image, [round(side * _RESIZE_RATIO)], antialias=True)
+    cropped: Tensor = vision.center_crop(resized, [side, side])
+    return cropped
+
+
+def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift ``(C, H, W)`` by up to an eighth of its size (at least one pixel), black outside.
+
+    Zero padding is what Madry et al. (ICLR 2018, arXiv 1706.06083) and TRADES train CIFAR with.
+    """
+    height, width = image.shape[-2:]
+    pad_h, pad_w = max(1, height // 8), max(1, width // 8)
+    padded = functional.pad(image, (pad_w, pad_w, pad_h, pad_h))
+    top = _random_int(2 * pad_h + 1, generator)
+    left = _random_int(2 * pad_w + 1, generator)
+    return padded[..., top : top + height, left : left + width]
+
+
+def random_flip(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror left and right with probability one half."""
+    return image.flip(-1) if _random_int(2, generator) else image
+
+
+def random_resized_crop(image: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Cut a random box of 8 to 100 percent of the area and resize it to ``size`` (H, W).
+
+    Same distribution as torchvision's ``RandomResizedCrop``, which cannot be given a generator.
+    """
+    top, left, height, width = _random_box(image.shape[-2], image.shape[-1], generator)
+    box = image[..., top : top + height, left : left + width]
+    resized: Tensor = vision.resize(box, list(size), antialias=True)
+    return resized
+
+
+class Augmented(Dataset[Sample]):
+    """A dataset with random crops and flips that do not depend on workers, ranks or call order.
+
+    Item ``SampleKey(epoch, index)`` draws from a generator seeded by ``(seed, epoch, index)``;
+    a plain integer means epoch 0.
+
+    Args:
+        dataset: Yields ``(x, y)`` with ``x`` float32 CHW in [0, 1]. If it (or the dataset under a
+            `Subset`) has a method ``raw(index) -> (image, y)``, ``resized_crop_flip`` cuts from
+            that full-size image and not from the evaluation crop.
+        augment: One of `AUGMENTATIONS`: ``"none"``, ``"crop"`` (digits: a mirrored digit is no
+            digit), ``"crop_flip"``, ``"resized_crop_flip"``.
+        seed: Any integer.
+        size: ``(H, W)`` of the images out of ``resized_crop_flip``; None takes that of item 0.
+
+    Raises:
+        ValueError: ``augment`` is not one of `AUGMENTATIONS`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        augment: str,
+        seed: int,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"augment={augment!r} must be one of {', '.join(AUGMENTATIONS)}.")
+        if size is None and augment == "resized_crop_flip":
+            height, width = dataset[0][0].shape[-2:]
+            size = (height, width)
+        self.dataset = dataset
+        self.augment = augment
+        self.seed = seed
+        self.size = size
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(cast(Any, self.dataset))
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        """Return ``(x, y)``: float32 CHW in [0, 1] and an int; ``key`` may be a plain index."""
+        if not isinstance(key, SampleKey):
+            key = SampleKey(0, key)
+        if self.augment == "none":
+            return fetch_sample(self.dataset, key)
+        generator = seeded_generator("augment", self.seed, key.epoch, key.index)
+        if self.size is not None and self.augment == "resized_crop_flip":
+            image, y = _raw_sample(self.dataset, key.index)
+            x = to_unit(random_resized_crop(image, self.size, generator))
+        else:
+            x, y = fetch_sample(self.dataset, key)
+            x = random_crop(x, generator)
+        return (x, y) if self.augment == "crop" else (random_flip(x, generator), y)
+
+
+def fetch_sample(dataset: Dataset[Any], key: SampleKey) -> Sample:
+    """Return item ``key``, carrying its epoch through `Subset` to an `Augmented` below.
+
+    `Subset` cannot look up a `SampleKey`; dropping the epoch there would repeat the same crops in
+    every epoch without a word.
+    """
+    if isinstance(dataset, Subset):
+        return fetch_sample(dataset.dataset, SampleKey(key.epoch, dataset.indices[key.index]))
+    sample: Sample = dataset[key if isinstance(dataset, Augmented) else key.index]
+    return sample
+
+
+def _raw_sample(dataset: Dataset[Any], index: int) -> Sample:
+    if isinstance(dataset, Subset):
+        return _raw_sample(dataset.dataset, dataset.indices[index])
+    raw = getattr(dataset, "raw", None)
+    sample: Sample = dataset[index] if raw is None else raw(index)
+    return sample
+
+
+def _random_int(stop: int, generator: torch.Generator) -> int:
+    return int(torch.randint(stop, (), generator=generator))
+
+
+def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Draw (top, left, height, width); after ten boxes that do not fit, take the whole centre."""
+    for _ in range(10):
+        u, v = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        area = height * width * (_CROP_AREA[0] + u * (_CROP_AREA[1] - _CROP_AREA[0]))
+        log_low, log_high = math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])
+        ratio = math.exp(log_low + v * (log_high - log_low))
+        box_h, box_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < box_h <= height and 0 < box_w <= width:
+            top = _random_int(height - box_h + 1, generator)
+            return top, _random_int(width - box_w + 1, generator), box_h, box_w
+    box_h = min(height, round(width / _CROP_RATIO[0]))
+    box_w = min(width, round(height * _CROP_RATIO[1]))
+    return (height - box_h) // 2, (width - box_w) // 2, box_h, box_w

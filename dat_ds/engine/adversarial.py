@@ -1,0 +1,333 @@
+"""The engine: DeepSpeed's, with the inner maximisation inside its forward.
+
+Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from dat_ds.attacks import (
+    Attack,
+    InputGradient,
+    SampleGenerator,
+    attack_mode,
+    preserved_buffers,
+)
+from dat_ds.config import RunConfig, precision_of
+from dat_ds.data import BatchPlan, DistributedLoader
+from dat_ds.engine import hooks
+from dat_ds.engine.distributed import Ranks
+from dat_ds.engine.metrics import PhaseTimer, StepMetrics
+from dat_ds.engine.traffic import Traffic, listen, stop_listening
+from dat_ds.engine.validate import has_batch_norm
+from dat_ds.errors import DataError
+from dat_ds.models import PixelModel
+from dat_ds.objectives import Objective
+
+
+class AdversarialEngine:
+    """DeepSpeed's three-line loop for adversarial training.
+
+    ``loss = engine(x, y)`` runs the attack on ``x`` and then the outer forward; ``backward`` and
+    ``step`` are DeepSpeed's. Made by :func:`dat_ds.initialize`.
+
+    The attack calls the bare module and takes input gradients only: it never enters DeepSpeed's
+    forward, so it triggers no gradient hook, no reduction and no loss scale, whatever its number
+    of steps. An attack that is run and thrown away leaves the training trajectory unchanged.
+
+    Attributes:
+        deepspeed: The real ``DeepSpeedEngine``.
+        module: The bare model, pixels in [0, 1] to logits.
+        run: The resolved run config.
+        ranks: The processes of the run.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        *,
+        run: RunConfig,
+        ranks: Ranks,
+        attack: Attack | None,
+        objective: Objective,
+        loader: DistributedLoader | None = None,
+    ) -> None:
+        """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
+        self.deepspeed = engine
+        self.module: nn.Module = engine.module
+        self.run = run
+        self.ranks = ranks
+        self._attack = attack
+        self._objective = objective
+        self._loader = loader
+        self._precision = precision_of(run.deepspeed)
+        # Our own models normalise in float32 and cast after that; others get their own dtype.
+        casts_itself = isinstance(self.module, PixelModel)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self._input_dtype = (
+            torch.float32 if casts_itself else half.get(self._precision, torch.float32)
+        )
+        self._has_batch_norm = has_batch_norm(self.module)
+        budget = run.dat.engine.resident_parameters_gib * 2**30
+        self.keeps_parameters_resident = (
+            run.zero_stage == 3 and hooks.gathered_bytes(engine) <= budget
+        )
+        self._traffic = Traffic()
+        listen(self._traffic)
+        self._checked_pixels = False
+        self._pending = self._new_metrics()
+        self._last: StepMetrics | None = None
+
+    # ---- training
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps done, skipped ones (float16 overflow) included."""
+        return int(self.deepspeed.global_steps)
+
+    @property
+    def micro_step(self) -> int:
+        """Micro-steps done since the last optimizer step."""
+        return int(self.deepspeed.micro_steps) % self.accumulation
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-steps per optimizer step."""
+        return int(self.deepspeed.gradient_accumulation_steps())
+
+    def __call__(self, x: Tensor, y: Tensor, *, plan: BatchPlan | None = None) -> Tensor:
+        """Attack ``x``, then compute the outer loss on this rank's micro-batch.
+
+        Args:
+            x: Images in pixel units [0, 1], floating point, any device. May hold no image at all
+                (a rank that the last batch of an epoch left out); such a rank computes along with
+                weight 0, so that all ranks do the same number of forwards.
+            y: Class indices ``(B,)``.
+            plan: Place and weight of this micro-batch in the global batch. Default: the loader's
+                plan of the batch it handed out last, which weights uneven batches so that ranks
+                average to the mean over the global batch; batches that did not come from it have
+                weight 1.
+
+        Returns:
+            The loss to give to :meth:`backward`: a mean over the micro-batch, local to this rank.
+        """
+        first_index, weight = self._place_in_global_batch(len(x), plan)
+        x, y, num_images = self._prepare(x, y)
+        metrics = self._pending
+        metrics.timer.enter("attack")
+        x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
+        metrics.timer.enter("update")
+        # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
+        keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
+        with self._traffic.counting("forward"), keep:
+            logits_adv, logits = self._outer_forward(x_adv, x)
+        terms = self._objective(logits_adv, y, logits)
+        natural_logits = logits_adv if self._attack is None else logits
+        if num_images and natural_logits is not None:
+            metrics.add_natural(_num_correct(natural_logits, y), num_images)
+        if num_images and self._attack is not None:
+            metrics.add_robust(_num_correct(logits_adv, y), num_images)
+        metrics.add_terms(terms, weight / self.accumulation)
+        loss = terms["loss"]
+        return loss if weight == 1.0 else loss * weight
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
+        with self._traffic.counting("backward"):
+            self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
+        completes = self.micro_step == self.accumulation - 1
+        with self._traffic.counting("step"), hooks.named_loss_scale_error():
+            self.deepspeed.step()
+        self._pending.timer.leave()
+        if completes:
+            self._pending.bytes_sent, self._pending.collectives = self._traffic.take()
+            self._last, self._pending = self._pending, self._new_metrics()
+
+    # ---- attack
+
+    def attack(
+        self, x: Tensor, y: Tensor, *, first_index: int = 0, gradient: InputGradient | None = None
+    ) -> Tensor:
+        """Adversarial images for ``x`` under the run's attack; the model is left as it was.
+
+        Random starts are a function of the run's seed, the optimizer step, and ``first_index`` plus
+        the position in ``x``; not of ranks or devices.
+
+        Args:
+            x: Images in pixel units [0, 1], float32, on the engine's device.
+            y: Labels, on the engine's device.
+            first_index: Index of the first image within the step's global batch.
+            gradient: Counts of the attack's gradients go here.
+
+        Returns:
+            Float32 images of the shape of ``x``; ``x`` itself where the run has no attack.
+        """
+        if self._attack is None:
+            return x
+        generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
+        gradient = self._input_gradient() if gradient is None else gradient
+        gathers = self._traffic.calls["parameters"]
+        mode = self.run.dat.attack.model_mode
+        with self._traffic.counting("forward"), self.frozen(mode) as model:
+            x_adv = self._attack(model, x, y, generator, gradient=gradient)
+        self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
+        return x_adv
+
+    @contextlib.contextmanager
+    def frozen(self, model_mode: str = "eval") -> Iterator[Callable[[Tensor], Tensor]]:
+        """The model as an attack or an evaluation may use it: pixels in, logits out, no trace left.
+
+        Parameters are frozen, modules are in ``model_mode``, the engine's autocast applies, and
+        ZeRO-3 parameters stay gathered where the memory budget allows it. Every rank must call
+        the model the same number of times.
+        """
+        autocast = (
+            torch.autocast(self.ranks.device.type, dtype=self.deepspeed.torch_autocast_dtype())
+            if self._precision == "autocast"
+            else contextlib.nullcontext()
+        )
+        resident = (
+            hooks.resident_parameters(self.deepspeed)
+            if self.keeps_parameters_resident
+            else contextlib.nullcontext()
+        )
+        try:
+            with resident, attack_mode(self.module, model_mode), autocast:  # type: ignore[arg-type]
+                yield lambda x: self._forward(self.module, x, training=model_mode == "train")
+        except BaseException:
+            # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.
+            hooks.release_parameters(self.deepspeed)
+            raise
+
+    def measure_natural_accuracy(self, x: Tensor, y: Tensor) -> None:
+        """Add natural accuracy on ``x`` to the last step's metrics: one forward in eval mode.
+
+        Does nothing where the objective computed natural logits anyway.
+        """
+        # Decided alike on every rank: one that had no image has no natural logits either.
+        has_natural = self._objective.needs_natural_logits or self._attack is None
+        if self._last is None or has_natural:
+            return
+        x, y, num_images = self._prepare(x, y)
+        with self.frozen() as model, torch.no_grad():
+            logits = model(x)
+        if num_images:
+            self._last.add_natural(_num_correct(logits, y), num_images)
+
+    # ---- metrics
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The last optimizer step on this rank, waiting for the device; empty before the first.
+
+        The objective's terms (``loss`` and others), accuracies as fractions, ``seconds_attack`` and
+        ``seconds_update``, ``bytes_sent`` by kind, ``attack_zero_share`` (of gradient entries),
+        ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
+        ``skipped_steps``: how many steps DeepSpeed has dropped so far for non-finite gradients.
+        """
+        return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
+
+    def reduced_metrics(self) -> dict[str, Any]:
+        """:attr:`metrics` over all ranks, a collective; seconds and bytes stay this rank's."""
+        if self._last is None:
+            return {}
+        return self._describe(self._last, self.ranks.sum(self._last.sums()), self.ranks.count)
+
+    def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
+        means = metrics.means(sums, ranks)
+        return {
+            **means,
+            **metrics.local(),
+            "bytes_sent": dict(metrics.bytes_sent),
+            "skipped_steps": int(self.deepspeed.skipped_steps),
+        }
+
+    def close(self) -> None:
+        """Let go of the process group and of DeepSpeed's hooks on the module."""
+        stop_listening(self._traffic)
+        self.deepspeed.destroy()
+
+    # ---- internals
+
+    def _input_gradient(self) -> InputGradient:
+        # float16 alone overflows, under DeepSpeed's own casts or under autocast.
+        overflows = self._precision == "fp16" or (
+            self._precision == "autocast" and self.deepspeed.torch_autocast_dtype() == torch.float16
+        )
+        return InputGradient(retry_non_finite=overflows, agree=self.ranks.any)
+
+    def _new_metrics(self) -> StepMetrics:
+        return StepMetrics(PhaseTimer(self.ranks.device), self._input_gradient())
+
+    def _place_in_global_batch(self, num_images: int, plan: BatchPlan | None) -> tuple[int, float]:
+        """Index of the micro-batch's first image within the global batch, and its loss weight."""
+        if plan is None and self._loader is not None:
+            plan = self._loader.plan
+        if plan is not None and len(plan.indices) == num_images:
+            return plan.first_position, plan.weight
+        slot = self.micro_step * self.ranks.count + self.ranks.rank
+        return slot * num_images, 1.0
+
+    def _prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Move a batch to the device, check its pixels once, and fill in for an empty one."""
+        device, num_images = self.ranks.device, len(x)
+        if not x.is_floating_point():
+            raise DataError(
+                f"Images are {x.dtype}: give floating-point pixels in [0, 1], as x.float() / 255."
+            )
+        x = x.to(device, torch.float32, non_blocking=True)
+        y = y.to(device, non_blocking=True)
+        if not self._checked_pixels and num_images:
+            self._check_pixels(x)
+        if num_images == 0:
+            x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:])
+        return x, y, num_images
+
+    def _check_pixels(self, x: Tensor) -> None:
+        threat = self.run.dat.threat_model
+        low, high = float(x.min()), float(x.max())
+        if not (low >= threat.lower - 1e-6 and high <= threat.upper + 1e-6):
+            raise DataError(
+                f"Images span [{low:g}, {high:g}], outside the pixel range [{threat.lower:g}, "
+                f"{threat.upper:g}]. Give raw pixels; normalisation belongs inside the model "
+                "(dat.model.mean, dat.model.std)."
+            )
+        self._checked_pixels = True
+
+    def _outer_forward(self, x_adv: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adversarial and, where needed, natural logits, in one forward of the engine.
+
+        Two forwards before one backward would break ZeRO's bookkeeping, and double ZeRO-3's
+        gathers. BatchNorm sees both halves as one batch.
+        """
+        if not self._objective.needs_natural_logits:
+            return self._forward(self.deepspeed, x_adv, training=True), None
+        joint = self._forward(self.deepspeed, torch.cat([x, x_adv]), training=True)
+        logits, logits_adv = joint.chunk(2)
+        return logits_adv, logits
+
+    def _forward(self, model: Callable[[Tensor], Tensor], x: Tensor, *, training: bool) -> Tensor:
+        """Logits of ``x`` ``(B, C, H, W)``, cast to what the model takes.
+
+        A single image runs twice where BatchNorm takes statistics, which it refuses to do of one
+        value per channel; its logits and gradients are those of running once.
+        """
+        x = x.to(self._input_dtype)
+        if training and len(x) == 1 and self._has_batch_norm:
+            return model(torch.cat([x, x]))[:1]
+        return model(x)
+
+
+@torch.no_grad()
+def _num_correct(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == y).sum()

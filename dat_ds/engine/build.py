@@ -1,0 +1,158 @@
+"""``dat_ds.initialize``: what ``deepspeed.initialize`` is, for adversarial training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from dat_ds.attacks import Attack, ThreatModel, build_attack
+from dat_ds.config import (
+    DatConfig,
+    RunConfig,
+    adapt_to_device,
+    load_config,
+    resolve_batch,
+)
+from dat_ds.data import DistributedLoader
+from dat_ds.engine.adversarial import AdversarialEngine
+from dat_ds.engine.distributed import Ranks, setup_ranks
+from dat_ds.engine.monitor import MONITOR_KEYS
+from dat_ds.engine.validate import check_deepspeed, check_precision
+from dat_ds.objectives import build_objective
+from dat_ds.optim import Schedule, build_optimizer
+
+logger = logging.getLogger("dat_ds")
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    training_data: Dataset[Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    ranks: Ranks | None = None,
+) -> tuple[AdversarialEngine, torch.optim.Optimizer, DistributedLoader | None, LRScheduler | None]:
+    """Set up adversarial training of ``model`` under DeepSpeed.
+
+    Args:
+        model: Pixels ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``; normalisation is inside it.
+            Every rank passes the same weights (or rank 0's are broadcast by DeepSpeed).
+        config: Path or content of a DeepSpeed JSON with our ``"dat"`` section.
+        training_data: Dataset of ``(x, y)`` with ``x`` float pixels ``(C, H, W)``. Gives a loader
+            that cuts every epoch into global batches, and the schedule its length.
+        optimizer: A torch optimizer over the model's parameters, instead of the config's.
+        ranks: The processes of the run; None sets them up from the launcher's environment.
+
+    Returns:
+        ``(engine, optimizer, loader, scheduler)``; loader and scheduler are None without
+        ``training_data``, and then the learning rate stays at its peak unless
+        ``dat.schedule.max_steps`` gives the run a length.
+
+    Raises:
+        ConfigError: With all problems of the config.
+    """
+    ranks = setup_ranks() if ranks is None else ranks
+    run = adapt_to_device(
+        load_config(config, client_optimizer=optimizer is not None), ranks.device.type
+    )
+    micro_batch, accumulation = resolve_batch(run.deepspeed, ranks.count)
+    check_precision(model, run)
+    if ranks.is_main:
+        for note in run.notes:
+            logger.info("Note: %s", note)
+    loader = None
+    if training_data is not None:
+        loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation)
+    schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
+    if optimizer is None and run.dat.optimizer is not None:
+        optimizer = build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
+    settings = {k: copy.deepcopy(v) for k, v in run.deepspeed.items() if k not in MONITOR_KEYS}
+    settings.update(
+        train_batch_size=micro_batch * accumulation * ranks.count,
+        train_micro_batch_size_per_gpu=micro_batch,
+        gradient_accumulation_steps=accumulation,
+    )
+    check_deepspeed(run.deepspeed)
+    engine, optimizer, _, scheduler = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        lr_scheduler=None if schedule is None else schedule.scheduler,
+        config=settings,
+        dist_init_required=False,
+    )
+    objective = build_objective(dataclasses.asdict(run.dat.objective))
+    adversarial = AdversarialEngine(
+        engine,
+        run=run,
+        ranks=ranks,
+        attack=attack_of(run.dat),
+        objective=objective,
+        loader=loader,
+    )
+    return adversarial, optimizer, loader, scheduler
+
+
+def threat_of(dat: DatConfig) -> ThreatModel:
+    """The threat model of a run."""
+    threat = dat.threat_model
+    return ThreatModel(threat.norm, float(threat.eps), threat.lower, threat.upper)
+
+
+def attack_of(dat: DatConfig) -> Attack | None:
+    """The training attack of a run; None for natural training."""
+    if dat.attack.name == "none":
+        return None
+    options = dataclasses.asdict(dat.attack)
+    if dat.attack.name == "fgsm":
+        del options["steps"]
+    return build_attack({**options, "threat_model": threat_of(dat)})
+
+
+def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | None:
+    """The learning-rate schedule of a run; None where its length is unknown."""
+    config = dat.schedule
+    if steps_per_epoch is None:
+        if config.max_steps is None:
+            return None
+        total, warmup_share = config.max_steps, config.warmup_epochs / config.epochs
+        warmup = round(warmup_share * total)
+    else:
+        total = max(1, math.ceil(config.epochs * steps_per_epoch))
+        total = total if config.max_steps is None else min(total, config.max_steps)
+        warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    return Schedule(
+        config.name,
+        total_steps=total,
+        warmup_steps=warmup,
+        final_ratio=config.final_ratio,
+        milestones=tuple(config.milestones),
+        decay_factor=config.decay_factor,
+    )
+
+
+def _build_loader(
+    data: Dataset[Any], dat: DatConfig, ranks: Ranks, micro_batch: int, accumulation: int
+) -> DistributedLoader:
+    pin_memory = dat.data.pin_memory
+    return DistributedLoader(
+        data,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        seed=dat.seed,
+        num_workers=dat.data.num_workers,
+        pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
+    )

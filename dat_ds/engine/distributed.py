@@ -1,0 +1,135 @@
+"""Ranks: setting them up, agreeing on errors, and small exchanges outside the device's stream."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dat_ds.engine import hooks
+from dat_ds.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The data-parallel processes of a run, as seen by one of them.
+
+    Args:
+        rank: This process, from 0.
+        count: Number of processes.
+        device: Where its model runs.
+        cpu_group: Process group for small host-side exchanges.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def max(self, value: int) -> int:
+        """Largest ``value`` over the ranks; a host-side exchange."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(tensor)
+
+    def gather(self, value: object) -> list[object]:
+        """``value`` of every rank, in order of rank; pickled, for small host-side data."""
+        if self.count == 1:
+            return [value]
+        values: list[object] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a CPU tensor over the ranks."""
+        total = tensor.clone()
+        if self.count > 1:
+            dist.all_reduce(total, group=self.cpu_group)
+        return total
+
+    def any(self, flag: Tensor) -> bool:
+        """Whether ``flag``, a 0-dim bool tensor, is true on any rank; synchronises the host."""
+        return bool(self.max(int(flag)))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.max(0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank; a user's error on any rank is raised on all of them.
+
+        Other exceptions are not caught: the launcher ends the other ranks.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        errors = self.gather((type(error), str(error)) if error is not None else None)
+        found = [(rank, item) for rank, item in enumerate(errors) if isinstance(item, tuple)]
+        if error is not None:
+            raise error
+        if found:
+            rank, (kind, message) = found[0]
+            raise kind(f"rank {rank}: {message}")
+
+
+def setup_ranks() -> Ranks:
+    """Join the process group that the launcher prepared; without a launcher, be the only rank.
+
+    Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, which the
+    ``deepspeed`` launcher, ``torchrun`` and SLURM set-ups export.
+    """
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        _become_single_rank()
+    if not deepspeed.comm.is_initialized():
+        hooks.skip_shared_memory_op()
+        deepspeed.init_distributed(verbose=False)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    deepspeed.accelerator.get_accelerator().set_device(local_rank)
+    cpu_group = None
+    if dist.get_world_size() > 1 and dist.get_backend() != "gloo":
+        cpu_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    return Ranks(
+        rank=dist.get_rank(),
+        count=dist.get_world_size(),
+        device=hooks.accelerator_device(),
+        cpu_group=cpu_group,
+    )
+
+
+def _become_single_rank() -> None:
+    for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        started_here = key != "SLURM_NTASKS" or "SLURM_STEP_ID" in os.environ  # by srun
+        if int(os.environ.get(key, "1")) > 1 and started_here:
+            raise ConfigError(
+                f"{key}={os.environ[key]}, but RANK is not set: every task would train by itself. "
+                "Start one torchrun per machine under srun, as docs/launching.md shows."
+            )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        LOCAL_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )

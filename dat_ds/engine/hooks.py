@@ -1,0 +1,147 @@
+"""Every reach into DeepSpeed's internals, each pinned by a test in ``tests/distributed``.
+
+Written against deepspeed 0.19.8; ``pyproject.toml`` allows ``>=0.19.8,<0.20``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import deepspeed
+import deepspeed.comm.comm
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from dat_ds.errors import NumericsError
+
+
+def skip_shared_memory_op() -> None:
+    """Keep ``init_distributed`` from compiling a CPU collective that training never calls.
+
+    The op (90 s to build) only serves ``inference_all_reduce``.
+    """
+    # ``import deepspeed.comm.torch as m`` would bind torch itself, which that module re-exports.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def supports_fp16() -> bool:
+    """Whether DeepSpeed accepts ``fp16`` on this device."""
+    return bool(get_accelerator().is_fp16_supported())
+
+
+@contextlib.contextmanager
+def named_loss_scale_error() -> Iterator[None]:
+    """Give DeepSpeed's bare exception at the smallest float16 loss scale a name.
+
+    Raises:
+        NumericsError: When the scale cannot shrink any further.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise NumericsError(
+            "float16 gradients overflow even at the smallest loss scale (fp16.min_loss_scale); "
+            "training stopped. Write bf16 or torch_autocast instead of fp16, or a smaller lr."
+        ) from None
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 manages this parameter and holds only this rank's shard right now."""
+    return hasattr(parameter, "ds_status") and parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+_RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0
+_RELEASE_DECISION = "_PartitionedParameterCoordinator__params_to_release"
+
+
+@contextlib.contextmanager
+def resident_parameters(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Keep ZeRO-3 parameters on the device once gathered, and re-partition them on exit.
+
+    The first forward inside gathers each parameter; later passes find it in place. Parameters that
+    count as used by one more module are never released, whether or not DeepSpeed knows the order
+    of modules yet. Its releases depend on decisions that it caches per module, once for all passes,
+    so those of this block are kept out of its cache: training would follow them otherwise.
+    """
+    coordinator = engine.optimizer._get_param_coordinator()
+    held = [p for p in engine.module.parameters() if not p.ds_persist]
+    for parameter in held:
+        parameter.ds_active_sub_modules.add(_RESIDENT)
+    setattr(coordinator, _RELEASE_DECISION, lambda module, step: set())
+    try:
+        yield
+    finally:
+        delattr(coordinator, _RELEASE_DECISION)  # uncovers the class's own
+        for parameter in held:
+            parameter.ds_active_sub_modules.clear()
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+
+
+def release_parameters(engine: DeepSpeedEngine) -> None:
+    """Re-partition every gathered ZeRO-3 parameter; the next forward gathers it from the shards."""
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_status"):
+            parameter.ds_active_sub_modules.clear()
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+
+
+def held_weights(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The tensors that hold this rank's weights: whole parameters, or ZeRO-3 shards.
+
+    Who writes to shards has to call :func:`release_parameters`: gathered copies of them exist.
+    """
+    return [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
+
+
+def gathered_numel(engine: DeepSpeedEngine) -> int:
+    """Number of parameters of the whole model, wherever they are."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+
+
+def gathered_bytes(engine: DeepSpeedEngine) -> int:
+    """Memory that all parameters take on one device when gathered, in bytes."""
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters()
+    )
+
+
+def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """The module's whole state on the CPU; a collective under ZeRO-3, called by every rank.
+
+    Returns:
+        Names to tensors in the module's dtypes on rank 0; empty on other ranks.
+    """
+    is_writer = engine.global_rank == 0
+    state: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        if is_writer:
+            state[name] = tensor.detach().to("cpu", copy=True)
+
+    for name, parameter in engine.module.named_parameters():
+        # One parameter at a time: the whole model need not fit on a device.
+        gather: Sequence[nn.Parameter] = [parameter] if is_partitioned(parameter) else []
+        with deepspeed.zero.GatheredParameters(gather, enabled=bool(gather)):
+            keep(name, parameter.data)
+    first_name = {id(p): name for name, p in engine.module.named_parameters()}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        tied_to = first_name.get(id(tensor))
+        if tied_to is None:
+            keep(name, tensor)  # a buffer: never partitioned
+        elif is_writer:
+            state[name] = state[tied_to]
+    return state
+
+
+def accelerator_device() -> torch.device:
+    """The device that DeepSpeed assigns to this process."""
+    accelerator = get_accelerator()
+    return torch.device(accelerator.current_device_name())

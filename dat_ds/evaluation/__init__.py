@@ -1,0 +1,16 @@
+"""Robust evaluation: accuracy under attack, result records, pictures."""
+
+from dat_ds.evaluation.accuracy import Record, evaluate
+from dat_ds.evaluation.environment import commit, hardware, versions
+from dat_ds.evaluation.pictures import draw_examples
+from dat_ds.evaluation.record import describe
+
+__all__ = [
+    "Record",
+    "commit",
+    "describe",
+    "draw_examples",
+    "evaluate",
+    "hardware",
+    "versions",
+]

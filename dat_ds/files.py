@@ -1,0 +1,69 @@
+"""Writing files such that nothing earlier is lost and a failure is one clear message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dat_ds.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a file error inside, such as a full disk, into a :class:`CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {path}: {error.strerror or error}. What was written earlier is intact: "
+            "make room and repeat the command with --resume auto."
+        ) from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the whole new one.
+
+    Raises:
+        CheckpointError: If it cannot be written; the old file stays.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """:func:`replace_text` with ``values`` as JSON."""
+    replace_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Drop the rows after ``step``, which a continued run writes again, and half-written ones."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a crash can leave half a line
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    replace_text(path, "".join(kept))

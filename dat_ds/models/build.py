@@ -1,0 +1,366 @@
+"""Build a pixel classifier from a timm name or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import set_reentrant_ckpt
+from torch import nn
+
+from dat_ds.errors import ModelError
+from dat_ds.models import huggingface
+from dat_ds.models.normalize import PixelModel
+from dat_ds.models.pretrained import load_pretrained
+from dat_ds.models.stem import use_cifar_stem
+
+_LOG = logging.getLogger("dat_ds")
+CheckpointingKind = Literal["none", "non_reentrant", "reentrant"]
+_CHECKPOINTING_KINDS = ("none", "non_reentrant", "reentrant")
+_STEMS = ("default", "cifar")
+_OVERRIDES = (
+    "patch_size",
+    "depth",
+    "embed_dim",
+    "num_heads",
+    "drop_rate",
+    "drop_path_rate",
+)
+# Keyword arguments and config fields that would defeat the arguments of build_model.
+_RESERVED = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "device",
+        "dtype",
+        "features_only",
+        "image_size",
+        "img_size",
+        "in_chans",
+        "num_channels",
+        "num_classes",
+        "num_labels",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+    }
+)
+# What timm raises for values that a model does not take; it has no error class of its own.
+_TIMM_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    depth: int | None = None,
+    embed_dim: int | None = None,
+    num_heads: int | None = None,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+    stem: Literal["default", "cifar"] = "default",
+    pretrained: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    activation_checkpointing: CheckpointingKind = "none",
+    seed: int | None = None,
+) -> PixelModel:
+    """Build a classifier that takes pixels in [0, 1].
+
+    None leaves the architecture's own value. The overrides from `patch_size` to `drop_path_rate`
+    are for timm; the fields of a Hugging Face config are set with `options`.
+
+    Args:
+        name: A timm model name, or 'hf:' and a local folder (or hub id) of a Hugging Face image
+            classifier.
+        num_classes: Number of classes K.
+        in_chans: Number of image channels C.
+        mean: C values in pixel units; None takes the ones published with the model if that has
+            C channels (timm: 3), else 0.5.
+        std: C positive values in pixel units; None as for `mean`.
+        img_size: Height and width of the images in pixels, one number if square. Models that
+            take any size, such as CNNs, do not have this argument and it is dropped for them.
+        patch_size: Side of a patch in pixels.
+        depth: Number of blocks.
+        embed_dim: Width of the tokens.
+        num_heads: Number of attention heads, a divisor of the width.
+        drop_rate: Dropout probability before the classifier.
+        drop_path_rate: Largest stochastic-depth probability.
+        stem: 'cifar' replaces the stem of a ResNet, for images of 32 pixels and less.
+        pretrained: A local checkpoint file, see `load_pretrained`.
+        options: Further keyword arguments of the timm model, or fields of the Hugging Face
+            config; JSON-serialisable.
+        activation_checkpointing: Recompute activations in the backward pass. 'reentrant' works
+            with `backward()` only: `torch.autograd.grad` raises. timm models checkpoint in both
+            modes, Hugging Face models in training mode only.
+        seed: If given, the weights depend on it alone (the same on every rank) and the global
+            random state is left as it was.
+
+    Returns:
+        The model in training mode, float32; its `spec` holds the arguments, with `mean` and
+        `std` filled in.
+
+    Raises:
+        ModelError: An argument does not fit the model, or files are missing or do not match.
+    """
+    spec: dict[str, Any] = {
+        "name": name,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "depth": depth,
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+        "stem": stem,
+        "pretrained": None if pretrained is None else str(pretrained),
+        "options": dict(options or {}),
+        "activation_checkpointing": activation_checkpointing,
+        "seed": seed,
+    }
+    _check_choices(spec)
+    with contextlib.nullcontext() if seed is None else _seeded(seed):
+        body = _build_body(spec)
+    if isinstance(body, huggingface.HuggingFaceBody):
+        spec["hf_config"] = body.config_dict()
+    if activation_checkpointing != "none":
+        _enable_checkpointing(body, activation_checkpointing == "reentrant", name)
+    if mean is None or std is None:
+        default_mean, default_std = _default_statistics(body, name, in_chans)
+        mean, std = mean or default_mean, std or default_std
+    spec["mean"] = _checked("mean", mean, in_chans)
+    spec["std"] = _checked("std", std, in_chans)
+    return PixelModel(
+        body, num_classes=num_classes, mean=spec["mean"], std=spec["std"], spec=spec
+    ).train()
+
+
+def _check_choices(spec: Mapping[str, Any]) -> None:
+    """Raise a ModelError that lists every value which is invalid for any model."""
+    problems = []
+    for key, valid in (("stem", _STEMS), ("activation_checkpointing", _CHECKPOINTING_KINDS)):
+        if spec[key] not in valid:
+            choices = ", ".join(f"'{choice}'" for choice in valid)
+            problems.append(f"dat.model.{key}='{spec[key]}' is unknown. Valid: {choices}.")
+    # A Hugging Face config has fields of the same names, which only options can set.
+    reserved = (
+        _RESERVED if huggingface.is_hugging_face(spec["name"]) else _RESERVED.union(_OVERRIDES)
+    )
+    problems += [
+        f"dat.model.options.{key} is not allowed: it is set by the data or by a key of dat.model."
+        for key in sorted(reserved.intersection(spec["options"]))
+    ]
+    try:
+        json.dumps(spec["options"])
+    except (TypeError, ValueError) as error:
+        problems.append(f"dat.model.options must be plain JSON data: {error}.")
+    if problems:
+        raise ModelError("\n".join(problems))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw initial weights from `seed` on the CPU, without touching any global random state."""
+    # torch.manual_seed would reseed the CUDA generators as well; initialising on the CPU needs
+    # none of them and gives the same weights on every machine.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _build_body(spec: Mapping[str, Any]) -> nn.Module:
+    """Build the network without normalisation: architecture, stem, weights."""
+    name: str = spec["name"]
+    body = _build_huggingface(spec) if huggingface.is_hugging_face(name) else _build_timm(spec)
+    if spec["stem"] == "cifar":
+        use_cifar_stem(body, name)
+    if spec["pretrained"] is not None:
+        if isinstance(body, huggingface.HuggingFaceBody):
+            load_pretrained(body.model, spec["pretrained"], body.head_names())
+        else:
+            load_pretrained(body, spec["pretrained"], _timm_head_names(body))
+    return body
+
+
+def _build_huggingface(spec: Mapping[str, Any]) -> huggingface.HuggingFaceBody:
+    """Build a Hugging Face model; the timm overrides are errors."""
+    given = [f"dat.model.{key}={spec[key]}" for key in _OVERRIDES if spec[key] is not None]
+    if given:
+        raise ModelError(
+            f"{', '.join(given)}: not for the Hugging Face model dat.model.name='{spec['name']}'. "
+            "Set the fields of its config with dat.model.options, "
+            "for example {'num_hidden_layers': 6}."
+        )
+    return huggingface.build_body(
+        huggingface.HuggingFaceSource(
+            location=huggingface.location_of(spec["name"]),
+            num_classes=spec["num_classes"],
+            in_chans=spec["in_chans"],
+            img_size=spec["img_size"],
+            options=spec["options"],
+        )
+    )
+
+
+def _build_timm(spec: Mapping[str, Any]) -> nn.Module:
+    """Build a timm model with random weights."""
+    _check_timm_name(spec["name"])
+    keys = ("num_classes", "in_chans", "img_size", *_OVERRIDES)
+    arguments = {key: spec[key] for key in keys if spec[key] is not None}
+    arguments.update(spec["options"])
+    body, rejected = _create_accepted(spec["name"], arguments)
+    rejected.pop("img_size", None)
+    if rejected:
+        raise ModelError(
+            f"dat.model.name='{spec['name']}' does not accept "
+            + ", ".join(
+                f"dat.model.{'options.' if key in spec['options'] else ''}{key}={value!r}"
+                for key, value in rejected.items()
+            )
+            + ". Remove it, or choose an architecture that has it."
+        )
+    _check_patches(body, spec["name"])
+    return body
+
+
+def _check_timm_name(name: str) -> None:
+    """Raise a ModelError with suggestions unless timm has a model of that name."""
+    if timm.is_model(name):
+        return
+    close = [f"'{match}'" for match in difflib.get_close_matches(name, timm.list_models())]
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    raise ModelError(
+        f"dat.model.name='{name}' is not a timm model{hint} "
+        "Valid: any of timm.list_models() or 'hf:/path/to/model'."
+    )
+
+
+def _create_accepted(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a timm model with the arguments that it accepts.
+
+    What a model accepts is spread over its entry point, class and config, so the only reliable
+    way to know is to try. The arguments are rejected before any weight is made.
+
+    Returns:
+        The model, and the arguments that it does not accept.
+    """
+    accepted, rejected = dict(arguments), dict[str, Any]()
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, **accepted), rejected
+        except _TIMM_ERRORS as error:
+            refused = [key for key in _refused_keywords(error) if key in accepted]
+            if not refused:
+                raise _creation_error(name, accepted, error) from error
+            rejected.update({key: accepted.pop(key) for key in refused})
+
+
+def _refused_keywords(error: Exception) -> list[str]:
+    """Return the names in Python's (and timm's) messages about arguments that cannot be given."""
+    pattern = r"unexpected keyword argument.*|multiple values for keyword argument.*"
+    found = re.search(pattern, str(error))
+    return re.findall(r"'(\w+)'", found.group()) if found else []
+
+
+def _creation_error(name: str, arguments: Mapping[str, Any], error: Exception) -> ModelError:
+    """Turn what timm raised into a ModelError that names the keys to change."""
+    values = [
+        f"dat.model.{key}={arguments[key]}"
+        for key in ("embed_dim", "num_heads")
+        if key in arguments
+    ]
+    if values and "divisible by num_heads" in str(error):
+        return ModelError(
+            f"{' with '.join(values)}: the width of '{name}' must be a multiple of its number of "
+            "attention heads. Set dat.model.num_heads to a divisor of dat.model.embed_dim."
+        )
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    reason = str(error) or type(error).__name__
+    return ModelError(f"dat.model.name='{name}' cannot be built by timm with {given}: {reason}")
+
+
+def _check_patches(body: nn.Module, name: str) -> None:
+    """Raise a ModelError if patches do not tile the image; timm would drop the remainder."""
+    embed = getattr(body, "patch_embed", None)
+    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    padded = getattr(embed, "dynamic_img_pad", False)
+    if padded or not isinstance(size, tuple) or not isinstance(patch, tuple):
+        return
+    if any(s % p for s, p in zip(size, patch, strict=True)):
+        raise ModelError(
+            f"dat.model.patch_size={'x'.join(map(str, patch))} does not divide the image size "
+            f"{'x'.join(map(str, size))} of dat.model.name='{name}'. Set dat.model.patch_size to "
+            "a divisor of the image size, or resize the images."
+        )
+
+
+def _timm_head_names(body: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classifier modules."""
+    names = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _enable_checkpointing(body: nn.Module, reentrant: bool, name: str) -> None:
+    """Switch on activation checkpointing, or raise a ModelError if the model has none."""
+    try:
+        if isinstance(body, huggingface.HuggingFaceBody):
+            body.enable_checkpointing(reentrant)
+            return
+        set_grad_checkpointing: Any = body.set_grad_checkpointing
+        set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"dat.model.activation_checkpointing: dat.model.name='{name}' does not support it. "
+            "Set dat.model.activation_checkpointing='none'."
+        ) from error
+    # timm keeps the kind in a global that it reads in forward, so that of the model built last
+    # would hold for all. Setting it on every call makes it this model's own.
+    body.register_forward_pre_hook(functools.partial(_select_kind, reentrant))
+
+
+def _select_kind(reentrant: bool, module: nn.Module, args: tuple[Any, ...]) -> None:
+    set_reentrant_ckpt(reentrant)
+
+
+def _default_statistics(
+    body: nn.Module, name: str, in_chans: int
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and standard deviation published with the model, else 0.5 for both."""
+    published: tuple[Sequence[float], Sequence[float]] | None
+    if isinstance(body, huggingface.HuggingFaceBody):
+        published = huggingface.read_mean_std(huggingface.location_of(name))
+    else:
+        config = getattr(body, "pretrained_cfg", {})
+        published = (config.get("mean", ()), config.get("std", ()))
+    if published is not None and len(published[0]) == len(published[1]) == in_chans:
+        return published
+    _LOG.info("dat.model.name='%s' comes with no mean and std for its channels: 0.5.", name)
+    return [0.5] * in_chans, [0.5] * in_chans
+
+
+def _checked(key: str, values: Sequence[float], in_chans: int) -> list[float]:
+    """Return `values` as floats; raise a ModelError unless there is one valid value per channel."""
+    result = [float(value) for value in values]
+    if len(result) != in_chans:
+        raise ModelError(
+            f"dat.model.{key}={result} has {len(result)} values for images of {in_chans} "
+            f"channel(s). Give one value per channel."
+        )
+    if key == "std" and min(result) <= 0:
+        raise ModelError(f"dat.model.std={result} must be positive.")
+    return result

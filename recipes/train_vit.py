@@ -1,0 +1,14 @@
+"""Train a vision transformer to be robust.
+
+deepspeed recipes/train_vit.py --deepspeed_config ds_configs/zero2.json
+
+On the digits that ds_configs/ name, a config without a model gets a small ViT. For another model
+and other data, set any key: --set dat.model.name=vit_base_patch16_224 --set dat.data.name=...
+"""
+
+import sys
+
+from dat_ds.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

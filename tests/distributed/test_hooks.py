@@ -1,0 +1,377 @@
+"""What ``dat_ds.engine.hooks`` and the traffic counter assume of DeepSpeed and torch.
+
+Each test fails when an upgrade moves the attribute or the behaviour that it names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.distributed import tiny
+from tests.distributed.harness import allow_fp16, run_ranks
+from tests.distributed.test_collectives import GATHERS, Collectives
+
+STAGES, BATCH, SMALL = (0, 1, 2, 3), 4, 100
+PREFETCHES = (0, 50)
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(6, tiny.CLASSES)
+        self.register_buffer("scale", torch.tensor([2.0]))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x.flatten(1)[:, :6]) * self.scale))
+
+
+MODELS = {"vit": tiny.vit, "cnn": tiny.cnn, "tied": Tied}
+NUMEL = sum(p.numel() for p in tiny.vit().parameters())
+
+
+def start(model: nn.Module, stage: int, **sections: Any) -> Any:
+    import dat_ds
+
+    return dat_ds.initialize(model=model, config=tiny.config(stage, **sections))[0]
+
+
+def look_at_weights(name: str, stage: int, **sections: Any) -> dict[str, Any]:
+    from dat_ds.engine import hooks
+
+    engine = start(MODELS[name](), stage, **sections)
+    engine_ = engine.deepspeed
+    report = {
+        "state": hooks.full_state_dict(engine_),
+        "held": [w.detach().clone() for w in hooks.held_weights(engine_)],
+        "numel": hooks.gathered_numel(engine_),
+        "bytes": hooks.gathered_bytes(engine_),
+        "partitioned": [hooks.is_partitioned(p) for p in engine.module.parameters()],
+        "devices": (hooks.accelerator_device(), engine_.device),
+    }
+    engine.close()
+    return report
+
+
+def statuses(engine: Any) -> list[tuple[str, bool]]:
+    return [(p.ds_status.name, p.ds_persist) for p in engine.module.parameters()]
+
+
+def look_at_residency(threshold: int) -> dict[str, Any]:
+    from dat_ds.engine import hooks
+
+    zero = {"stage3_param_persistence_threshold": threshold}
+    engine = start(tiny.vit(), 3, zero_optimization=zero)
+    x, y = tiny.images(BATCH)
+    report = {
+        "sizes": [p.ds_numel for p in engine.module.parameters()],
+        "before": statuses(engine),
+        "inside": [],
+        "gathers": [],
+    }
+    # Before DeepSpeed has recorded the order of modules, and after.
+    for _ in range(2):
+        with hooks.resident_parameters(engine.deepspeed):
+            for grad in (True, False, True):
+                with Collectives() as seen, torch.set_grad_enabled(grad):
+                    engine.module(x)
+                report["inside"].append(statuses(engine))
+                report["gathers"].append(seen.count("attack", GATHERS))
+        report["after"] = statuses(engine)
+        for _ in range(3):
+            loss = engine(x, y)
+            engine.backward(loss)
+            engine.step()
+    engine.close()
+    return report
+
+
+def count_gathered_in_training(attacked: bool, prefetch: int) -> list[tuple[int, int]]:
+    """Gathered parameters at the head's forward and after backward, where ZeRO-3 frees eagerly."""
+    zero = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": prefetch}
+    engine = start(tiny.vit(), 3, zero_optimization=zero)
+    if not attacked:
+        engine._attack = None
+    x, y = tiny.images(BATCH)
+
+    def gathered() -> int:
+        return sum(status == "AVAILABLE" for status, _ in statuses(engine))
+
+    at_head: list[int] = []
+    engine.module.head.register_forward_hook(lambda *args: at_head.append(gathered()))
+    counts = []
+    for _ in range(3):
+        loss = engine(x, y)
+        engine.backward(loss)
+        counts.append((at_head[-1], gathered()))
+        engine.step()
+    engine.close()
+    return counts
+
+
+class Interrupted(Exception):
+    """Raised by a layer in the middle of a forward."""
+
+
+def train_with(disturbance: str, resident_gib: float = 4.0) -> dict[str, Any]:
+    """Three steps at stage 3; between two of them, something goes wrong."""
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 3, dat={"engine": {"resident_parameters_gib": resident_gib}})
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    report: dict[str, Any] = {}
+    for step in range(3):
+        if step == 1 and disturbance == "attack fails":
+
+            def fail(module: nn.Module, args: Any) -> None:
+                raise Interrupted
+
+            handle = engine.module.blocks[1].mlp.fc1.register_forward_pre_hook(fail)
+            with pytest.raises(Interrupted):
+                engine.attack(x, y)
+            handle.remove()
+            report["after"] = statuses(engine)
+        elif step == 1 and disturbance == "forward without backward":
+            engine.module(x)
+            report["before"] = statuses(engine)
+            hooks.release_parameters(engine.deepspeed)
+            report["after"] = statuses(engine)
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+    report["trains"] = all(p.requires_grad for p in engine.module.parameters())
+    report["state"] = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return report
+
+
+def look_at_traffic() -> dict[str, Any]:
+    from dat_ds.engine import traffic
+
+    methods = ("allreduce", "_allgather_base", "_reduce_scatter_base", "broadcast", "allgather")
+    before = {m: vars(dist.ProcessGroup)[m] for m in methods}
+    counter = traffic.Traffic()
+    traffic.listen(counter)
+    ones = torch.ones(6)  # 24 bytes
+    collectives = {
+        "all_reduce": lambda: dist.all_reduce(ones.clone()),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(torch.empty(12), ones),
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.empty(3), ones),
+        "all_gather": lambda: dist.all_gather([torch.empty(6), torch.empty(6)], ones),
+        "broadcast": lambda: dist.broadcast(ones.clone(), src=0),
+    }
+    counts = {}
+    for name, call in collectives.items():
+        with counter.counting("backward"):
+            call()
+        call()  # outside: not counted
+        counts[name] = counter.take()
+    traffic.stop_listening(counter)
+    with counter.counting("backward"):
+        dist.all_reduce(ones.clone())
+    return {
+        "counts": counts,
+        "after stopping": counter.take(),
+        "restored": all(vars(dist.ProcessGroup)[m] is before[m] for m in methods),
+    }
+
+
+def look_at_fp16() -> dict[str, Any]:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    from dat_ds.engine import hooks
+
+    report = {}
+    config = tiny.config(1, zero_allow_untested_optimizer=True, **tiny.PRECISIONS["fp16"])
+    del config["dat"]
+    get_accelerator().is_fp16_supported = lambda: False
+    report["unsupported"] = hooks.supports_fp16()
+    model = tiny.vit()
+    with pytest.raises(ValueError, match="fp16 is not supported"):
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    allow_fp16()
+    report["supported"] = hooks.supports_fp16()
+    return report
+
+
+def look() -> dict[Any, Any]:
+    import deepspeed
+    import deepspeed.comm.comm as comm
+
+    from dat_ds.engine.distributed import setup_ranks
+
+    backend = sys.modules["deepspeed.comm.torch"]
+    shm = {
+        "exists": callable(getattr(backend, "build_shm_op", None)),
+        "is looked up": "build_shm_op" in backend.TorchBackend.__init__.__code__.co_names,
+    }
+    setup_ranks()
+    reports: dict[Any, Any] = {
+        "shm": shm | {"is skipped": comm.cdb.shm_comm_op is None},
+        "deepspeed": deepspeed.__version__,
+        "traffic": look_at_traffic(),
+    }
+    for name in MODELS:
+        for stage in STAGES:
+            reports[name, stage] = look_at_weights(name, stage)
+    reports["bf16"] = look_at_weights("vit", 3, **tiny.PRECISIONS["bf16"])
+    reports["resident", 0] = look_at_residency(0)
+    reports["resident", SMALL] = look_at_residency(SMALL)
+    for attacked, prefetch in itertools.product((True, False), PREFETCHES):
+        reports["gathered", attacked, prefetch] = count_gathered_in_training(attacked, prefetch)
+    reports["undisturbed"] = train_with("nothing")
+    for gib in (4.0, 0.0):
+        reports["attack fails", gib] = train_with("attack fails", gib)
+    reports["released"] = train_with("forward without backward")
+    reports["fp16"] = look_at_fp16()
+    return reports
+
+
+@pytest.fixture(scope="module")
+def by_rank() -> list[dict[Any, Any]]:
+    return run_ranks(look, 2)
+
+
+@pytest.fixture(scope="module")
+def reports(by_rank: list[dict[Any, Any]]) -> dict[Any, Any]:
+    return by_rank[0]
+
+
+def test_skip_shared_memory_op_replaces_what_deepspeed_calls(reports: dict[Any, Any]) -> None:
+    assert reports["shm"] == {"exists": True, "is looked up": True, "is skipped": True}
+
+
+def test_supports_fp16_says_what_deepspeed_accepts(reports: dict[Any, Any]) -> None:
+    assert reports["fp16"] == {"unsupported": False, "supported": True}
+
+
+def test_accelerator_device_is_the_engines(reports: dict[Any, Any]) -> None:
+    device, engine_device = reports["vit", 0]["devices"]
+    assert device == torch.device("cpu")
+    assert device.type == torch.device(engine_device).type
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_is_partitioned_is_true_at_stage_3_only(reports: dict[Any, Any], stage: int) -> None:
+    assert set(reports["vit", stage]["partitioned"]) == {stage == 3}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", MODELS)
+def test_full_state_dict_is_the_unpartitioned_state(
+    by_rank: list[dict[Any, Any]], name: str, stage: int
+) -> None:
+    reference = MODELS[name]().state_dict()
+    state = by_rank[0][name, stage]["state"]
+    assert state.keys() == reference.keys()
+    assert all(torch.equal(state[key], reference[key]) for key in reference)
+    assert by_rank[1][name, stage]["state"] == {}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_held_weights_of_all_ranks_make_up_the_weights(
+    by_rank: list[dict[Any, Any]], stage: int
+) -> None:
+    for i, parameter in enumerate(tiny.vit().parameters()):
+        pieces = [reports["vit", stage]["held"][i] for reports in by_rank]
+        if stage == 3:
+            assert all(piece.numel() == -(-parameter.numel() // 2) for piece in pieces)
+            whole = torch.cat(pieces)[: parameter.numel()].view_as(parameter)
+            assert torch.equal(whole, parameter)
+        else:
+            assert all(torch.equal(piece, parameter) for piece in pieces)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gathered_numel_and_bytes_count_whole_parameters(
+    reports: dict[Any, Any], stage: int
+) -> None:
+    assert reports["vit", stage]["numel"] == NUMEL
+    assert reports["vit", stage]["bytes"] == 4 * NUMEL
+    assert reports["bf16"]["bytes"] == 2 * NUMEL
+
+
+def test_resident_parameters_stay_gathered_inside_only(reports: dict[Any, Any]) -> None:
+    report = reports["resident", 0]
+    assert set(report["before"]) == {("NOT_AVAILABLE", False)}
+    for inside in report["inside"]:
+        assert set(inside) == {("AVAILABLE", False)}
+    assert report["after"] == report["before"]
+
+
+def test_resident_parameters_are_gathered_once(reports: dict[Any, Any]) -> None:
+    # Also in the first pass of a run, and across passes that break DeepSpeed's recorded order.
+    first, *later = reports["resident", 0]["gathers"][:3]
+    assert first > 0
+    assert later == [0, 0]
+    first, *later = reports["resident", 0]["gathers"][3:]
+    assert first > 0
+    assert later == [0, 0]
+
+
+def test_resident_parameters_leave_persistent_ones_alone(reports: dict[Any, Any]) -> None:
+    report = reports["resident", SMALL]
+    small = [size < SMALL for size in report["sizes"]]
+    assert len(set(small)) == 2
+    assert [persists for _, persists in report["after"]] == small
+    assert [status == "AVAILABLE" for status, _ in report["after"]] == small
+    assert {status for status, _ in report["inside"][-1]} == {"AVAILABLE"}
+
+
+@pytest.mark.parametrize("prefetch", PREFETCHES)
+def test_resident_attack_does_not_make_training_hold_parameters(
+    reports: dict[Any, Any], prefetch: int
+) -> None:
+    # DeepSpeed caches what to release per module; a resident attack must not fill that cache.
+    attacked, natural = (reports["gathered", flag, prefetch][-1] for flag in (True, False))
+    assert attacked == natural
+    assert natural[0] < len(list(tiny.vit().parameters()))
+    assert natural[1] == 0
+
+
+@pytest.mark.parametrize("resident_gib", [4.0, 0.0])
+def test_training_goes_on_exactly_after_an_attack_that_failed(
+    reports: dict[Any, Any], resident_gib: float
+) -> None:
+    report, reference = reports["attack fails", resident_gib], reports["undisturbed"]
+    assert set(report["after"]) == {("NOT_AVAILABLE", False)}
+    assert report["trains"]
+    assert all(torch.equal(report["state"][k], v) for k, v in reference["state"].items())
+
+
+def test_release_parameters_partitions_what_a_forward_left_gathered(
+    reports: dict[Any, Any],
+) -> None:
+    report, reference = reports["released"], reports["undisturbed"]
+    assert ("AVAILABLE", False) in report["before"]
+    assert set(report["after"]) == {("NOT_AVAILABLE", False)}
+    assert all(torch.equal(report["state"][k], v) for k, v in reference["state"].items())
+
+
+def test_torch_routes_collectives_through_the_process_group(reports: dict[Any, Any]) -> None:
+    # Two ranks and 24 bytes: see the formulas of Traffic.
+    assert reports["traffic"]["counts"] == {
+        "all_reduce": ({"gradients": 24}, {"gradients": 1}),
+        "all_gather_into_tensor": ({"parameters": 24}, {"parameters": 1}),
+        "reduce_scatter_tensor": ({"gradients": 12}, {"gradients": 1}),
+        "all_gather": ({"parameters": 24}, {"parameters": 1}),
+        "broadcast": ({"parameters": 24}, {"parameters": 1}),
+    }
+
+
+def test_last_traffic_listener_restores_the_process_group(reports: dict[Any, Any]) -> None:
+    assert reports["traffic"]["after stopping"] == ({}, {})
+    assert reports["traffic"]["restored"]

@@ -1,0 +1,53 @@
+"""What only a CUDA device can show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dat_ds.attacks import SampleGenerator, ThreatModel, pgd
+from tests.distributed import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_random_starts_are_the_same_on_cpu_and_gpu() -> None:
+    x, _ = tiny.images(4)
+    threat = ThreatModel("linf", 0.1)
+    on_cpu = threat.random_start(x, SampleGenerator(0, 1, 2))
+    on_gpu = threat.random_start(x.cuda(), SampleGenerator(0, 1, 2))
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-6)
+
+
+def test_the_attack_is_the_same_on_cpu_and_gpu() -> None:
+    x, y = tiny.images(8)
+    model = tiny.vit().double()
+    options = {"threat": ThreatModel("l2", 0.5), "steps": 5, "step_size": 0.2}
+    on_cpu = pgd(model, x.double(), y, generator=SampleGenerator(0, 0), **options)
+    on_gpu = pgd(
+        model.cuda(), x.double().cuda(), y.cuda(), generator=SampleGenerator(0, 0), **options
+    )
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "torch_autocast"])
+def test_training_in_16_bits_lowers_the_loss(stage: int, precision: str) -> None:
+    import dat_ds
+
+    config = tiny.config(stage, **{precision: {"enabled": True}})
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.003, "torch_adam": True}}
+    engine, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
+    x, y = tiny.images(4)
+    losses = []
+    for _ in range(40):
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert engine.metrics["seconds_attack"] > 0
+    engine.close()

@@ -1,0 +1,157 @@
+"""Whole runs on one rank, in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dat_ds import models
+from dat_ds.attacks import ThreatModel
+from dat_ds.cli.main import main
+from dat_ds.config import load_config
+from dat_ds.evaluation import evaluate
+from tests.integration import tiny_run
+
+METRICS = {
+    "step",
+    "epoch",
+    "loss",
+    "natural_acc",
+    "robust_acc",
+    "lr",
+    "seconds_attack",
+    "seconds_update",
+    "images_per_second",
+    "bytes_sent",
+    "attack_zero_share",
+    "attack_nonfinite_share",
+}
+RECORD = {
+    "config",
+    "versions",
+    "hardware",
+    "commit",
+    "seed",
+    "ranks",
+    "seconds",
+    "natural_acc",
+    "robust_acc",
+    "num_examples",
+}
+
+
+def train(folder: Path, values: dict[str, Any], *arguments: str) -> int:
+    path = tiny_run.write(folder / "config.json", values)
+    return main(["train", "--deepspeed_config", str(path), *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    values = tiny_run.config(folder / "run")
+    values["dat"]["evaluation"]["natural_twin"] = True
+    assert train(folder, values) == 0
+    return folder / "run"
+
+
+def test_a_run_leaves_every_file_of_the_contract(finished: Path) -> None:
+    record = json.loads((finished / "record.json").read_text())
+    assert record.keys() >= RECORD
+    assert record["num_examples"] == 20
+    assert 0 <= record["robust_acc"]["pgd-5"] <= record["natural_acc"] <= 1
+    assert record["largest_perturbation"]["pgd-5"] == pytest.approx(2 / 16, abs=1e-6)
+    rows = tiny_run.rows(finished)
+    assert [row["step"] for row in rows] == list(range(1, 25))  # 90 images in batches of 8, twice
+    assert all(row.keys() >= METRICS for row in rows)
+    assert list((finished / "tensorboard").glob("events*"))
+    assert (finished / "examples.png").stat().st_size > 5000
+    twin = json.loads((finished / "natural_twin" / "record.json").read_text())
+    assert twin["natural"]
+    assert twin["config"]["dat"]["attack"]["name"] == "none"
+
+
+def test_the_saved_config_loads_to_the_same_run(finished: Path) -> None:
+    saved = json.loads((finished / "config.json").read_text())
+    assert load_config(saved).to_dict() == saved
+
+
+def test_the_loaded_model_is_the_one_the_record_speaks_of(finished: Path) -> None:
+    from dat_ds.engine.run import build_data_of
+
+    record = json.loads((finished / "record.json").read_text())
+    run = load_config(record["config"])
+    again = evaluate(
+        models.load(finished), build_data_of(run).test, ThreatModel("linf", 2 / 16), ["pgd-5"]
+    )
+    assert again.outcomes == record["outcomes"]
+
+
+def test_eval_and_report_read_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished), "--set", 'dat.evaluation.attacks=["pgd-3-2"]']) == 0
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    assert list(evaluation["robust_acc"]) == ["pgd-3-2"]
+    capsys.readouterr()
+    assert main(["report", str(finished), str(finished / "natural_twin")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4
+    assert "| natural |" in table[3]
+
+
+@pytest.mark.parametrize("model", [tiny_run.VIT, tiny_run.CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_bit_exact(tmp_path: Path, model: dict[str, Any], stage: int) -> None:
+    values = tiny_run.config(tmp_path / "whole", model=model)
+    values["zero_optimization"] = {"stage": stage}
+    assert train(tmp_path, values) == 0
+    # What a kill -9 after step 18 leaves: the checkpoint of step 15 and rows beyond it.
+    interrupted = tmp_path / "interrupted"
+    values["dat"]["output_dir"] = str(interrupted)
+    values["dat"]["checkpoint"]["keep"] = 99
+    assert train(tmp_path, values) == 0
+    (interrupted / "record.json").unlink()
+    (interrupted / "checkpoints" / "latest").write_text("step-00000015")
+    for late in ("step-00000020", "step-00000024", "best"):
+        shutil.rmtree(interrupted / "checkpoints" / late)
+    torch.manual_seed(12345)
+    assert train(tmp_path, values, "--resume", "auto") == 0
+    whole, resumed = tiny_run.rows(tmp_path / "whole"), tiny_run.rows(interrupted)
+    timeless = {"loss", "step", "natural_acc", "robust_acc", "lr", "attack_zero_share"}
+    assert [{k: row[k] for k in timeless} for row in resumed] == [
+        {k: row[k] for k in timeless} for row in whole
+    ]
+    records = [
+        json.loads((r / "record.json").read_text()) for r in (tmp_path / "whole", interrupted)
+    ]
+    assert records[0]["outcomes"] == records[1]["outcomes"]
+    assert records[0]["validation"] == records[1]["validation"]
+
+
+def test_three_line_loop(tmp_path: Path) -> None:
+    import dat_ds
+    from dat_ds.engine.run import build_data_of, build_model_of
+
+    run = load_config(tiny_run.config(tmp_path / "run"))
+    splits = build_data_of(run)
+    engine, optimizer, loader, scheduler = dat_ds.initialize(
+        model=build_model_of(run, splits), config=run, training_data=splits.train
+    )
+    assert optimizer is engine.deepspeed.optimizer
+    assert scheduler is not None
+    assert loader is not None
+    for x, y in loader:
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+    assert engine.global_steps == loader.steps_per_epoch == 12
+    metrics = engine.metrics
+    assert metrics["loss"] == pytest.approx(
+        loss.item()
+    )  # the last batch, of 2 images, has weight 1
+    assert metrics["seconds_attack"] > 0
+    assert metrics["bytes_sent"] == dict.fromkeys(metrics["bytes_sent"], 0)
+    engine.close()

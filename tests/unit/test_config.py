@@ -1,0 +1,714 @@
+"""Claims about run configs: strict, complete in one error, the same after a round trip."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from dat_ds.config import (
+    Length,
+    adapt_to_device,
+    load_config,
+    parse_evaluation_attack,
+    precision_of,
+    resolve_batch,
+)
+from dat_ds.config.deepspeed_keys import (
+    FP16_DEFAULTS,
+    OPTIMIZER_DEFAULTS,
+    SCALAR_DEFAULTS,
+    TOP_LEVEL_KEYS,
+    adam_weight_decay,
+)
+from dat_ds.config.reconcile import _REFUSED_KEYS
+from dat_ds.errors import ConfigError, UserError
+
+ADAMW = {"optimizer": {"type": "AdamW"}}
+
+
+def ours(**sections: Any) -> dict[str, Any]:
+    """A valid config but for ``sections`` of ``dat``."""
+    return {**copy.deepcopy(ADAMW), "dat": sections}
+
+
+def problems(config: dict[str, Any], **options: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, **options)
+    return str(caught.value).split("\n")
+
+
+# ---- every mistake has its message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {**ADAMW, "gradiant_clipping": 1},
+            "Unknown top-level key 'gradiant_clipping' (did you mean 'gradient_clipping'?). "
+            "Neither DeepSpeed nor dat_ds reads it (ours live under 'dat').",
+        ),
+        (
+            {**ADAMW, "dta": {}},
+            "Unknown top-level key 'dta' (did you mean 'dat'?). "
+            "Neither DeepSpeed nor dat_ds reads it (ours live under 'dat').",
+        ),
+        (
+            ours(atack={}),
+            "Unknown key in the run config: dat.atack (did you mean 'attack'?). Valid keys of "
+            "'dat': model, data, threat_model, attack, objective, optimizer, schedule, ema, "
+            "compression, evaluation, checkpoint, logging, engine, seed, output_dir.",
+        ),
+        (
+            ours(ema={"decya": 0.9}),
+            "Unknown key in the run config: dat.ema.decya (did you mean 'decay'?). "
+            "Valid keys of 'dat.ema': decay.",
+        ),
+        (
+            ours(threat_model={"eps": 8}),
+            "dat.threat_model.eps=8 exceeds the pixel range [0.0, 1.0]. "
+            "It looks like 0-255 units: write '8/255'.",
+        ),
+        (
+            ours(threat_model={"lower": 1}),
+            "dat.threat_model.lower=1.0 must be below upper=1.0.",
+        ),
+        (
+            ours(threat_model={"norm": "linv"}),
+            "dat.threat_model.norm='linv' is not valid (did you mean 'linf'?). "
+            "Write one of 'linf', 'l2'.",
+        ),
+        (
+            ours(threat_model={"eps": "eight"}),
+            "dat.threat_model.eps='eight' is not a length: write 0.03 or '8/255' (pixel units).",
+        ),
+        (
+            ours(threat_model={"eps": "-8/255"}),
+            "dat.threat_model.eps=-8/255 is not valid: write a number of at least 0.",
+        ),
+        (
+            ours(attack={"name": "pdg"}),
+            "dat.attack.name='pdg' is not valid (did you mean 'pgd'?). "
+            "Write one of 'pgd', 'fgsm', 'none'.",
+        ),
+        (ours(attack={"steps": 2.5}), "dat.attack.steps=2.5 must be an integer."),
+        (ours(attack={"steps": True}), "dat.attack.steps=True must be an integer."),
+        (
+            ours(attack={"steps": 0}),
+            "dat.attack.steps=0 is not valid: write a number of at least 1.",
+        ),
+        (ours(attack={"random_start": 1}), "dat.attack.random_start=1 must be true or false."),
+        (
+            ours(attack={"name": "fgsm", "steps": 3}),
+            "dat.attack.steps=3 makes no sense for 'fgsm', which takes one step: "
+            "remove it, or write dat.attack.name='pgd'.",
+        ),
+        (ours(attack=[]), "dat.attack=[] must be an object with the keys name, steps, step_size, "),
+        (ours(seed=None), "dat.seed=None must be an integer."),
+        (ours(output_dir=3), "dat.output_dir=3 must be a string."),
+        ({"dat": {"optimizer": {"lr": "x"}}}, "dat.optimizer.lr='x' must be a finite number."),
+        (ours(ema={"decay": math.inf}), "dat.ema.decay=inf must be a finite number."),
+        (ours(ema={"decay": 1}), "dat.ema.decay=1.0 is not valid: write a number in [0, 1)."),
+        (ours(model={"mean": 0.5}), "dat.model.mean=0.5 must be a list."),
+        (ours(model={"options": 1}), "dat.model.options=1 must be an object."),
+        (
+            ours(model={"mean": [0.5, "a"]}),
+            "dat.model.mean[1]='a' must be a finite number.",
+        ),
+        (
+            ours(model={"mean": [0.5]}),
+            "dat.model.mean and dat.model.std go together: give both or neither.",
+        ),
+        (
+            ours(model={"mean": [0.5], "std": [0]}),
+            "dat.model.std=[0.0] must hold positive numbers.",
+        ),
+        (
+            ours(schedule={"epochs": 5, "warmup_epochs": 5}),
+            "dat.schedule.warmup_epochs=5 must be below dat.schedule.epochs=5, "
+            "of which it is a part.",
+        ),
+        (
+            ours(schedule={"milestones": [0.7, 0.5]}),
+            "dat.schedule.milestones=[0.7, 0.5] is not valid: "
+            "write increasing fractions of the run in (0, 1).",
+        ),
+        (
+            ours(evaluation={"attacks": ["pgd-20", "pgd20"]}),
+            "dat.evaluation.attacks[1]: 'pgd20' is not an evaluation attack: write 'pgd-STEPS' "
+            "or 'pgd-STEPS-RESTARTS', such as 'pgd-20' or 'pgd-50-10'.",
+        ),
+        (
+            ours(evaluation={"validation_attack": "aa"}),
+            "dat.evaluation.validation_attack: 'aa' is not an evaluation attack: ",
+        ),
+        ({"dat": None, **ADAMW}, "dat=None must be an object with the keys model, data, "),
+        (
+            {"dat": {}},
+            "No optimizer: write DeepSpeed's "
+            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}, '
+            'or ours "dat": {"optimizer": {"name": "adamw", "lr": 0.001}}.',
+        ),
+        (
+            ours(optimizer={}),
+            "'optimizer' and 'dat.optimizer' are given together: keep one of them.",
+        ),
+        (
+            {"optimizer": "AdamW"},
+            "optimizer='AdamW' must be an object, such as "
+            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}.',
+        ),
+        ({"optimizer": {}}, "optimizer.type is missing: write 'AdamW' or 'SGD'."),
+        (
+            {"optimizer": {"type": "AdamW", "params": [1]}},
+            "optimizer.params=[1] must be an object.",
+        ),
+        (
+            {"optimizer": {"type": "OneBitAdam"}},
+            "optimizer.type='OneBitAdam' is not in DeepSpeed since 0.19.7 and not yet in dat_ds: "
+            "write 'AdamW' or 'SGD'.",
+        ),
+        (
+            {**ADAMW, "fp16": {"enabled": True}},
+            "fp16.enabled with zero_optimization.stage=0 is refused: this DeepSpeed divides the "
+            "update by a loss scale that it never applied. Write zero_optimization.stage=1 "
+            "(same results, less memory), or bf16 or torch_autocast instead of fp16.",
+        ),
+        (
+            {**ADAMW, "fp16": True},
+            'fp16=True must be an object, such as "fp16": {"enabled": true}.',
+        ),
+        (
+            {**ADAMW, "bf16": {"enabled": True}, "torch_autocast": {"enabled": True}},
+            "bf16 and torch_autocast are enabled together: enable one of them.",
+        ),
+        (
+            {**ADAMW, "train_batch_size": "auto"},
+            "train_batch_size='auto' is a value of Hugging Face's Trainer: write a number here.",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+            "optimizer.params.lr='auto' is a value of Hugging Face's Trainer: write a number here.",
+        ),
+        (
+            {**ADAMW, "zero_optimization": {"stage": 4}},
+            "zero_optimization.stage=4 is not valid: write 0, 1, 2 or 3.",
+        ),
+        (
+            {**ADAMW, "zero_optimization": {"stage": "two"}},
+            "zero_optimization.stage='two' is not valid: write 0, 1, 2 or 3.",
+        ),
+        (
+            {**ADAMW, "zero_optimization": 2},
+            'zero_optimization=2 must be an object, such as "zero_optimization": {"stage": 2}.',
+        ),
+        (
+            {**ADAMW, "scheduler": {"type": "WarmupLR"}},
+            "Key 'scheduler' is refused: the learning rate follows dat.schedule: move it there.",
+        ),
+    ],
+)
+def test_a_mistake_gives_exactly_one_message_with_path_value_and_remedy(config, message):
+    (problem,) = problems(config)
+    assert problem == message if message.endswith(".") else problem.startswith(message)
+
+
+@pytest.mark.parametrize("key", _REFUSED_KEYS)
+def test_every_refused_key_is_one_of_deepspeeds_and_says_why(key):
+    assert key in TOP_LEVEL_KEYS
+    assert problems({**ADAMW, key: {}}) == [f"Key {key!r} is refused: {_REFUSED_KEYS[key]}."]
+
+
+def test_all_problems_are_reported_at_once():
+    config = {
+        "gradiant_clipping": 1,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": "auto"},
+        "dat": {
+            "threat_model": {"eps": 8},
+            "attack": {"stpes": 3, "restarts": 0},
+            "model": {"mean": [0.5]},
+            "evaluation": {"attacks": ["x", "y"]},
+        },
+    }
+    found = problems(config)
+    assert len(found) == 10
+    for part in [
+        "gradiant_clipping",
+        "fp16.enabled",
+        "reduce_bucket_size='auto'",
+        "dat.threat_model.eps=8",
+        "dat.attack.stpes (did you mean 'steps'?)",
+        "dat.attack.restarts=0",
+        "dat.model.std",
+        "dat.evaluation.attacks[0]",
+        "dat.evaluation.attacks[1]",
+        "No optimizer",
+    ]:
+        assert sum(part in problem for problem in found) == 1, part
+
+
+def test_a_config_error_is_a_user_error_and_a_value_error():
+    assert issubclass(ConfigError, UserError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_a_client_optimizer_stands_in_for_the_configs_and_excludes_it():
+    assert load_config({}, client_optimizer=True).dat.optimizer is None
+    assert problems(ADAMW, client_optimizer=True) == [
+        "'optimizer' and initialize(optimizer=...) are given together: keep one of them."
+    ]
+
+
+# ---- files
+
+
+def test_a_file_is_read_like_its_content(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(ours(attack={"steps": 7})), encoding="utf-8")
+    assert load_config(path) == load_config(str(path)) == load_config(ours(attack={"steps": 7}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1,\n "b" 2}', r"run\.json, line 2, column 6: not valid JSON \(Expecting ':'"),
+        ("[1]", r"run\.json: the run config must be a JSON object\."),
+        (
+            '{"dat": {"seed": 1, "seed": 2}}',
+            r"Keys given twice in the run config: seed\.",
+        ),
+    ],
+)
+def test_a_broken_file_says_where(tmp_path, text, message):
+    path = tmp_path / "run.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"Cannot read the run config '.*nothing\.json': .*No such"
+    ):
+        load_config(tmp_path / "nothing.json")
+
+
+# ---- precedence and overrides
+
+
+def test_precedence_is_defaults_then_json_then_overrides():
+    defaults = ours(attack={"steps": 1, "restarts": 1, "loss": "ce"}, seed=1)
+    del defaults["optimizer"]
+    config = ours(attack={"steps": 2, "restarts": 2})
+    run = load_config(config, defaults=defaults, overrides=["dat.attack.steps=3"])
+    assert run.dat.attack.steps == 3
+    assert run.dat.attack.restarts == 2
+    assert run.dat.seed == 1
+    assert load_config(config).dat.seed == 0
+
+
+def test_overrides_are_json_or_else_text_and_the_last_one_wins():
+    run = load_config(
+        ADAMW,
+        overrides=[
+            "dat.threat_model.eps=4/255",
+            "dat.attack.random_start=false",
+            'dat.model.options={"a": [1]}',
+            "dat.output_dir=a=b",
+            "train_batch_size=32",
+            "dat.seed=1",
+            "dat.seed=2",
+        ],
+    )
+    assert run.dat.threat_model.eps == 4 / 255
+    assert run.dat.attack.random_start is False
+    assert run.dat.model.options == {"a": [1]}
+    assert run.dat.output_dir == "a=b"
+    assert run.deepspeed["train_batch_size"] == 32
+    assert run.dat.seed == 2
+
+
+@pytest.mark.parametrize("override", ["dat.seed", "=3", "dat..seed=3", ".seed=3"])
+def test_an_override_without_key_or_value_is_refused(override):
+    with pytest.raises(ConfigError, match=r"is not 'dotted\.key=value', as in dat\.attack\.steps"):
+        load_config(ADAMW, overrides=[override])
+
+
+def test_an_override_below_a_value_names_what_is_no_section():
+    with pytest.raises(ConfigError, match=r"--set 'dat\.seed\.x=1': dat\.seed is no section"):
+        load_config(ours(seed=3), overrides=["dat.seed.x=1"])
+
+
+def test_loading_leaves_the_given_config_alone():
+    config = {**ours(attack={"steps": 3}), "zero_optimization": {"stage": 2}}
+    before = copy.deepcopy(config)
+    load_config(config, overrides=["dat.attack.steps=5", "zero_optimization.stage=1"])
+    assert config == before
+
+
+# ---- resolution
+
+
+def test_the_default_attack_is_pgd_10_of_a_quarter_of_eps_at_8_255():
+    run = load_config(ADAMW)
+    attack = run.dat.attack
+    assert (attack.name, attack.steps, attack.random_start) == ("pgd", 10, True)
+    assert str(run.dat.threat_model.eps) == "8/255"
+    assert str(attack.step_size) == "2/255"
+    assert attack.step_size == 2 / 255
+    assert run.dat.objective.natural_weight == 0.0
+
+
+@pytest.mark.parametrize(
+    ("attack", "eps", "step"),
+    [
+        ({"name": "fgsm"}, "8/255", "8/255"),
+        ({"name": "fgsm", "random_start": True}, "8/255", "10/255"),
+        ({"name": "pgd"}, "2/255", "0.5/255"),
+        ({"name": "pgd"}, 0.5, 0.125),
+        ({"name": "pgd", "step_size": "1/255"}, "8/255", "1/255"),
+    ],
+)
+def test_the_step_size_is_written_as_eps_is(attack, eps, step):
+    run = load_config(ours(attack=attack, threat_model={"eps": eps}))
+    assert run.to_dict()["dat"]["attack"]["step_size"] == step
+    assert run.dat.attack.step_size == Length(step)
+
+
+def test_dat_weighs_the_natural_loss_by_one_unless_told():
+    weights = [
+        load_config(ours(objective=objective)).dat.objective.natural_weight
+        for objective in ({"name": "dat"}, {"name": "dat", "natural_weight": 0.5}, {"name": "at"})
+    ]
+    assert weights == [1.0, 0.5, 0.0]
+
+
+def test_deepspeeds_defaults_that_change_results_are_written_out():
+    run = load_config({**ADAMW, "fp16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    assert SCALAR_DEFAULTS.items() <= run.deepspeed.items()
+    assert run.deepspeed["fp16"] == {"enabled": True, **FP16_DEFAULTS}
+    params = run.deepspeed["optimizer"]["params"]
+    assert params == {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    assert "zero_allow_untested_optimizer" not in run.deepspeed
+    assert "dat" not in run.deepspeed
+
+
+def test_what_the_user_writes_is_not_overwritten_by_a_default():
+    config = {
+        "optimizer": {"type": "Adam", "params": {"lr": 3.0, "weight_decay": 0.1}},
+        "gradient_clipping": 0.0,
+        "gradient_accumulation_steps": 4,
+        "fp16": {"enabled": True, "loss_scale": 128},
+        "zero_optimization": {"stage": 3},
+    }
+    run = load_config(config)
+    assert run.deepspeed["gradient_clipping"] == 0.0
+    assert run.deepspeed["gradient_accumulation_steps"] == 4
+    assert run.deepspeed["fp16"]["loss_scale"] == 128
+    assert run.deepspeed["optimizer"]["params"]["lr"] == 3.0
+    assert run.deepspeed["optimizer"]["params"]["weight_decay"] == 0.1
+    assert run.zero_stage == 3
+
+
+def test_an_optimizer_of_ours_is_allowed_under_zero():
+    for stage, allowed in [(0, None), (1, True), (3, True)]:
+        config = {"zero_optimization": {"stage": stage}, "dat": {"optimizer": {"name": "sgd"}}}
+        assert load_config(config).deepspeed.get("zero_allow_untested_optimizer") is allowed
+
+
+@pytest.mark.parametrize(
+    ("section", "precision"),
+    [
+        ({}, "float32"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"bfloat16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"fp16": {"enabled": False}}, "float32"),
+        ({"torch_autocast": {"enabled": True}}, "autocast"),
+    ],
+)
+def test_the_precision_is_the_section_that_is_enabled(section, precision):
+    config = {**ADAMW, "zero_optimization": {"stage": 1}, **section}
+    assert precision_of(load_config(config).deepspeed) == precision
+
+
+ROUND_TRIPS = [
+    ours(),
+    ours(attack={"name": "fgsm", "random_start": True}),
+    ours(attack={"name": "none"}),
+    ours(threat_model={"eps": 0}),
+    ours(threat_model={"eps": "0/255"}, attack={"name": "fgsm"}),
+    ours(threat_model={"norm": "l2", "eps": "128/255"}, objective={"name": "dat"}),
+    ours(model={"mean": [0.5], "std": [0.2], "options": {"a": {"b": 1}}}, output_dir="x"),
+    {"dat": {"optimizer": {"name": "sgd"}}, "zero_optimization": True},
+    {**ADAMW, "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+    {**ADAMW, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4},
+]
+
+
+@pytest.mark.parametrize("config", ROUND_TRIPS)
+def test_a_saved_config_loads_as_the_same_run(config):
+    run = load_config(config)
+    through_json = json.loads(json.dumps(run.to_dict()))
+    assert load_config(through_json) == run
+    assert load_config(through_json).to_dict() == run.to_dict() == through_json
+    assert load_config(run) is run
+
+
+@pytest.mark.parametrize("text", ["8/255", 0.03, "0.03", 1])
+def test_a_length_prints_as_it_was_written_also_after_copies(text):
+    length = Length(text)
+    copies = [length, Length(length), copy.deepcopy(length), pickle.loads(pickle.dumps(length))]
+    assert {str(c) for c in copies} == {repr(length)} == {str(text)}
+    assert {float(c) for c in copies} == {float(length)}
+    assert isinstance(length, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "restarts"), [("pgd-20", 20, 1), ("pgd-50-10", 50, 10), ("pgd-1", 1, 1)]
+)
+def test_an_evaluation_attack_is_named_by_steps_and_restarts(name, steps, restarts):
+    attack = parse_evaluation_attack(name)
+    assert (attack.name, attack.steps, attack.restarts) == (name, steps, restarts)
+    assert attack.step_size(0.1) == pytest.approx(0.25 / steps, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd", "pgd-0", "pgd-10-0", "pgd-1.5", "PGD-10", "pgd-10-2-3", ""]
+)
+def test_anything_else_is_no_evaluation_attack(name):
+    with pytest.raises(ValueError, match="is not an evaluation attack"):
+        parse_evaluation_attack(name)
+
+
+# ---- batch sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "expected"),
+    [
+        ({"train_micro_batch_size_per_gpu": 8}, 2, (8, 1)),
+        ({"train_batch_size": 32}, 2, (16, 1)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 4}, 2, (4, 4)),
+        ({"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}, 2, (8, 3)),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}, 2, (4, 4)),
+    ],
+)
+def test_batch_sizes_are_resolved_as_deepspeed_does(sizes, ranks, expected, monkeypatch):
+    assert resolve_batch(load_config({**ADAMW, **sizes}).deepspeed, ranks) == expected
+    config_module = deepspeed_config_module()
+    monkeypatch.setattr(config_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(config_module.dist, "get_world_size", lambda: ranks)
+    theirs = config_module.DeepSpeedConfig(dict(sizes))
+    assert (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({}, "No batch size: write train_micro_batch_size_per_gpu, such as 64."),
+        (
+            {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4},
+            "train_batch_size=10 is not train_micro_batch_size_per_gpu=4 x "
+            "gradient_accumulation_steps=1 x 2 ranks = 8: change one of them, or leave one out.",
+        ),
+        (
+            {"train_batch_size": 1},
+            "train_batch_size=1 is not train_micro_batch_size_per_gpu=1 x "
+            "gradient_accumulation_steps=1 x 2 ranks = 2: change one of them, or leave one out.",
+        ),
+        (
+            {"train_batch_size": 0},
+            "train_batch_size=0 is not valid: write an integer of at least 1.",
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": True},
+            "train_micro_batch_size_per_gpu=True is not valid: write an integer of at least 1.",
+        ),
+        (
+            {"train_batch_size": 4, "gradient_accumulation_steps": 2.0},
+            "gradient_accumulation_steps=2.0 is not valid: write an integer of at least 1.",
+        ),
+    ],
+)
+def test_batch_sizes_that_do_not_agree_are_refused(sizes, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve_batch(load_config({**ADAMW, **sizes}).deepspeed, 2)
+    assert str(caught.value) == message
+
+
+# ---- devices
+
+
+def test_on_a_gpu_nothing_is_adapted():
+    run = load_config(ADAMW)
+    assert adapt_to_device(run, "cuda") is run
+
+
+def test_on_a_cpu_torchs_adam_is_chosen_and_said():
+    run = load_config(ADAMW)
+    adapted = adapt_to_device(run, "cpu")
+    assert adapted.deepspeed["optimizer"]["params"]["torch_adam"] is True
+    assert adapted.deepspeed["optimizer"]["params"]["weight_decay"] == 0.0  # as on a GPU
+    assert adapted.notes == (
+        "optimizer.params.torch_adam=true: on a CPU DeepSpeed's is compiled first",
+    )
+    assert "torch_adam" not in run.deepspeed["optimizer"]["params"]
+    assert adapt_to_device(adapted, "cpu") == adapted
+
+
+def test_on_a_cpu_an_offloaded_optimizer_needs_no_compilation_either():
+    config = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "dat": {"optimizer": {"name": "adamw"}},
+    }
+    adapted = adapt_to_device(load_config(config), "cpu")
+    assert adapted.deepspeed["zero_force_ds_cpu_optimizer"] is False
+    assert adapted.notes == (
+        "zero_force_ds_cpu_optimizer=false: offloaded states are updated by torch",
+    )
+
+
+def test_what_the_user_chose_for_the_cpu_is_kept_without_a_note():
+    config = {"optimizer": {"type": "Adam", "params": {"torch_adam": False}}}
+    run = adapt_to_device(load_config(config), "cpu")
+    assert run.deepspeed["optimizer"]["params"]["torch_adam"] is False
+    assert run.notes == ()
+    sgd = load_config({"optimizer": {"type": "SGD"}})
+    assert adapt_to_device(sgd, "cpu") == sgd
+
+
+# ---- the tables agree with the installed DeepSpeed
+
+
+def deepspeed_config_module() -> Any:
+    pytest.importorskip("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed.runtime.config as module
+
+    return module
+
+
+class Recorder(dict):
+    """A config that notes every key it is asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self  # ``key in config.keys()`` is noted too
+
+    def __copy__(self) -> Recorder:
+        twin = Recorder(self)
+        twin.asked = self.asked
+        return twin
+
+
+def test_our_top_level_keys_are_exactly_those_that_deepspeed_reads(monkeypatch):
+    module = deepspeed_config_module()
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 1)
+    config = Recorder(train_batch_size=1)
+    module.DeepSpeedConfig(config)
+    removed = set(module._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert removed < config.asked, "the recorder sees what is read"
+    assert config.asked - removed == TOP_LEVEL_KEYS
+
+
+def test_every_key_that_deepspeed_removed_is_refused_as_unknown():
+    removed = deepspeed_config_module()._REMOVED_TOP_LEVEL_CONFIG_KEYS
+    assert removed
+    assert not removed.keys() & TOP_LEVEL_KEYS
+    found = problems({**ADAMW, **{key: {} for key in removed}})
+    assert len(found) == len(removed)
+    assert all(problem.startswith("Unknown top-level key ") for problem in found)
+
+
+def test_our_scalar_and_fp16_defaults_are_deepspeeds():
+    config = deepspeed_config_module().DeepSpeedConfig({"train_batch_size": 1})
+    assert {key: getattr(config, key) for key in SCALAR_DEFAULTS} == SCALAR_DEFAULTS
+    assert {key: getattr(config.float16_config, key) for key in FP16_DEFAULTS} == FP16_DEFAULTS
+
+
+def test_a_resolved_config_means_to_deepspeed_what_the_bare_one_means():
+    module = deepspeed_config_module()
+    bare = {**ADAMW, "train_batch_size": 4, "fp16": {"enabled": True}}
+    bare["zero_optimization"] = {"stage": 1}
+    resolved = load_config(bare).deepspeed
+    first, second = (vars(module.DeepSpeedConfig(copy.deepcopy(c))) for c in (bare, resolved))
+    plain = (bool, int, float, str, type(None))
+    differing = {
+        key for key, value in first.items() if isinstance(value, plain) and second[key] != value
+    }
+    assert differing == {"optimizer_params"}, "the bare config leaves them to the optimizer"
+    assert first["float16_config"] == second["float16_config"]
+    assert first["zero_config"] == second["zero_config"]
+
+
+def default_of(optimizer: Any, name: str) -> Any:
+    return inspect.signature(optimizer).parameters[name].default
+
+
+def implementations() -> list[tuple[str, dict[str, Any], Any]]:
+    """What DeepSpeed builds for a name and its parameters."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    return [
+        ("adam", {}, FusedAdam),
+        ("adamw", {}, FusedAdam),
+        ("adamw", {}, DeepSpeedCPUAdam),
+        ("adam", {"torch_adam": True}, torch.optim.AdamW),
+        ("adamw", {"torch_adam": True}, torch.optim.AdamW),
+        ("adam", {"torch_adam": True, "adam_w_mode": False}, torch.optim.Adam),
+        ("adamw", {"torch_adam": True, "adam_w_mode": False}, torch.optim.AdamW),
+    ]
+
+
+def test_our_adam_defaults_are_those_of_the_class_that_runs():
+    for name, params, optimizer in implementations():
+        assert adam_weight_decay(name, params) == default_of(optimizer, "weight_decay"), optimizer
+        for key in ("lr", "betas", "eps"):
+            default = OPTIMIZER_DEFAULTS[name][key]
+            default = tuple(default) if isinstance(default, list) else default
+            assert default == default_of(optimizer, key), (optimizer, key)
+
+
+def test_our_sgd_defaults_are_torchs():
+    for key, value in OPTIMIZER_DEFAULTS["sgd"].items():
+        assert value == default_of(torch.optim.SGD, key), key
+
+
+def test_adams_default_mode_is_deepspeeds():
+    module = deepspeed_config_module()
+    assert OPTIMIZER_DEFAULTS["adam"]["adam_w_mode"] is module.ADAM_W_MODE_DEFAULT
+
+
+def test_a_recipes_options_go_with_its_model_alone() -> None:
+    defaults = {"dat": {"model": {"name": "vit_tiny_patch16_224", "patch_size": 4}}}
+    same = load_config(ours(), defaults=defaults, overrides=["dat.model.depth=2"]).dat.model
+    assert (same.name, same.patch_size, same.depth) == ("vit_tiny_patch16_224", 4, 2)
+    other = load_config(ours(), defaults=defaults, overrides=["dat.model.name=resnet18"])
+    assert (other.dat.model.name, other.dat.model.patch_size) == ("resnet18", None)

@@ -1,0 +1,539 @@
+"""Claims about dat_ds.models: pixels in, logits out, and files that come back the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dat_ds.errors import CheckpointError, ModelError
+from dat_ds.models import PixelModel, build_model, load, save_weights
+
+VIT = "vit_tiny_patch16_224"
+TINY_VIT: dict[str, Any] = {
+    "name": VIT,
+    "num_classes": 10,
+    "in_chans": 1,
+    "img_size": 8,
+    "patch_size": 4,
+    "depth": 2,
+    "embed_dim": 64,
+    "num_heads": 2,
+    "seed": 0,
+}
+
+
+class Recorder(nn.Module):
+    """A body that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.seen = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return x.mean(dim=(2, 3)) * self.scale
+
+
+def pixels(size: int = 8, channels: int = 1, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.rand(batch, channels, size, size, generator=generator)
+
+
+def recorder_model() -> PixelModel:
+    return PixelModel(Recorder(), num_classes=1, mean=[0.4914], std=[0.2471])
+
+
+@pytest.fixture(scope="module")
+def vit() -> PixelModel:
+    return build_model(**TINY_VIT)
+
+
+def write_hf_vit(folder: Path, num_labels: int = 10, weights: bool = True) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=3,
+        num_labels=num_labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    if weights:
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+
+
+# Normalisation
+
+
+def test_body_receives_pixels_minus_mean_over_std() -> None:
+    model, x = recorder_model(), pixels()
+    model(x)
+    torch.testing.assert_close(model.body.seen, (x - 0.4914) / 0.2471)
+
+
+def test_each_channel_has_its_own_mean_and_std() -> None:
+    model = PixelModel(Recorder(), num_classes=3, mean=[0.0, 0.5, 1.0], std=[1.0, 2.0, 4.0])
+    model(torch.ones(1, 3, 2, 2))
+    assert model.body.seen[0, :, 0, 0].tolist() == [1.0, 0.25, 0.0]
+
+
+def test_cast_to_a_bfloat16_body_happens_after_float32_normalisation() -> None:
+    model, x = recorder_model().bfloat16(), pixels()
+    model(x)
+    assert model.body.seen.dtype == torch.bfloat16
+    assert torch.equal(model.body.seen, ((x - 0.4914) / 0.2471).bfloat16())
+
+
+def test_mean_and_std_stay_exact_when_the_model_is_cast_to_16_bits() -> None:
+    exact = recorder_model().normalize.mean
+    for cast in (recorder_model().bfloat16(), recorder_model().half(), recorder_model().double()):
+        assert cast.normalize.mean.dtype == torch.float32
+        assert torch.equal(cast.normalize.mean, exact)
+
+
+def test_body_input_stays_float32_under_autocast() -> None:
+    model = recorder_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(pixels())
+    assert model.body.seen.dtype == torch.float32
+
+
+def test_bfloat16_pixels_would_leave_the_eps_ball_and_ours_do_not() -> None:
+    x = torch.linspace(0.5, 0.9, 64).reshape(1, 1, 8, 8)
+    eps = 8 / 255
+    adversarial = x + eps
+    assert ((adversarial.bfloat16().float() - x).abs() > eps + 1e-3).any()
+    model = PixelModel(Recorder(), num_classes=1, mean=[0.0], std=[1.0])
+    model(adversarial)
+    # 1e-6: rounding of the float32 sum and difference.
+    assert (model.body.seen - x).abs().max() <= eps + 1e-6
+
+
+def test_model_moves_to_the_meta_device() -> None:
+    assert recorder_model().to("meta").normalize.mean.device.type == "meta"
+
+
+# timm
+
+
+def test_vit_takes_8_pixel_images_of_one_channel(vit: PixelModel) -> None:
+    assert vit(pixels()).shape == (2, 10)
+    assert vit.num_classes == 10
+    assert len(vit.body.blocks) == 2
+    assert vit.spec["mean"] == vit.spec["std"] == [0.5]
+
+
+def test_spec_is_json_and_builds_an_equal_model(vit: PixelModel) -> None:
+    spec = json.loads(json.dumps(vit.spec))
+    again = build_model(**spec)
+    assert torch.equal(again(pixels()), vit(pixels()))
+
+
+def test_published_mean_and_std_are_the_default_for_three_channels() -> None:
+    model = build_model("resnet18", num_classes=10)
+    assert model.spec["mean"] == [0.485, 0.456, 0.406]
+    assert model.normalize.std.shape == (1, 3, 1, 1)
+
+
+def test_img_size_is_dropped_for_a_model_that_takes_any_size() -> None:
+    model = build_model("resnet18", num_classes=10, img_size=32).eval()
+    assert model(pixels(32, 3)).shape == (2, 10)
+
+
+def test_two_builds_with_the_same_seed_are_identical_and_another_seed_is_not(
+    vit: PixelModel,
+) -> None:
+    state, same = vit.state_dict(), build_model(**TINY_VIT).state_dict()
+    other = build_model(**{**TINY_VIT, "seed": 1}).state_dict()
+    assert all(torch.equal(same[key], state[key]) for key in state)
+    assert not torch.equal(other["body.head.weight"], state["body.head.weight"])
+
+
+def test_global_random_state_is_unchanged_when_a_seed_is_given() -> None:
+    before = torch.get_rng_state()
+    build_model(**TINY_VIT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cifar_stem_keeps_the_resolution_and_its_convolution_is_freshly_initialised() -> None:
+    model = build_model("resnet18", num_classes=10, in_chans=1, stem="cifar", seed=0).eval()
+    body: Any = model.body
+    assert body.conv1.kernel_size == (3, 3)
+    assert body.maxpool(body.conv1(pixels())).shape == (2, 64, 8, 8)
+    # kaiming fan_out: std = sqrt(2 / (64 * 9)); 5 standard errors of 576 draws.
+    assert body.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.15)
+    assert model(pixels()).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", ["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("source", ["timm", "hf"])
+def test_activation_checkpointing_changes_neither_logits_nor_gradients(
+    source: str, kind: Any, tmp_path: Path
+) -> None:
+    arguments = dict(TINY_VIT)
+    if source == "hf":
+        write_hf_vit(tmp_path)
+        arguments = {"name": f"hf:{tmp_path}", "num_classes": 10, "seed": 0}
+    channels = 1 if source == "timm" else 3
+    results, calls = [], []
+    for activation_checkpointing in ("none", kind):
+        model = build_model(**arguments, activation_checkpointing=activation_checkpointing)
+        inner = [module for module in model.modules() if isinstance(module, nn.Linear)][1]
+        inner.register_forward_hook(lambda *_: calls.append("forward"))
+        x = pixels(channels=channels).requires_grad_()
+        logits = model(x)
+        # The reentrant kind does not allow torch.autograd.grad.
+        logits.square().sum().backward()
+        results.append([logits, x.grad, *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+    # Once without; forward and recomputation with.
+    assert len(calls) == 1 + 2
+
+
+def test_each_model_keeps_its_own_kind_of_checkpointing() -> None:
+    kinds: tuple[Any, ...] = ("reentrant", "non_reentrant")
+    reentrant, other = (build_model(**TINY_VIT, activation_checkpointing=kind) for kind in kinds)
+    x = pixels().requires_grad_()
+    torch.autograd.grad(other(x).sum(), x)
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        torch.autograd.grad(reentrant(x).sum(), x)
+    torch.autograd.grad(other(x).sum(), x)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "vit_tinny_patch16_224"}, "is not a timm model; did you mean 'vit_tiny_patch16"),
+        ({"name": "zzzzzz"}, r"is not a timm model\. Valid: any of timm\.list_models\(\) or 'hf:"),
+        ({"name": f"{VIT}.bogus"}, "Invalid pretrained tag"),
+        ({"patch_size": 3}, "dat.model.patch_size=3x3 does not divide the image size 8x8"),
+        ({"embed_dim": 100, "num_heads": None}, "dat.model.embed_dim=100: .*dat.model.num_heads"),
+        ({"num_heads": 7}, "dat.model.embed_dim=64 with dat.model.num_heads=7: the width"),
+        ({"mean": [0.5, 0.5, 0.5]}, r"dat\.model\.mean=.* has 3 values for images of 1 channel"),
+        ({"std": [0.0]}, r"dat\.model\.std=\[0\.0\] must be positive"),
+        ({"stem": "cifar"}, "dat.model.stem='cifar' does not apply to .*conv1"),
+        ({"stem": "tiny"}, "dat.model.stem='tiny' is unknown. Valid: 'default', 'cifar'"),
+        ({"activation_checkpointing": "on"}, "dat.model.activation_checkpointing='on' is unknown"),
+        ({"options": {"depth": 3}}, "dat.model.options.depth is not allowed"),
+        ({"options": {"qkv_bais": False}}, r"not accept dat\.model\.options\.qkv_bais=False"),
+        ({"options": {"act_layer": nn.ReLU}}, "dat.model.options must be plain JSON"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_model(**{**TINY_VIT, **changes})
+
+
+def test_all_overrides_that_a_model_does_not_accept_are_named_at_once() -> None:
+    with pytest.raises(ModelError, match="'resnet18' does not accept") as caught:
+        build_model("resnet18", num_classes=10, patch_size=4, depth=3, options={"nope": 1})
+    for part in ("dat.model.patch_size=4", "dat.model.depth=3", "dat.model.options.nope=1"):
+        assert part in str(caught.value)
+
+
+def test_a_model_without_activation_checkpointing_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"activation_checkpointing.*'none'"):
+        build_model("dla46_c", num_classes=2, activation_checkpointing="reentrant")
+
+
+# Pretrained checkpoints
+
+
+def test_a_checkpoint_with_another_head_keeps_the_fresh_head_and_says_so(
+    vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in vit.body.state_dict().items()}}, file)
+    with caplog.at_level(logging.WARNING, logger="dat_ds"):
+        model = build_model(**{**TINY_VIT, "num_classes": 3, "seed": 5}, pretrained=file)
+    assert "head.bias, head.weight" in caplog.text
+    assert model(pixels()).shape == (2, 3)
+    torch.testing.assert_close(
+        model.body.blocks[1].mlp.fc1.weight, vit.body.blocks[1].mlp.fc1.weight
+    )
+
+
+def test_a_checkpoint_of_the_same_shape_is_loaded_whole(
+    vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(vit.state_dict(), file)
+    model = build_model(**{**TINY_VIT, "seed": 5}, pretrained=file)
+    assert torch.equal(model(pixels()), vit(pixels()))
+    assert caplog.text == ""
+
+
+def test_position_embeddings_of_another_image_size_are_interpolated(
+    vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save(vit.body.state_dict(), file)
+    model = build_model(**{**TINY_VIT, "img_size": 16}, pretrained=file)
+    assert "interpolated" in caplog.text
+    assert model(pixels(16)).shape == (2, 10)
+
+
+def test_mismatches_outside_of_the_head_are_listed(vit: PixelModel, tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    torch.save(vit.body.state_dict(), file)
+    with pytest.raises(ModelError, match=r"only the classifier \(head\) may differ") as caught:
+        build_model(**{**TINY_VIT, "depth": 3}, pretrained=file)
+    assert "blocks.2.attn.proj.bias: missing from the file" in str(caught.value)
+    assert "... and 4 more" in str(caught.value)
+    with pytest.raises(ModelError) as caught:
+        build_model(**{**TINY_VIT, "in_chans": 2, "depth": 1}, pretrained=file)
+    assert "blocks.1.attn.proj.bias: not in the model" in str(caught.value)
+    with pytest.raises(ModelError, match=r"shape \(64, 1, 4, 4\) in the file, \(64, 2, 4, 4\)"):
+        build_model(**{**TINY_VIT, "in_chans": 2}, pretrained=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.pt", None, "absent.pt': there is no such file"),
+        ("weights.ckpt", None, "name a file that ends in .pt, .pth, .bin or .safetensors"),
+        ("weights.pt", [1, 2], "does not hold a state dict"),
+        ("object.pt", {"config": Path("x")}, "must hold tensors only"),
+        ("weights.safetensors", b"not a header", "Cannot read weights"),
+        ("weights.pth", b"", "Cannot read weights"),
+    ],
+)
+def test_an_unreadable_checkpoint_is_an_error(
+    name: str, content: Any, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(ModelError, match=message):
+        build_model(**TINY_VIT, pretrained=file)
+
+
+# Saved models
+
+
+def test_a_saved_model_gives_equal_logits(vit: PixelModel, tmp_path: Path) -> None:
+    save_weights(tmp_path, vit.state_dict(), vit.spec)
+    before = torch.get_rng_state()
+    model = load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+    assert torch.equal(model(pixels()), vit(pixels()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_both_files_of_a_saved_model_are_readable_by_the_same_people(
+    vit: PixelModel, tmp_path: Path
+) -> None:
+    save_weights(tmp_path, vit.state_dict(), vit.spec)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def test_a_16_bit_file_loads_as_float32_with_exact_normalisation(
+    vit: PixelModel, tmp_path: Path
+) -> None:
+    model = build_model(**TINY_VIT, mean=[0.1307], std=[0.3081])
+    save_weights(tmp_path, {k: v.bfloat16() for k, v in model.state_dict().items()}, model.spec)
+    loaded = load(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.normalize.mean, model.normalize.mean)
+
+
+def test_a_model_trained_with_checkpointing_loads_without_it(tmp_path: Path) -> None:
+    model = build_model(**TINY_VIT, activation_checkpointing="reentrant")
+    save_weights(tmp_path, model.state_dict(), model.spec)
+    x = pixels().requires_grad_()
+    torch.autograd.grad(load(tmp_path)(x).sum(), x)
+
+
+def test_cifar_stem_and_options_survive_saving(tmp_path: Path) -> None:
+    model = build_model(
+        "resnet18", num_classes=2, in_chans=1, stem="cifar", options={"zero_init_last": False}
+    ).eval()
+    save_weights(tmp_path, model.state_dict(), model.spec)
+    assert torch.equal(load(tmp_path)(pixels()), model(pixels()))
+
+
+def test_tied_tensors_are_saved(tmp_path: Path, vit: PixelModel) -> None:
+    shared = torch.ones(3)
+    state = {"part": shared[1:], "a": shared, "b": shared}
+    save_weights(tmp_path, state, vit.spec)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {key: len(value) for key, value in saved.items()} == {"part": 2, "a": 3, "b": 3}
+
+
+def test_a_run_folder_stands_for_its_best_then_its_latest_checkpoint(
+    vit: PixelModel, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for value, name in ((1.0, "step_10"), (2.0, "best")):
+        state = {**vit.state_dict(), "body.head.bias": torch.full((10,), value)}
+        save_weights(checkpoints / name, state, vit.spec)
+    (checkpoints / "latest").write_text("step_10\n")
+    assert load(tmp_path).body.head.bias[0] == 2.0
+    assert load(checkpoints / "step_10" / "model.safetensors").body.head.bias[0] == 1.0
+    (checkpoints / "best" / "model.safetensors").unlink()
+    assert load(str(tmp_path)).body.head.bias[0] == 1.0
+
+
+def test_a_missing_model_is_an_error_that_lists_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="Looked for") as caught:
+        load(tmp_path)
+    for part in ("model.safetensors", "checkpoints/best", "checkpoints/latest"):
+        assert part in str(caught.value)
+
+
+def test_a_description_that_is_missing_or_of_another_format_is_an_error(
+    vit: PixelModel, tmp_path: Path
+) -> None:
+    save_weights(tmp_path, vit.state_dict(), vit.spec)
+    (tmp_path / "model.json").write_text(json.dumps({"format": 9, "spec": {}}))
+    with pytest.raises(ModelError, match="has format 9"):
+        load(tmp_path)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(ModelError, match=r"model\.json' is missing"):
+        load(tmp_path)
+
+
+def test_weights_that_do_not_fit_the_description_are_an_error(
+    vit: PixelModel, tmp_path: Path
+) -> None:
+    save_weights(tmp_path, vit.state_dict(), {**vit.spec, "num_classes": 3})
+    with pytest.raises(ModelError, match="does not fit"):
+        load(tmp_path)
+
+
+def test_a_full_disk_is_reported_and_leaves_the_earlier_model(
+    vit: PixelModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_weights(tmp_path, vit.state_dict(), vit.spec)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*No space.*Nothing was lost"):
+        save_weights(tmp_path, {"a": torch.ones(1)}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    assert torch.equal(load(tmp_path)(pixels()), vit(pixels()))
+
+
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_weights(tmp_path / "file" / "best", {"a": torch.ones(1)}, {})
+
+
+# Hugging Face
+
+
+def test_hf_folder_gives_the_logits_of_the_hugging_face_model(tmp_path: Path) -> None:
+    write_hf_vit(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+    )
+    model = build_model(f"hf:{tmp_path}", num_classes=10, img_size=8).eval()
+    original = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = pixels(channels=3)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
+    normalized = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(model(x), original(pixel_values=normalized).logits)
+
+
+def test_hf_model_reloads_after_its_folder_is_gone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_hf_vit(source, weights=False)
+    model = build_model(f"hf:{source}", num_classes=4, seed=0).eval()
+    save_weights(tmp_path / "saved", model.state_dict(), model.spec)
+    (source / "config.json").unlink()
+    before = torch.get_rng_state()
+    loaded = load(tmp_path / "saved")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(loaded(pixels(channels=3)), model(pixels(channels=3)))
+
+
+def test_hf_folder_without_weights_is_built_from_its_config_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_hf_vit(tmp_path, weights=False)
+    arguments: dict[str, Any] = {
+        "num_classes": 3,
+        "in_chans": 1,
+        "img_size": 12,
+        "options": {"num_hidden_layers": 1, "patch_size": 3},
+        "seed": 0,
+    }
+    model = build_model(f"hf:{tmp_path}", **arguments)
+    again = build_model(f"hf:{tmp_path}", **arguments)
+    assert "has no weights" in caplog.text
+    assert model(pixels(12)).shape == (2, 3)
+    assert torch.equal(model(pixels(12)), again(pixels(12)))
+
+
+def test_hf_head_of_another_size_is_fresh_and_reproducible(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_hf_vit(tmp_path)
+    model, again = (build_model(f"hf:{tmp_path}", num_classes=3, seed=0) for _ in range(2))
+    assert "classifier.bias, classifier.weight" in caplog.text
+    assert torch.equal(model(pixels(channels=3)), again(pixels(channels=3)))
+    assert model(pixels(channels=3)).shape == (2, 3)
+
+
+def test_hf_stored_weights_can_be_overridden_by_a_checkpoint(tmp_path: Path) -> None:
+    write_hf_vit(tmp_path)
+    first = build_model(f"hf:{tmp_path}", num_classes=3, seed=0)
+    file = tmp_path / "trained.safetensors"
+    save_file(first.state_dict(), file)
+    second = build_model(f"hf:{tmp_path}", num_classes=3, seed=1, pretrained=file)
+    assert torch.equal(second(pixels(channels=3)), first(pixels(channels=3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 3}, r"dat\.model\.depth=3: not for the Hugging Face model"),
+        ({"options": {"layers": 3}}, r"dat\.model\.options\.layers: not a field of ViTConfig"),
+        ({"options": {"num_labels": 3}}, r"dat\.model\.options\.num_labels is not allowed"),
+        ({"img_size": 10}, r"dat\.model\.img_size=10x10 is not a multiple of the patch size 4"),
+        ({"img_size": 16}, "only the classifier may differ.*position_embeddings"),
+        ({"in_chans": 1}, "only the classifier may differ.*patch_embeddings"),
+        ({"stem": "cifar"}, "dat.model.stem='cifar' does not apply"),
+    ],
+)
+def test_a_wrong_argument_of_a_hf_model_is_named(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_hf_vit(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        build_model(f"hf:{tmp_path}", **{"num_classes": 10, **changes})
+
+
+def test_a_hf_folder_that_is_no_image_classifier_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no folder"):
+        build_model(f"hf:{tmp_path}/absent", num_classes=2)
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        build_model(f"hf:{tmp_path}", num_classes=2)
+    transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be used as an image classifier"):
+        build_model(f"hf:{tmp_path}", num_classes=2)

@@ -1,0 +1,93 @@
+"""Claims about imports: deepspeed stays in the engine, and the pure parts need only torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dat_ds
+
+PACKAGE = Path(dat_ds.__file__).parent
+
+
+def run(code: str) -> str:
+    """Run ``code`` in a fresh interpreter; its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_neither_needs_nor_imports_deepspeed():
+    code = "import sys; sys.modules['deepspeed'] = None; import dat_ds; print(dat_ds.__version__)"
+    assert run(code) == dat_ds.__version__
+
+
+def test_attacks_and_objectives_import_neither_timm_nor_deepspeed_nor_transformers():
+    heavy = ["timm", "deepspeed", "transformers", "torchvision", "sklearn"]
+    code = (
+        "import sys, dat_ds.attacks, dat_ds.objectives, dat_ds.optim, dat_ds.config; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers(root: str) -> set[str]:
+    """Folders of the package (or files at its top) with a file that imports ``root``."""
+    return {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if any(name == root or name.startswith(root + ".") for name in imported(path))
+    }
+
+
+def test_only_the_engine_imports_deepspeed():
+    assert importers("deepspeed") <= {"engine", "integrations"}
+    assert "engine" in importers("deepspeed"), "the scan sees imports"
+
+
+@pytest.mark.parametrize(
+    ("part", "allowed"),
+    [
+        ("attacks", {"attacks"}),
+        ("objectives", {"objectives"}),
+        ("optim", {"optim"}),
+        ("config", {"config", "attacks", "objectives", "errors"}),
+    ],
+)
+def test_imports_point_down_only(part, allowed):
+    for path in (PACKAGE / part).rglob("*.py"):
+        ours = {name.split(".")[1] for name in imported(path) if name.startswith("dat_ds.")}
+        assert ours <= allowed, path
+
+
+def test_every_public_name_is_there():
+    for name in set(dat_ds.__all__) - {"AdversarialEngine", "initialize"}:
+        assert hasattr(dat_ds, name)
+    assert issubclass(dat_ds.UserError, Exception)
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'dat_ds' has no attribute 'initialise'"):
+        _ = dat_ds.initialise

@@ -1,0 +1,58 @@
+"""The source stays linted, typed and documented; the shipped configs load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dat_ds.cli.main import main
+from dat_ds.config import load_config
+from dat_ds.config.reference import reference
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
+def test_source_is_clean(command: list[str]) -> None:
+    target = [] if command == ["mypy"] else ["."]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *target], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_are_configs() -> None:
+    names = {path.stem for path in CONFIGS}
+    assert names >= {"zero0", "zero1", "zero2", "zero3", "zero3_offload"}
+    assert names >= {"zero2_bf16", "zero2_fp16", "zero2_autocast"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_resolves(path: Path) -> None:
+    run = load_config(path)
+    assert run.zero_stage == int(path.stem[len("zero")])
+    assert load_config(run.to_dict()) == run
+
+
+def test_the_key_reference_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: dat-ds config --reference > docs/config.md"
+
+
+def test_recipes_are_thin() -> None:
+    for recipe in (ROOT / "recipes").glob("*.py"):
+        assert len(recipe.read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_the_command_line_has_the_documented_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("train", "eval", "config", "report", "bench"):
+        assert f"\n    {command} " in text
