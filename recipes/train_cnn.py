@@ -6,9 +6,7 @@ The model below fits the digits (8 x 8 pixels) that ds_configs/ name; a config o
 another model replaces it, options and all: --set dat.model.name=resnet50 --set dat.data.name=...
 """
 
-import sys
-
-from dat_ds.cli.main import main
+from dat_ds.cli.main import run_script
 
 MODEL = {
     "name": "resnet18",
@@ -17,4 +15,4 @@ MODEL = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]], defaults={"dat": {"model": MODEL}}))
+    run_script(["train"], defaults={"dat": {"model": MODEL}})

@@ -6,9 +6,7 @@ On the digits that ds_configs/ name, a config without a model gets a small ViT. 
 and other data, set any key: --set dat.model.name=vit_base_patch16_224 --set dat.data.name=...
 """
 
-import sys
-
-from dat_ds.cli.main import main
+from dat_ds.cli.main import run_script
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_script(["train"])

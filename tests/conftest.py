@@ -14,9 +14,14 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 @pytest.fixture(autouse=True)
 def fresh_logger() -> Iterator[None]:
-    """Undo what the command line does to the package's logger."""
-    logger = logging.getLogger("dat_ds")
-    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    """Undo what the command line does to the package's logger, also inside wider fixtures."""
+    _reset_logger()
     yield
-    logger.setLevel(level)
-    logger.propagate, logger.handlers[:] = propagate, handlers
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    logger = logging.getLogger("dat_ds")
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    logger.handlers.clear()

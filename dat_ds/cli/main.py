@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import dat_ds
 from dat_ds.config import RunConfig, load_config
@@ -19,9 +19,22 @@ from dat_ds.errors import NumericsError, UserError
 logger = logging.getLogger("dat_ds")
 
 
-def entry_point() -> None:
-    """The installed ``dat-ds`` script."""
-    sys.exit(main())
+def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> NoReturn:
+    """Run ``words`` and the process's own arguments as one command, and end the process.
+
+    The installed ``dat-ds`` script, and every recipe. The process ends without taking Python
+    down: threads of torch's CPU collectives may still ask for it then, and abort a process whose
+    work is done.
+
+    Args:
+        words: Words before the process's own, such as the command that a recipe stands for.
+        defaults: As for :func:`main`.
+    """
+    code = main([*words, *sys.argv[1:]], defaults=defaults)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,13 @@ def _run_rank(
         DEEPSPEED_TIMEOUT="2",  # minutes: ranks that fall out of step fail instead of hanging
     )
     torch.set_num_threads(1)
-    torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    from dat_ds.engine.distributed import joined_ranks
+
+    with joined_ranks():  # once per process: a function may run several commands
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as run_script does: taking Python down now and then aborts the process
 
 
 def allow_fp16() -> None:
