@@ -59,24 +59,25 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
         raise ConfigError(f"The parts are not written by hand for {', '.join(other)}: remove it.")
     from dat_ds.engine.bench import prepared_engine
 
-    with prepared_engine(run) as (engine, model, x, y):
-        if engine.ranks.count > 1:
-            raise ConfigError("'bench attack' times one rank: start it without --num_accelerators.")
-        steps = run.dat.attack.steps
-        micro_batch, _ = resolve_batch(run.deepspeed, 1)
-        plain = PlainSteps(model, run, x, y)
+    engine, model, x, y = prepared_engine(run)
+    if engine.ranks.count > 1:
+        raise ConfigError("'bench attack' times one rank: start it without --num_accelerators.")
+    steps = run.dat.attack.steps
+    micro_batch, _ = resolve_batch(run.deepspeed, 1)
+    plain = PlainSteps(model, run, x, y)
 
-        def engine_step() -> None:
-            engine.backward(engine(x, y))
-            engine.step()
+    def engine_step() -> None:
+        engine.backward(engine(x, y))
+        engine.step()
 
-        parts: dict[str, Callable[[], None]] = {
-            "engine step": engine_step,
-            "input gradients": lambda: plain.input_gradients(steps),
-            "training step": plain.training_step,
-            "forward": plain.forward,
-        }
-        rounds = time_in_turn(parts, repetitions, engine.ranks.device)
+    parts: dict[str, Callable[[], None]] = {
+        "engine step": engine_step,
+        "input gradients": lambda: plain.input_gradients(steps),
+        "training step": plain.training_step,
+        "forward": plain.forward,
+    }
+    rounds = time_in_turn(parts, repetitions, engine.ranks.device)
+    engine.close()
     return _describe(run, micro_batch, steps, rounds, output)
 
 

@@ -22,15 +22,21 @@ logger = logging.getLogger("dat_ds")
 def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> NoReturn:
     """Run ``words`` and the process's own arguments as one command, and end the process.
 
-    The installed ``dat-ds`` script, and every recipe. The process ends without taking Python
-    down: threads of torch's CPU collectives may still ask for it then, and abort a process whose
-    work is done.
+    The installed ``dat-ds`` script, and every recipe.
 
     Args:
         words: Words before the process's own, such as the command that a recipe stands for.
         defaults: As for :func:`main`.
     """
-    code = main([*words, *sys.argv[1:]], defaults=defaults)
+    end_process(main([*words, *sys.argv[1:]], defaults=defaults))
+
+
+def end_process(code: int) -> NoReturn:
+    """Write out what is buffered and end, without taking Python down.
+
+    Threads of torch's CPU collectives may still ask for Python while it is taken down, which now
+    and then aborts a process whose work is done, also after its process group was destroyed.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -114,34 +114,6 @@ def setup_ranks() -> Ranks:
     )
 
 
-@contextlib.contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """The ranks for the length of a command, which leaves a process group that it joined.
-
-    A process group that outlives the interpreter aborts the process now and then: its threads
-    need Python when there is none any more. After errors other than the user's the group is left
-    alone: ranks are out of step, and taking the group down may wait for ever.
-    """
-    joins = not dist.is_initialized()
-    alone = joins and "RANK" not in os.environ
-    ranks = setup_ranks()
-    try:
-        yield ranks
-        ranks.barrier()
-    except UserError:  # raised on every rank
-        _leave(joins=joins, alone=alone)
-        raise
-    _leave(joins=joins, alone=alone)
-
-
-def _leave(*, joins: bool, alone: bool) -> None:
-    if joins:
-        deepspeed.comm.destroy_process_group()
-    if alone:
-        for key in _single_rank_variables(port=0):
-            del os.environ[key]
-
-
 def _become_single_rank() -> None:
     for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         started_here = key != "SLURM_NTASKS" or "SLURM_STEP_ID" in os.environ  # by srun
@@ -153,15 +125,11 @@ def _become_single_rank() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.update(_single_rank_variables(port))
-
-
-def _single_rank_variables(port: int) -> dict[str, str]:
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ.update(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        LOCAL_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )

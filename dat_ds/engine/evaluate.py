@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.config import load_config
-from dat_ds.engine.distributed import Ranks, joined_ranks
+from dat_ds.engine.distributed import setup_ranks
 from dat_ds.engine.run import build_data_of, describe_outcome, evaluate_model
 from dat_ds.errors import CheckpointError
 from dat_ds.evaluation import describe
@@ -33,11 +33,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: For a folder that holds no run, or a mistake in the overrides; on all ranks.
     """
-    with joined_ranks() as ranks:
-        return _evaluate(folder, overrides, ranks)
-
-
-def _evaluate(folder: Path, overrides: Sequence[str], ranks: Ranks) -> dict[str, Any]:
+    ranks = setup_ranks()
     started = time.perf_counter()
     with ranks.together():
         config = folder / "config.json"

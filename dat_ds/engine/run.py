@@ -19,7 +19,7 @@ from dat_ds.config.schema import AttackConfig, ObjectiveConfig
 from dat_ds.data import DataSplits, build_data
 from dat_ds.engine.build import initialize, threat_of
 from dat_ds.engine.checkpoint import Checkpoints
-from dat_ds.engine.distributed import Ranks, joined_ranks
+from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.stopping import StopSignal
 from dat_ds.engine.trainer import Trainer
 from dat_ds.errors import CheckpointError, ConfigError
@@ -56,11 +56,12 @@ def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
         UserError: For every mistake in what was asked, on all ranks.
     """
     stop = StopSignal()
-    with stop.listening(), joined_ranks() as ranks:
-        return _train(run, ranks, resume, stop)
+    with stop.listening():
+        return _train(run, resume, stop)
 
 
-def _train(run: RunConfig, ranks: Ranks, resume: str, stop: StopSignal) -> dict[str, Any] | None:
+def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | None:
+    ranks = setup_ranks()
     run = adapt_to_device(run, ranks.device.type)
     chosen = ""
     with ranks.together():

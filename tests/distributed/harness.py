@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from dat_ds.cli.main import end_process
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
@@ -40,13 +41,8 @@ def _run_rank(
         DEEPSPEED_TIMEOUT="2",  # minutes: ranks that fall out of step fail instead of hanging
     )
     torch.set_num_threads(1)
-    from dat_ds.engine.distributed import joined_ranks
-
-    with joined_ranks():  # once per process: a function may run several commands
-        torch.save(function(*args), Path(folder) / f"{rank}.pt")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as run_script does: taking Python down now and then aborts the process
+    torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    end_process(0)
 
 
 def allow_fp16() -> None:
