@@ -1,32 +1,84 @@
 """Attacks: the inner maximisation, as pure functions that need only torch."""
 
-from dat_ds.attacks.build import ATTACKS, Attack, build_attack, parse_length
+from dat_ds.attacks.alignment import AlignmentProbes, alignment_probes
+from dat_ds.attacks.apgd import apgd
+from dat_ds.attacks.build import (
+    ATTACK_SETTINGS,
+    ATTACKS,
+    REQUIRED,
+    Attack,
+    CallableAttack,
+    UserAttack,
+    attack_options,
+    build_attack,
+    parse_length,
+)
 from dat_ds.attacks.gradient import InputGradient
-from dat_ds.attacks.losses import INNER_LOSSES, InnerLoss, cross_entropy
+from dat_ds.attacks.losses import (
+    INNER_LOSSES,
+    MIN_CLASSES,
+    InnerLoss,
+    cross_entropy,
+    cw_margin,
+    dlr,
+    kl_divergence,
+    targeted_dlr,
+)
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
 from dat_ds.attacks.noise import SampleGenerator
-from dat_ds.attacks.pgd import fgsm, fgsm_step_size, pgd
-from dat_ds.attacks.projections import project_l2, project_linf
+from dat_ds.attacks.pgd import (
+    fat,
+    fgsm,
+    fgsm_rs,
+    fgsm_step_size,
+    mim,
+    multi_norm,
+    n_fgsm,
+    pgd,
+    threat_like,
+)
+from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
 from dat_ds.attacks.threat import NORMS, ThreatModel
 
 __all__ = [
     "ATTACKS",
+    "ATTACK_SETTINGS",
     "INNER_LOSSES",
+    "MIN_CLASSES",
     "MODEL_MODES",
     "NORMS",
+    "REQUIRED",
+    "AlignmentProbes",
     "Attack",
+    "CallableAttack",
     "InnerLoss",
     "InputGradient",
     "SampleGenerator",
     "ThreatModel",
+    "UserAttack",
+    "alignment_probes",
+    "apgd",
     "attack_mode",
+    "attack_options",
     "build_attack",
     "cross_entropy",
+    "cw_margin",
+    "dlr",
+    "fat",
     "fgsm",
+    "fgsm_rs",
     "fgsm_step_size",
+    "kl_divergence",
+    "mim",
+    "multi_norm",
+    "n_fgsm",
     "parse_length",
     "pgd",
     "preserved_buffers",
+    "project_l1",
+    "project_l1_box",
     "project_l2",
     "project_linf",
+    "targeted_dlr",
+    "threat_like",
 ]

@@ -1,26 +1,72 @@
 """Attacks by name, from the ``dat.attack`` and ``dat.threat_model`` sections of a run config."""
 
+import contextlib
+import inspect
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.gradient import InputGradient, Model
+from dat_ds.attacks.modes import attack_mode
 from dat_ds.attacks.noise import Generator
-from dat_ds.attacks.pgd import fgsm, pgd
+from dat_ds.attacks.pgd import fat, fgsm, fgsm_rs, mim, multi_norm, n_fgsm, pgd
 from dat_ds.attacks.threat import ThreatModel
 
-ATTACKS: dict[str, Callable[..., Tensor]] = {"pgd": pgd, "fgsm": fgsm}
+ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "pgd": pgd,
+    "fgsm": fgsm,
+    "fgsm_rs": fgsm_rs,
+    "n_fgsm": n_fgsm,
+    "mim": mim,
+    "apgd": apgd,
+    "fat": fat,
+    "multi_norm": multi_norm,
+}
+_GIVEN_WITH_EACH_CALL = ("model", "x", "y", "threat", "generator", "gradient")
+ATTACK_SETTINGS = ("resolution", "eps_warmup", "steps_from")
+"""What every attack takes besides its own options; see :class:`Attack`."""
+
+REQUIRED = inspect.Parameter.empty
+"""Default of an option that has none."""
+
+
+def attack_options(name: str) -> dict[str, Any]:
+    """Options of an attack by name and their defaults; :data:`REQUIRED` where there is none."""
+    return {
+        key: parameter.default
+        for key, parameter in inspect.signature(ATTACKS[name]).parameters.items()
+        if key not in _GIVEN_WITH_EACH_CALL
+    }
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One of :data:`ATTACKS` with its threat model and options fixed."""
+    """One of :data:`ATTACKS` with its threat model and options fixed.
+
+    Args:
+        name: Name of the attack.
+        threat: Allowed perturbations.
+        options: Further keyword arguments of the attack.
+        resolution: Height and width in pixels at which the model sees images during the attack
+            (area interpolation; the model must accept them). The perturbation keeps the full size.
+            None: the images' own.
+        eps_warmup: Share of the run, in [0, 1), over which eps and the step size rise linearly from
+            0 to their values.
+        steps_from: Number of steps at the start of the run; it rises linearly to ``steps`` at the
+            end while ``steps * step_size`` stays the same. None: ``steps`` throughout.
+    """
 
     name: str
     threat: ThreatModel
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    eps_warmup: float = 0.0
+    steps_from: int | None = None
 
     def __call__(
         self,
@@ -32,19 +78,102 @@ class Attack:
         gradient: InputGradient | None = None,
     ) -> Tensor:
         """Adversarial images for ``x``; see :func:`dat_ds.attacks.pgd`."""
+        seen = model
+        mode: Any = contextlib.nullcontext()
+        if self.resolution is not None:
+            size = (self.resolution, self.resolution)
+            mode = attack_mode(model, self.options.get("model_mode", "eval"))
+
+            def seen(images: Tensor) -> Tensor:
+                return model(F.interpolate(images, size, mode="area"))
+
         run = ATTACKS[self.name]
-        return run(
-            model, x, y, threat=self.threat, generator=generator, gradient=gradient, **self.options
-        )
+        with mode:
+            return run(
+                seen,
+                x,
+                y,
+                threat=self.threat,
+                generator=generator,
+                gradient=gradient,
+                **self.options,
+            )
+
+    @property
+    def num_views(self) -> int:
+        """Adversarial images per original: 1 but for ``multi_norm`` that averages over balls."""
+        if self.options.get("combine") != "average":
+            return 1
+        return 1 + len(self.options["other_norms"])
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the attack changes along the run."""
+        return self.eps_warmup > 0 or self.steps_from is not None
+
+    def at(self, progress: float) -> "Attack":
+        """The attack at a point of the run, ``progress`` in [0, 1]; itself where not scheduled."""
+        if not self.is_scheduled:
+            return self
+        options = dict(self.options)
+        step_scale = 1.0
+        if self.steps_from is not None:
+            span = options["steps"] - self.steps_from
+            # Equal shares of the run for each number of steps.
+            steps = self.steps_from + min(math.floor(progress * (abs(span) + 1)), abs(span)) * (
+                1 if span > 0 else -1
+            )
+            step_scale = options["steps"] / steps
+            options["steps"] = steps
+        eps_scale = min(1.0, progress / self.eps_warmup) if self.eps_warmup else 1.0
+        if options.get("step_size") is not None:
+            options["step_size"] = options["step_size"] * step_scale * eps_scale
+        if "other_norms" in options:
+            options["other_norms"] = {
+                norm: eps * eps_scale for norm, eps in options["other_norms"].items()
+            }
+        threat = replace(self.threat, eps=self.threat.eps * eps_scale)
+        return Attack(self.name, threat, options, self.resolution)
+
+
+UserAttack = Callable[[Model, Tensor, Tensor, Generator | None], Tensor]
+"""``(model, x, y, generator) -> x_adv``: pixels in, images inside the threat model out."""
+
+
+@dataclass(frozen=True)
+class CallableAttack(Attack):
+    """A user's own attack in the place of a named one.
+
+    Args:
+        function: Called with a frozen model; must do the same number of forwards on every rank.
+    """
+
+    function: UserAttack | None = None
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        generator: Generator | None = None,
+        *,
+        gradient: InputGradient | None = None,
+    ) -> Tensor:
+        """Adversarial images by the user's function, detached; ``gradient`` counts nothing."""
+        assert self.function is not None
+        with attack_mode(model):
+            return self.function(model, x, y, generator).detach()
 
 
 def build_attack(config: Mapping[str, Any]) -> Attack:
     """Build an attack from plain settings.
 
     Args:
-        config: The keys of ``dat.attack`` (``name`` and that attack's keyword arguments), with
+        config: The keys of ``dat.attack`` (``name``, that attack's keyword arguments, and
+            ``resolution``, ``eps_warmup``, ``steps_from`` of :class:`Attack`), with
             ``threat_model``: a :class:`ThreatModel`, or the keys of ``dat.threat_model``. Lengths
-            are numbers in pixel units, or fractions such as ``"8/255"``.
+            are numbers in pixel units, or fractions such as ``"8/255"``. An option that is None
+            has the attack's default.
 
     Returns:
         A callable ``(model, x, y, generator) -> x_adv``.
@@ -52,7 +181,7 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
     Raises:
         ValueError: For an unknown name, option or threat model, or a missing one.
     """
-    options = dict(config)
+    options = {key: value for key, value in config.items() if value is not None}
     name = options.pop("name", "pgd")
     if name not in ATTACKS:
         raise ValueError(f"attack.name={name!r} is not one of {', '.join(ATTACKS)}.")
@@ -61,20 +190,25 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
         raise ValueError("threat_model is missing: give {'norm': 'linf', 'eps': '8/255'}.")
     if not isinstance(threat, ThreatModel):
         threat = _build_threat_model(threat)
-    if options.get("step_size") is not None:
+    settings = {
+        key: options.pop(key)
+        for key in ("resolution", "eps_warmup", "steps_from")
+        if key in options
+    }
+    if "step_size" in options:
         options["step_size"] = parse_length(options["step_size"])
-    allowed = set(ATTACKS[name].__kwdefaults__ or ()) | {"steps", "step_size"}
-    allowed -= {"generator", "gradient"}  # given with each call
-    if name == "fgsm":
-        allowed -= {"steps"}
-    unknown = sorted(set(options) - allowed)
+    if "other_norms" in options:
+        options["other_norms"] = {
+            norm: parse_length(eps) for norm, eps in options["other_norms"].items()
+        }
+    known = attack_options(name)
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"attack {name!r} has no option {', '.join(unknown)}: {sorted(allowed)}.")
-    if name == "pgd":
-        missing = [key for key in ("steps", "step_size") if options.get(key) is None]
-        if missing:
-            raise ValueError(f"attack 'pgd' needs {' and '.join(missing)}.")
-    return Attack(name, threat, options)
+        raise ValueError(f"attack {name!r} has no option {', '.join(unknown)}: {sorted(known)}.")
+    missing = [key for key, value in known.items() if value is REQUIRED and key not in options]
+    if missing:
+        raise ValueError(f"attack {name!r} needs {' and '.join(missing)}.")
+    return Attack(name, threat, options, **settings)
 
 
 def _build_threat_model(config: Mapping[str, Any]) -> ThreatModel:

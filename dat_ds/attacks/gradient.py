@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks.losses import InnerLoss
+from dat_ds.attacks.projections import per_sample
 
 Model = Callable[[Tensor], Tensor]
 """Pixels ``(B, C, H, W)`` float32 to logits ``(B, K)``."""
@@ -115,23 +116,34 @@ class InputGradient:
             Float32 like ``x``: the gradient times a positive factor per sample; zero for samples
             whose gradient is not finite.
         """
+        return self.with_values(model, x, y, loss)[0]
+
+    def with_values(
+        self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`__call__` with what its forward found besides.
+
+        Returns:
+            The gradient; each sample's loss ``(B,)`` float64; the logits ``(B, K)``, detached.
+        """
         scale = 1.0
         for attempt in range(1 + (_MAX_RETRIES if self.retry_non_finite else 0)):
             self.num_retries += attempt > 0
-            gradient = self._gradient(model, x, y, loss, scale)
-            finite = gradient.flatten(1).isfinite().all(dim=1)
+            gradient, values, logits = self._gradient(model, x, y, loss, scale)
+            # One pass: the largest entry is infinite or NaN where any is.
+            finite = gradient.flatten(1).norm(float("inf"), dim=1).isfinite()
             if not self.retry_non_finite or not self.agree(~finite.all()):
                 break
             scale *= _RETRY_FACTOR
-        return self._count(gradient, finite)
+        return self._count(gradient, finite), values, logits
 
     def _gradient(
         self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(leaf)
-        cotangent, _ = logit_gradient(logits, y, loss)
+        cotangent, values = logit_gradient(logits, y, loss)
         cotangent = (cotangent * scale).to(logits.dtype)
         if self._uses_backward is None:
             self._uses_backward = has_reentrant_checkpoint(logits)
@@ -141,12 +153,11 @@ class InputGradient:
         else:
             (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         assert gradient is not None
-        return gradient
+        return gradient, values, logits.detach()
 
     def _count(self, gradient: Tensor, finite: Tensor) -> Tensor:
-        mask = finite.view(-1, *[1] * (gradient.ndim - 1))
-        gradient = torch.where(mask, gradient, torch.zeros_like(gradient))
-        num_zero = (gradient == 0).sum().double()
+        gradient.masked_fill_(~per_sample(finite, gradient), 0.0)
+        num_zero = (gradient.numel() - gradient.count_nonzero()).double()
         num_non_finite = (~finite).sum().double()
         self.num_zero = num_zero if self.num_zero is None else self.num_zero + num_zero
         self.num_non_finite = (

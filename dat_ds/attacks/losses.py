@@ -15,6 +15,9 @@ InnerLoss = Callable[[Tensor, Tensor], Tensor]
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each sample.
 
+    For class indices it is written as ``softplus(logsumexp_{k != y} z_k - z_y)``, whose gradient
+    does not round to zero however confident the model is.
+
     Args:
         logits: Shape ``(B, K)``, floating point.
         y: Class indices ``(B,)`` int64, or class probabilities ``(B, K)``.
@@ -22,10 +25,100 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     Returns:
         Shape ``(B,)``, same dtype as ``logits``.
     """
-    return F.cross_entropy(logits, y, reduction="none")
+    if y.is_floating_point():
+        return F.cross_entropy(logits, y, reduction="none")
+    true, others = _true_and_others(logits, y)
+    return F.softplus(others.logsumexp(dim=1) - true)
 
 
-INNER_LOSSES: dict[str, InnerLoss] = {"ce": cross_entropy}
+def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Margin ``max_{k != y} z_k - z_y`` (Carlini and Wagner, S&P 2017, arXiv 1608.04644, f6).
+
+    Args:
+        logits: Shape ``(B, K)``.
+        y: Class indices ``(B,)`` int64.
+
+    Returns:
+        Shape ``(B,)``; positive where misclassified.
+
+    Raises:
+        ValueError: For probabilities instead of indices.
+    """
+    _refuse_probabilities("cw", y)
+    true, others = _true_and_others(logits, y)
+    return others.amax(dim=1) - true
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce and Hein, ICML 2020, arXiv 2003.01690, eq. 6).
+
+    ``(max_{k != y} z_k - z_y) / (z_(1) - z_(3))``, with ``z_(i)`` the i-th largest logit: blind to
+    shifts and to the scale of the logits.
+
+    Args:
+        logits: Shape ``(B, K)``, ``K >= 3``.
+        y: Class indices ``(B,)`` int64.
+
+    Returns:
+        Shape ``(B,)``.
+
+    Raises:
+        ValueError: For fewer than 3 classes, or probabilities instead of indices.
+    """
+    _refuse_few_classes("dlr", logits, 3)
+    _refuse_probabilities("dlr", y)
+    largest = logits.topk(3, dim=1).values
+    return cw_margin(logits, y) / (largest[:, 0] - largest[:, 2] + _TIE)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (Croce and Hein, ICML 2020, eq. 7).
+
+    ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``.
+
+    Args:
+        logits: Shape ``(B, K)``, ``K >= 4``.
+        y: Class indices ``(B,)`` int64.
+        target: Class to be reached, ``(B,)`` int64.
+
+    Returns:
+        Shape ``(B,)``.
+
+    Raises:
+        ValueError: For fewer than 4 classes, or probabilities instead of indices.
+    """
+    _refuse_few_classes("dlr-targeted", logits, 4)
+    _refuse_probabilities("dlr-targeted", y)
+    largest = logits.topk(4, dim=1).values
+    gap = logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))
+    return gap.squeeze(1) / (largest[:, 0] - largest[:, 2:].mean(dim=1) + _TIE)
+
+
+def kl_divergence(logits: Tensor, p: Tensor) -> Tensor:
+    """``KL(p || softmax(logits))`` of each sample; the inner loss of TRADES.
+
+    Zhang et al., ICML 2019, arXiv 1901.08573, eq. 5.
+
+    Args:
+        logits: Shape ``(B, K)``.
+        p: Probabilities ``(B, K)`` of the same dtype; zeros contribute nothing.
+
+    Returns:
+        Shape ``(B,)``.
+    """
+    return F.kl_div(logits.log_softmax(dim=1), p, reduction="none").sum(dim=1)
+
+
+INNER_LOSSES: dict[str, InnerLoss] = {
+    "ce": cross_entropy,
+    "cw": cw_margin,
+    "dlr": dlr,
+    "kl": kl_divergence,
+}
+MIN_CLASSES: dict[str, int] = {"dlr": 3, "dlr-targeted": 4}
+"""Fewest classes of the losses that need more than two."""
+
+_TIE = 1e-12  # keeps the ratio finite where the largest logits are equal, as in the paper's release
 
 
 def resolve_inner_loss(loss: str | InnerLoss) -> InnerLoss:
@@ -39,3 +132,21 @@ def resolve_inner_loss(loss: str | InnerLoss) -> InnerLoss:
     if loss not in INNER_LOSSES:
         raise ValueError(f"loss={loss!r} is not one of {', '.join(INNER_LOSSES)}, nor a callable.")
     return INNER_LOSSES[loss]
+
+
+def _true_and_others(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The true class's logit ``(B,)``, and all logits with minus infinity in its place."""
+    index = y.unsqueeze(1)
+    return logits.gather(1, index).squeeze(1), logits.scatter(1, index, float("-inf"))
+
+
+def _refuse_probabilities(name: str, y: Tensor) -> None:
+    if y.is_floating_point():
+        raise ValueError(f"loss {name!r} needs class indices, not probabilities: use 'ce'.")
+
+
+def _refuse_few_classes(name: str, logits: Tensor, fewest: int) -> None:
+    if logits.shape[1] < fewest:
+        raise ValueError(
+            f"loss {name!r} needs at least {fewest} classes, not {logits.shape[1]}: use 'ce'."
+        )

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` ``(B,)`` as ``(B, 1, ..., 1)``, broadcastable against ``like``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def sample_norms(t: Tensor) -> Tensor:
     """Euclidean norm of each sample.
 
@@ -16,8 +21,7 @@ def sample_norms(t: Tensor) -> Tensor:
     Returns:
         Shape ``(B, 1, ..., 1)``, broadcastable against ``t``.
     """
-    norms: Tensor = t.flatten(1).norm(dim=1)
-    return norms.view(-1, *[1] * (t.ndim - 1))
+    return per_sample(t.flatten(1).norm(dim=1), t)
 
 
 def project_linf(delta: Tensor, eps: float) -> Tensor:
@@ -47,3 +51,54 @@ def project_l2(delta: Tensor, eps: float) -> Tensor:
     """
     norms = sample_norms(delta).clamp_min(torch.finfo(delta.dtype).tiny)
     return delta * (eps / norms).clamp_max(1.0)
+
+
+def project_l1(delta: Tensor, eps: float) -> Tensor:
+    """Project each perturbation onto the l1 ball of radius ``eps``.
+
+    Args:
+        delta: Perturbations in pixel units, shape ``(B, ...)``, floating point.
+        eps: Radius in the same units: the sum of absolute pixel changes.
+
+    Returns:
+        A new tensor like ``delta``; points inside are returned unchanged.
+    """
+    infinity = torch.full_like(delta, float("inf"))
+    return project_l1_box(delta, eps, -infinity, infinity)
+
+
+def project_l1_box(delta: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
+    """Project each perturbation onto the intersection of the l1 ball and a box around 0.
+
+    Exact: ``u_i = sign(d_i) min(max(|d_i| - lam, 0), b_i)`` with ``b_i`` the box's bound on that
+    side, where ``lam >= 0`` solves the piecewise linear ``sum_i |u_i| = eps`` (Croce and Hein,
+    ICML 2021, arXiv 2103.01208, prop. 2.1).
+
+    Args:
+        delta: Perturbations in pixel units, shape ``(B, ...)``, floating point.
+        eps: Radius of the l1 ball.
+        low: Smallest value of each entry, at most 0; same shape.
+        high: Largest value of each entry, at least 0; same shape.
+
+    Returns:
+        A new tensor like ``delta``; points inside are returned unchanged.
+    """
+    boxed = torch.maximum(torch.minimum(delta, high), low)
+    magnitude = delta.abs().flatten(1).double()
+    bound = torch.where(delta >= 0, high, -low).flatten(1).double()
+    # From large lam to small, the norm grows at the rate of the number of entries between 0 and
+    # their bound: an entry joins at lam = |d_i| and leaves at lam = |d_i| - b_i.
+    breakpoints = torch.cat([magnitude, (magnitude - bound).clamp_min(0)], dim=1)
+    joins = torch.ones_like(magnitude)
+    lam, order = breakpoints.sort(dim=1, descending=True)
+    rate = torch.cat([joins, -joins], dim=1).gather(1, order).cumsum(dim=1)
+    norm_at = torch.zeros_like(lam)
+    norm_at[:, 1:] = (rate[:, :-1] * (lam[:, :-1] - lam[:, 1:])).cumsum(dim=1)
+    # The last breakpoint at which the norm is still within eps; lam lies between it and the next.
+    last = ((norm_at <= eps).sum(dim=1, keepdim=True) - 1).clamp_min(0)
+    slope = rate.gather(1, last).clamp_min(1)
+    shrink = lam.gather(1, last) - (eps - norm_at.gather(1, last)) / slope
+    size = torch.minimum((magnitude - shrink.clamp_min(0)).clamp_min(0), bound)
+    shrunk = (size.to(delta.dtype).view_as(delta)).copysign(delta)
+    inside = boxed.flatten(1).abs().sum(dim=1, dtype=torch.float64) <= eps
+    return torch.where(per_sample(inside, delta), boxed, shrunk)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like, randn_like
-from dat_ds.attacks.projections import project_l2, sample_norms
+from dat_ds.attacks.projections import per_sample, project_l1_box, project_l2, sample_norms
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+_L1_SHARE = 0.01  # SLIDE's quantile of 99 %
 NORMS: tuple[str, ...] = get_args(Norm)
 
 
@@ -22,7 +23,7 @@ class ThreatModel:
     """A norm ball of radius ``eps`` around the image, within the pixel range.
 
     Args:
-        norm: ``"linf"`` or ``"l2"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         eps: Radius in pixel units (a full-range pixel is ``upper - lower``); 0 allows nothing.
         lower: Smallest pixel value.
         upper: Largest pixel value.
@@ -54,7 +55,7 @@ class ThreatModel:
         """An allowed image: projected onto the ball around ``x``, then onto the pixel range.
 
         Clipping to the range keeps a point in the ball, because ``x`` itself is in the range. For
-        l-infinity the result is the nearest allowed image; for l2 it is one close by.
+        l-infinity and l1 the result is the nearest allowed image; for l2 it is one close by.
 
         Args:
             x_adv: Candidate images in pixel units, floating point.
@@ -75,6 +76,11 @@ class ThreatModel:
             low = (x - self.eps).clamp_(self.lower, self.upper)
             high = (x + self.eps).clamp_(self.lower, self.upper)
             return lambda x_adv: torch.clamp(x_adv, low, high, out=x_adv)
+        if self.norm == "l1":
+            low, high = self.lower - x, self.upper - x
+            return lambda x_adv: torch.add(
+                x, project_l1_box(x_adv - x, self.eps, low, high), out=x_adv
+            ).clamp_(self.lower, self.upper)
 
         def project_(x_adv: Tensor) -> Tensor:
             delta = project_l2(x_adv - x, self.eps)
@@ -83,7 +89,11 @@ class ThreatModel:
         return project_
 
     def random_start(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """A uniform draw from the ball around ``x``, clipped to the pixel range.
+        """A random image of the ball around ``x``, clipped to the pixel range.
+
+        Uniform for l-infinity. For l2 and l1 a uniform direction and a length uniform in
+        ``[0, eps]``: a uniform draw from a ball of many dimensions lies at its surface, and an
+        attack of few steps spends them on the way back.
 
         Args:
             x: Images in pixel units, float32, within ``[lower, upper]``.
@@ -97,25 +107,65 @@ class ThreatModel:
         if self.norm == "linf":
             delta = rand_like(x, source).mul_(2 * self.eps).sub_(self.eps)
             return self.projector(x)(delta.add_(x))
-        # Uniform in the l2 ball: a Gaussian direction, and a radius distributed as U^(1/d).
-        direction = randn_like(x, source)
-        direction.div_(sample_norms(direction).clamp_min_(torch.finfo(x.dtype).tiny))
-        one_pixel = x.flatten(1)[:, :1]
-        radius = rand_like(one_pixel, source).pow_(1 / max(1, x[:1].numel())).mul_(self.eps)
-        delta = direction.mul_(radius.view(-1, *[1] * (x.ndim - 1)))
+        if self.norm == "l1":
+            # Exponential magnitudes over their sum are uniform on the l1 sphere.
+            direction = rand_like(x, source).log_()
+            total = direction.flatten(1).sum(dim=1)
+            sign = rand_like(x, source).sub_(0.5).sign_()
+            direction.mul_(sign).div_(per_sample(total, x))
+        else:
+            direction = randn_like(x, source)
+            direction.div_(sample_norms(direction).clamp_min_(torch.finfo(x.dtype).tiny))
+        length = rand_like(x.flatten(1)[:, :1], source).mul_(self.eps)
+        delta = direction.mul_(per_sample(length.flatten(), x))
         return self.projector(x)(delta.add_(x))
 
-    def steepest(self, gradient: Tensor) -> Tensor:
+    def steepest(self, gradient: Tensor, x_adv: Tensor | None = None) -> Tensor:
         """Direction of steepest ascent of unit length in this norm, per sample.
 
-        ``sign(g)`` for l-infinity, ``g / ||g||_2`` for l2. A zero gradient gives zero.
+        ``sign(g)`` for l-infinity, ``g / ||g||_2`` for l2. For l1 steepest ascent moves a single
+        entry; instead the largest 1 % move alike, as in SLIDE (Tramer and Boneh, NeurIPS 2019,
+        arXiv 1904.13000, sec. 3). A zero gradient gives zero.
 
         Args:
             gradient: Gradient of the inner loss, float32; overwritten.
+            x_adv: Where the step starts, same shape. For l1, pixels at an end of their range that
+                would leave it are passed over; they would use up the few that move.
 
         Returns:
-            ``gradient``, now holding the direction.
+            The direction, like ``gradient``.
         """
         if self.norm == "linf":
             return gradient.sign_()
+        if self.norm == "l1":
+            if x_adv is not None:
+                gradient.masked_fill_((x_adv <= self.lower) & (gradient < 0), 0.0)
+                gradient.masked_fill_((x_adv >= self.upper) & (gradient > 0), 0.0)
+            return sparse_sign(gradient, _L1_SHARE)
         return gradient.div_(sample_norms(gradient).clamp_min_(torch.finfo(gradient.dtype).tiny))
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Length of each sample's perturbation in this norm, ``(B,)``, pixel units."""
+        order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[self.norm]
+        lengths: Tensor = torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
+        return lengths
+
+
+def sparse_sign(gradient: Tensor, share: float | Tensor) -> Tensor:
+    """Signs of each sample's largest entries over their number: of unit l1 norm.
+
+    Args:
+        gradient: Shape ``(B, ...)``.
+        share: Share of the entries that move, for all samples or for each ``(B,)``; one at least.
+
+    Returns:
+        A new tensor like ``gradient``; zero where the gradient is.
+    """
+    flat = gradient.flatten(1)
+    numel = flat.shape[1]
+    count = (torch.as_tensor(share, device=flat.device) * numel).long().clamp(1, numel)
+    descending = flat.abs().sort(dim=1, descending=True).values
+    least = descending.gather(1, (count - 1).expand(len(flat)).unsqueeze(1))
+    sign = flat.sign() * (flat.abs() >= least)
+    moved = sign.abs().sum(dim=1, keepdim=True).clamp_min(1)
+    return (sign / moved).view_as(gradient)

@@ -3,7 +3,12 @@
 from dat_ds.config.evaluation_attack import EvaluationAttack, parse_evaluation_attack
 from dat_ds.config.length import Length
 from dat_ds.config.load import load_config
-from dat_ds.config.reconcile import adapt_to_device, precision_of, resolve_batch
+from dat_ds.config.reconcile import (
+    adapt_to_device,
+    check_num_classes,
+    precision_of,
+    resolve_batch,
+)
 from dat_ds.config.schema import DatConfig, RunConfig, plain
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "Length",
     "RunConfig",
     "adapt_to_device",
+    "check_num_classes",
     "load_config",
     "parse_evaluation_attack",
     "plain",

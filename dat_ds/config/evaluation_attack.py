@@ -1,34 +1,47 @@
-"""Names of evaluation attacks: ``pgd-20`` and ``pgd-50-10``."""
+"""Names of evaluation attacks: ``pgd-20``, ``pgd-50-10``, ``apgd-dlr-100``."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-_PATTERN = re.compile(r"pgd-([1-9]\d*)(?:-([1-9]\d*))?")
+Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t"]
+METHODS: tuple[str, ...] = get_args(Method)
+_PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
+_NEEDED_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
 
 @dataclass(frozen=True)
 class EvaluationAttack:
-    """PGD for evaluation: random start, step size ``2.5 eps / steps`` (Madry et al. 2018, sec. 4).
+    """An attack for evaluation, from a random start.
 
     Args:
         name: As written in the config and the record.
-        steps: Gradient steps.
+        method: ``"pgd"`` with step size ``2.5 eps / steps`` (Madry et al. 2018, sec. 4), or APGD on
+            cross-entropy, on the DLR loss, or on the targeted DLR loss over the 9 likeliest wrong
+            classes (Croce and Hein 2020, sec. 4), which have no step size to set.
+        steps: Gradient steps of each run.
         restarts: Random restarts; the worst is kept.
     """
 
     name: str
+    method: str
     steps: int
     restarts: int
 
     def step_size(self, eps: float) -> float:
-        """Step length in pixel units for a ball of radius ``eps``."""
+        """Step length of PGD in pixel units for a ball of radius ``eps``."""
         return 2.5 * eps / self.steps
+
+    @property
+    def needed_classes(self) -> int:
+        """Fewest classes that the attack's loss is defined for."""
+        return _NEEDED_CLASSES.get(self.method, 2)
 
 
 def parse_evaluation_attack(name: str) -> EvaluationAttack:
-    """Read ``pgd-STEPS`` or ``pgd-STEPS-RESTARTS``.
+    """Read ``METHOD-STEPS`` or ``METHOD-STEPS-RESTARTS``.
 
     Raises:
         ValueError: For anything else.
@@ -36,7 +49,7 @@ def parse_evaluation_attack(name: str) -> EvaluationAttack:
     match = _PATTERN.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"{name!r} is not an evaluation attack: write 'pgd-STEPS' or 'pgd-STEPS-RESTARTS', "
-            "such as 'pgd-20' or 'pgd-50-10'."
+            f"{name!r} is not an evaluation attack: write METHOD-STEPS or METHOD-STEPS-RESTARTS, "
+            f"such as 'pgd-20' or 'pgd-50-10'; methods are {', '.join(METHODS)}."
         )
-    return EvaluationAttack(name, int(match[1]), int(match[2] or 1))
+    return EvaluationAttack(name, match[1], int(match[2]), int(match[3] or 1))

@@ -5,9 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from dat_ds.attacks import ThreatModel, fgsm_step_size
+from dat_ds.attacks import (
+    ATTACK_SETTINGS,
+    MIN_CLASSES,
+    NORMS,
+    REQUIRED,
+    ThreatModel,
+    attack_options,
+    fgsm_step_size,
+    parse_length,
+)
 from dat_ds.config.deepspeed_keys import (
     AUTOCAST_DEFAULTS,
     FP16_DEFAULTS,
@@ -19,9 +28,17 @@ from dat_ds.config.deepspeed_keys import (
 from dat_ds.config.evaluation_attack import parse_evaluation_attack
 from dat_ds.config.length import Length
 from dat_ds.config.parse import did_you_mean
-from dat_ds.config.schema import AttackConfig, DatConfig, RunConfig
+from dat_ds.config.schema import (
+    AttackConfig,
+    DatConfig,
+    GuardConfig,
+    InnerLossName,
+    ObjectiveConfig,
+    RunConfig,
+    WeightPerturbationConfig,
+)
 from dat_ds.errors import ConfigError
-from dat_ds.objectives import DEFAULT_NATURAL_WEIGHT
+from dat_ds.objectives import default_attack_loss, objective_options
 
 _REFUSED_KEYS = {
     "scheduler": "the learning rate follows dat.schedule: move it there",
@@ -42,6 +59,7 @@ _SECTIONS = {
     "torch_autocast": '{"enabled": true}',
     "optimizer": '{"type": "AdamW", "params": {"lr": 0.001}}',
 }
+_ATTACK_KEYS = frozenset(field.name for field in dataclasses.fields(AttackConfig))
 ADAM_NAMES = ("adam", "adamw")
 _WHOLE_LAYER_OPTIMIZERS = ("lamb", "lars", "adafactor", "lbfgs")
 _REMOVED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
@@ -78,11 +96,17 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
             parse_evaluation_attack(name)
         except ValueError as error:
             problems.append(f"{path}: {error}")
-    objective = dat.objective
-    if objective.natural_weight is None:
-        weight = DEFAULT_NATURAL_WEIGHT[objective.name]
-        objective = dataclasses.replace(objective, natural_weight=weight)
-    return dataclasses.replace(dat, attack=_resolve_attack(dat, problems), objective=objective)
+    num_classes = model.num_classes or dat.data.num_classes
+    resolved = dataclasses.replace(
+        dat,
+        attack=_resolve_attack(dat, problems),
+        objective=_resolve_objective(dat, problems),
+        weight_perturbation=_resolve_weight_perturbation(dat, problems),
+        guard=_resolve_guard(dat, problems),
+    )
+    if num_classes is not None:
+        check_num_classes(resolved, num_classes, problems)
+    return resolved
 
 
 def _check_threat_model(dat: DatConfig, problems: list[str]) -> None:
@@ -95,27 +119,190 @@ def _check_threat_model(dat: DatConfig, problems: list[str]) -> None:
 
 
 def _resolve_attack(dat: DatConfig, problems: list[str]) -> AttackConfig:
-    attack, eps = dat.attack, dat.threat_model.eps
+    """Write out the attack's defaults; refuse keys that it does not take, and what has no sense."""
+    attack, threat = dat.attack, dat.threat_model
     if attack.name == "none":
         return attack
-    if attack.name == "fgsm":
-        if attack.steps not in (None, 1):
-            problems.append(
-                f"dat.attack.steps={attack.steps} makes no sense for 'fgsm', which takes one step: "
-                "remove it, or write dat.attack.name='pgd'."
+    taken = {k: v for k, v in attack_options(attack.name).items() if k in _ATTACK_KEYS}
+    for field in dataclasses.fields(attack):
+        key, value = field.name, getattr(attack, field.name)
+        if key in ("name", *ATTACK_SETTINGS) or key in taken or value is None:
+            continue
+        if (key, value) == ("steps", 1):
+            continue  # what a resolved single-step attack says
+        problems.append(
+            f"dat.attack.{key}={value!r} is no setting of the attack {attack.name!r}: remove it. "
+            f"It takes {', '.join([*taken, *ATTACK_SETTINGS])}."
+        )
+    defaults = {key: value for key, value in taken.items() if value is not REQUIRED}
+    single_step = "steps" not in taken
+    defaults["steps"] = 1 if single_step else 10
+    if "step_size" in taken:
+        start = attack.name == "fgsm_rs" or bool(attack.random_start)
+        defaults["step_size"] = (
+            _scaled(threat.eps, fgsm_step_size(ThreatModel("linf", 1.0), start))
+            if single_step
+            else _scaled(threat.eps, 0.25)
+        )
+    chosen = {key: value for key, value in defaults.items() if getattr(attack, key) is None}
+    loss = chosen.pop("loss", None)
+    attack = dataclasses.replace(attack, **chosen)
+    if loss is not None:
+        # The divergence is flat at the image itself, and Auto-PGD has no such loss.
+        moves = attack.name != "apgd" and _starts_at_random(attack)
+        loss = default_attack_loss(dat.objective.name) if moves else loss
+        attack = dataclasses.replace(attack, loss=cast(InnerLossName, loss))
+    _check_attack(attack, dat, problems)
+    return attack
+
+
+def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> None:
+    """Refuse combinations of attack, threat model and objective that make no sense."""
+    norm, name = dat.threat_model.norm, attack.name
+    if name in ("fgsm", "fgsm_rs") and norm == "l1":
+        problems.append(
+            f"dat.attack.name={name!r} takes a sign step, which dat.threat_model.norm='l1' has "
+            "not: write dat.attack.name='pgd' or 'apgd'."
+        )
+    if name == "n_fgsm" and norm != "linf":
+        problems.append(
+            f"dat.attack.name='n_fgsm' is defined for dat.threat_model.norm='linf', not {norm!r}: "
+            "write dat.attack.name='pgd'."
+        )
+    if attack.loss == "dlr-targeted" and name != "apgd":
+        problems.append(
+            f"dat.attack.loss='dlr-targeted' belongs to dat.attack.name='apgd', not {name!r}: "
+            "write 'dlr', or that attack."
+        )
+    if attack.loss == "kl" and (name == "apgd" or not _starts_at_random(attack)):
+        problems.append(
+            f"dat.attack.loss='kl' with dat.attack.name={name!r}"
+            + (
+                ": APGD has no such loss; write dat.attack.loss='ce' or dat.attack.name='pgd'."
+                if name == "apgd"
+                else " and no random start: its gradient at the image itself is zero. Write "
+                "dat.attack.random_start=true or dat.attack.loss='ce'."
             )
-        start = bool(attack.random_start)
-        size = attack.step_size
-        if size is None:
-            threat = ThreatModel("linf", min(float(eps), 1.0))
-            size = _scaled(eps, fgsm_step_size(threat, start) / threat.eps if threat.eps else 1.0)
-        return dataclasses.replace(attack, steps=1, step_size=size, random_start=start)
-    return dataclasses.replace(
-        attack,
-        steps=10 if attack.steps is None else attack.steps,
-        step_size=_scaled(eps, 0.25) if attack.step_size is None else attack.step_size,
-        random_start=True if attack.random_start is None else attack.random_start,
-    )
+        )
+    if attack.steps_from is not None and "steps" not in attack_options(name):
+        problems.append(
+            f"dat.attack.steps_from={attack.steps_from} makes no sense for {name!r}, which takes "
+            "one step: remove it."
+        )
+    if name == "multi_norm":
+        _check_other_norms(attack.other_norms, norm, problems)
+
+
+def _starts_at_random(attack: AttackConfig) -> bool:
+    return attack.name in ("fgsm_rs", "n_fgsm") or bool(attack.random_start)
+
+
+def _check_other_norms(other_norms: dict[str, Any] | None, norm: str, problems: list[str]) -> None:
+    example = "write such as {'l2': 0.5, 'l1': 12}"
+    if not other_norms:
+        problems.append(f"dat.attack.other_norms={other_norms!r} names no further norm: {example}.")
+        return
+    for other, eps in other_norms.items():
+        path = f"dat.attack.other_norms.{other}={eps!r}"
+        if other not in NORMS or other == norm:
+            others = [n for n in NORMS if n != norm]
+            problems.append(f"{path}: the further norms are {', '.join(others)}; {example}.")
+            continue
+        try:
+            ThreatModel(other, parse_length(eps))  # type: ignore[arg-type]
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+
+
+def _resolve_objective(dat: DatConfig, problems: list[str]) -> ObjectiveConfig:
+    """Write out the objective's defaults; refuse keys that it does not take."""
+    objective = dat.objective
+    taken = objective_options(objective.name)
+    for key in ("natural_weight", "beta", "gamma", "label_smoothing"):
+        value = getattr(objective, key)
+        if value is not None and key not in taken:
+            problems.append(
+                f"dat.objective.{key}={value!r} is no setting of the objective "
+                f"{objective.name!r}: remove it. It takes {', '.join(taken)}."
+            )
+    if dat.attack.name == "none" and objective.name not in ("at", "dat"):
+        problems.append(
+            f"dat.objective.name={objective.name!r} compares natural and adversarial images, but "
+            "dat.attack.name='none' makes none: write dat.objective.name='at', or an attack."
+        )
+    is_hat = objective.name == "hat"
+    if is_hat != (objective.helper_model is not None):
+        problems.append(
+            "dat.objective.helper_model is missing: 'hat' needs the run folder or checkpoint of a "
+            "naturally trained model (train one with dat.attack.name='none')."
+            if is_hat
+            else f"dat.objective.helper_model={objective.helper_model!r} belongs to the objective "
+            "'hat': remove it."
+        )
+    chosen = {key: value for key, value in taken.items() if getattr(objective, key) is None}
+    return dataclasses.replace(objective, **chosen)
+
+
+def _resolve_weight_perturbation(dat: DatConfig, problems: list[str]) -> WeightPerturbationConfig:
+    perturbation = dat.weight_perturbation
+    if perturbation.name == "none":
+        return perturbation
+    if dat.attack.name == "none" and perturbation.name == "awp":
+        problems.append(
+            "dat.weight_perturbation.name='awp' perturbs weights against adversarial images, but "
+            "dat.attack.name='none' makes none: write 'sam', or an attack."
+        )
+    if dat.model.activation_checkpointing == "reentrant":
+        problems.append(
+            f"dat.weight_perturbation.name={perturbation.name!r} with "
+            "dat.model.activation_checkpointing='reentrant': its gradient cannot be taken apart "
+            "from the update's. Write 'non_reentrant'."
+        )
+    radius = perturbation.radius
+    if radius is None:
+        radius = 0.005 if perturbation.name == "awp" else 0.05
+    return dataclasses.replace(perturbation, radius=radius)
+
+
+def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
+    action, attack = dat.guard.action, dat.attack.name
+    if attack in ("none", "multi_norm") and action not in (None, "none"):
+        problems.append(
+            f"dat.guard.action={action!r} compares attacks within one ball, which "
+            f"dat.attack.name={attack!r} does not train against: remove it."
+        )
+    if action is None:
+        single_step = attack != "none" and (
+            "steps" not in attack_options(attack) or dat.attack.steps == 1
+        )
+        action = "rollback" if single_step and attack != "multi_norm" else "none"
+    return dataclasses.replace(dat.guard, action=action)
+
+
+def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:
+    """Refuse losses that need more classes than there are.
+
+    Args:
+        dat: A resolved section.
+        num_classes: Classes of the model.
+        problems: Receives one message per problem found.
+    """
+    needed = MIN_CLASSES.get(dat.attack.loss or "", 0)
+    if num_classes < needed:
+        problems.append(
+            f"dat.attack.loss={dat.attack.loss!r} compares the {needed} largest logits, but there "
+            f"are {num_classes} classes: write dat.attack.loss='ce' or 'cw'."
+        )
+    for name in (*dat.evaluation.attacks, dat.evaluation.validation_attack):
+        try:
+            few = num_classes < parse_evaluation_attack(name).needed_classes
+        except ValueError:
+            continue  # reported already
+        if few:
+            problems.append(
+                f"dat.evaluation: {name!r} compares the largest logits, but there are "
+                f"{num_classes} classes: write 'apgd-ce-100' or 'pgd-100-10'."
+            )
 
 
 def _scaled(length: Length, factor: float) -> Length:

@@ -18,6 +18,10 @@ DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "sy
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
 ScheduleName = Literal["constant", "cosine", "step"]
 OptimizerName = Literal["adamw", "sgd"]
+Norm = Literal["linf", "l2", "l1"]
+AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
+InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
+ObjectiveName = Literal["at", "dat", "trades", "mart", "alp", "hat"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 
@@ -96,7 +100,7 @@ class DataConfig:
 class ThreatModelConfig:
     """Allowed perturbations; lengths are pixel units in [0, 1]."""
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     eps: Length = _at_least(0, Length("8/255"))
     lower: float = 0.0
     upper: float = 1.0
@@ -104,28 +108,104 @@ class ThreatModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig:
-    """The inner maximisation. ``none`` trains naturally."""
+    """The inner maximisation. ``none`` trains naturally; see ``docs/attacks.md`` for the others.
 
-    name: Literal["pgd", "fgsm", "none"] = "pgd"
+    A key that the chosen attack does not take is refused.
+    """
+
+    name: AttackName = "pgd"
     steps: int | None = _at_least(1, None)
-    """Gradient steps of ``pgd``. Default 10 (Madry et al. 2018 use 7, DAT's release 10)."""
+    """Gradient steps. Default 10 (Madry et al. 2018 use 7, DAT's release 10)."""
     step_size: Length | None = _at_least(0, None)
-    """Default: eps / 4 for pgd; eps for fgsm, 1.25 eps with a random start."""
+    """Default: eps / 4; of the single-step attacks eps, and 1.25 eps from a random start."""
     random_start: bool | None = None
-    """Default: true for pgd, false for fgsm."""
-    restarts: int = _at_least(1, 1)
-    loss: Literal["ce"] = "ce"
+    """Default: true for ``pgd``, ``apgd``, ``fat``, ``multi_norm``; false for ``fgsm``, ``mim``."""
+    restarts: int | None = _at_least(1, None)
+    """Default 1."""
+    loss: InnerLossName | None = None
+    """Default: ``kl`` where the objective is ``trades`` or ``hat`` and the attack, other than
+    ``apgd``, starts at random; else ``ce``."""
+    momentum: float | None = _at_least(0, None)
+    """Default: 1 for ``mim``, 0 for ``pgd``."""
+    noise_scale: float | None = _at_least(0, None)
+    """``n_fgsm``: half width of the noise in units of eps. Default 2."""
+    extra_steps: int | None = _at_least(0, None)
+    """``fat``: steps a sample still takes once it is misclassified. Default 0."""
+    num_targets: int | None = _at_least(1, None)
+    """``apgd`` with the loss ``dlr-targeted``: wrong classes to try. Default 9."""
+    other_norms: dict[str, Any] | None = None
+    """``multi_norm``: radius of each further ball by norm, such as ``{"l2": 0.5, "l1": 12}``."""
+    combine: Literal["worst", "average"] | None = None
+    """``multi_norm``: train on each image's worst ball (default), or on all of them."""
+    resolution: int | None = _above(0, None)
+    """Size in pixels at which the model sees images during the attack; the update is at full size.
+    The model must accept it (a ViT: ``dat.model.options.dynamic_img_size``)."""
+    eps_warmup: float = _fraction(0.0)
+    """Share of the run over which eps and the step size rise linearly from 0."""
+    steps_from: int | None = _at_least(1, None)
+    """Steps at the start of the run, rising to ``steps``; ``steps * step_size`` is kept."""
     model_mode: Literal["eval", "train"] = "eval"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The outer loss: ``natural_weight * CE(x) + CE(x_adv)``."""
+    """The outer loss; see ``docs/objectives.md``. A key the objective does not take is refused."""
 
-    name: Literal["at", "dat"] = "at"
+    name: ObjectiveName = "at"
     natural_weight: float | None = _at_least(0, None)
-    """Default: 0 for ``at``, 1 for ``dat``."""
-    label_smoothing: float = _fraction(0.0)
+    """``at`` and ``dat``: weight of the natural term. Default: 0 for ``at``, 1 for ``dat``."""
+    beta: float | None = _at_least(0, None)
+    """Weight of the consistency term. Default: 6 for ``trades``, 5 for ``mart``, 2.5 for ``hat``,
+    0.5 for ``alp``."""
+    gamma: float | None = _at_least(0, None)
+    """``hat``: weight of the helper term. Default 0.5."""
+    helper_model: str | None = None
+    """``hat``: run folder or checkpoint of a naturally trained model that labels helper images."""
+    label_smoothing: float | None = _fraction(None)
+    """Default 0."""
+    batch_norm: Literal["joint", "split"] = "joint"
+    """Natural and adversarial images go through the model in one forward: BatchNorm takes its
+    statistics of all of them (``joint``) or of each kind apart (``split``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPerturbationConfig:
+    """Adversarial weight perturbation (``awp``) or sharpness-aware minimisation (``sam``).
+
+    Costs one more forward and backward a micro-step.
+    """
+
+    name: Literal["none", "awp", "sam"] = "none"
+    radius: float | None = _at_least(0, None)
+    """``awp``: length relative to each layer's weights, default 0.005; ``sam``: default 0.05."""
+    scope: Literal["global", "local"] = "global"
+    """Whose gradient decides: all ranks' (one more all-reduce), or each rank's own."""
+    start: float = _fraction(0.0)
+    """Share of the run before the first perturbation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Watches single-step training for catastrophic overfitting.
+
+    Every so many steps, images of the batch are attacked by the training attack and by a multi-step
+    probe. The guard fires where accuracy under the first exceeds that under the second too far.
+    """
+
+    action: Literal["none", "stop", "rollback", "strengthen"] | None = None
+    """What to do when it fires: end the run, return to the last checkpoint and go on with more
+    attack steps, or go on with more attack steps from here. Default: ``rollback`` for the
+    single-step attacks, else ``none``."""
+    every_steps: int = _above(0, 50)
+    """Optimizer steps between two looks."""
+    probe_steps: int = _above(0, 10)
+    """PGD steps of the probe."""
+    num_images: int = _above(0, 64)
+    """Images per rank and look."""
+    largest_gap: float = _fraction(0.3)
+    """Allowed excess of accuracy under the training attack, as a fraction."""
+    stronger_steps: int = _above(1, 7)
+    """PGD steps of the training attack after ``rollback`` or ``strengthen``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +276,9 @@ class CompressionConfig:
 class EvaluationConfig:
     """Robust evaluation, sharded over ranks.
 
-    An attack is written ``pgd-STEPS`` or ``pgd-STEPS-RESTARTS``: random start, step size
-    ``2.5 eps / STEPS``, the run's threat model.
+    An attack is written ``METHOD-STEPS`` or ``METHOD-STEPS-RESTARTS``, with the methods ``pgd``
+    (step size ``2.5 eps / STEPS``), ``apgd-ce``, ``apgd-dlr`` and ``apgd-t`` (Auto-PGD on
+    cross-entropy, DLR and targeted DLR): random start, the run's threat model.
     """
 
     attacks: list[str] = field(default_factory=lambda: ["pgd-20"])
@@ -253,6 +334,8 @@ class DatConfig:
     threat_model: ThreatModelConfig = field(default_factory=ThreatModelConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    weight_perturbation: WeightPerturbationConfig = field(default_factory=WeightPerturbationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     optimizer: OptimizerConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

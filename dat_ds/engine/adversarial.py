@@ -6,6 +6,7 @@ Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,9 +28,11 @@ from dat_ds.engine.distributed import Ranks
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
 from dat_ds.engine.traffic import Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
-from dat_ds.errors import DataError
+from dat_ds.engine.weight_perturbation import WeightPerturbation
+from dat_ds.errors import ConfigError, DataError
 from dat_ds.models import PixelModel
-from dat_ds.objectives import Objective
+from dat_ds.models.batch_norm import split_batch_norm
+from dat_ds.objectives import Objective, helper_images
 
 
 class AdversarialEngine:
@@ -47,6 +50,7 @@ class AdversarialEngine:
         module: The bare model, pixels in [0, 1] to logits.
         run: The resolved run config.
         ranks: The processes of the run.
+        weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class AdversarialEngine:
         ranks: Ranks,
         attack: Attack | None,
         objective: Objective,
+        total_steps: int | None = None,
+        helper: nn.Module | None = None,
         loader: DistributedLoader | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
@@ -66,6 +72,8 @@ class AdversarialEngine:
         self.ranks = ranks
         self._attack = attack
         self._objective = objective
+        self._total_steps = total_steps
+        self._helper = helper
         self._loader = loader
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
@@ -79,6 +87,14 @@ class AdversarialEngine:
         self.keeps_parameters_resident = (
             run.zero_stage == 3 and hooks.gathered_bytes(engine) <= budget
         )
+        self.weight_perturbation = _weight_perturbation_of(run)
+        if self.weight_perturbation and run.zero_stage == 3 and not self.keeps_parameters_resident:
+            needed = hooks.gathered_bytes(engine) / 2**30
+            raise ConfigError(
+                "dat.weight_perturbation under ZeRO-3 needs all parameters on the device at once, "
+                f"{needed:.2f} GiB: write dat.engine.resident_parameters_gib={math.ceil(needed)}."
+            )
+        self._perturbed = contextlib.ExitStack()
         self._traffic = Traffic()
         listen(self._traffic)
         self._checked_pixels = False
@@ -96,6 +112,11 @@ class AdversarialEngine:
     def micro_step(self) -> int:
         """Micro-steps done since the last optimizer step."""
         return int(self.deepspeed.micro_steps) % self.accumulation
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimizer steps that are done, in [0, 1]; 0 without a known length."""
+        return min(1.0, self.global_steps / self._total_steps) if self._total_steps else 0.0
 
     @property
     def accumulation(self) -> int:
@@ -118,6 +139,7 @@ class AdversarialEngine:
         Returns:
             The loss to give to :meth:`backward`: a mean over the micro-batch, local to this rank.
         """
+        self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
         x, y, num_images = self._prepare(x, y)
         metrics = self._pending
@@ -126,21 +148,22 @@ class AdversarialEngine:
         metrics.timer.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
-        with self._traffic.counting("forward"), keep:
-            logits_adv, logits = self._outer_forward(x_adv, x)
-        terms = self._objective(logits_adv, y, logits)
+        self._perturb_weights(x, x_adv, y, weight)
+        with self._traffic.counting("forward"), keep, self._restored_on_error():
+            terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y)
         natural_logits = logits_adv if self._attack is None else logits
         if num_images and natural_logits is not None:
             metrics.add_natural(_num_correct(natural_logits, y), num_images)
         if num_images and self._attack is not None:
-            metrics.add_robust(_num_correct(logits_adv, y), num_images)
+            views = len(x_adv) // len(x)
+            metrics.add_robust(_num_correct(logits_adv, y.repeat(views)), views * num_images)
         metrics.add_terms(terms, weight / self.accumulation)
         loss = terms["loss"]
         return loss if weight == 1.0 else loss * weight
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
-        with self._traffic.counting("backward"):
+        with self._traffic.counting("backward"), self._perturbed:
             self.deepspeed.backward(loss)
 
     def step(self) -> None:
@@ -170,16 +193,18 @@ class AdversarialEngine:
             gradient: Counts of the attack's gradients go here.
 
         Returns:
-            Float32 images of the shape of ``x``; ``x`` itself where the run has no attack.
+            Float32 images of the shape of ``x`` (several after one another for an attack with
+            several views); ``x`` itself where the run has no attack.
         """
         if self._attack is None:
             return x
+        attack = self._attack.at(self.progress)
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
         with self._traffic.counting("forward"), self.frozen(mode) as model:
-            x_adv = self._attack(model, x, y, generator, gradient=gradient)
+            x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
 
@@ -191,23 +216,49 @@ class AdversarialEngine:
         ZeRO-3 parameters stay gathered where the memory budget allows it. Every rank must call
         the model the same number of times.
         """
-        autocast = (
-            torch.autocast(self.ranks.device.type, dtype=self.deepspeed.torch_autocast_dtype())
-            if self._precision == "autocast"
-            else contextlib.nullcontext()
-        )
         resident = (
             hooks.resident_parameters(self.deepspeed)
             if self.keeps_parameters_resident
             else contextlib.nullcontext()
         )
         try:
-            with resident, attack_mode(self.module, model_mode), autocast:  # type: ignore[arg-type]
+            with resident, attack_mode(self.module, model_mode), self._autocast():  # type: ignore[arg-type]
                 yield lambda x: self._forward(self.module, x, training=model_mode == "train")
         except BaseException:
             # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.
             hooks.release_parameters(self.deepspeed)
             raise
+
+    @property
+    def attack_in_use(self) -> Attack | None:
+        """The training attack at this point of the run; None for natural training."""
+        return None if self._attack is None else self._attack.at(self.progress)
+
+    def use_attack(self, attack: Attack) -> None:
+        """Train with another attack from the next micro-step on."""
+        self._attack = attack
+
+    def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:
+        """Accuracy over all ranks' images under ``attack``, in eval mode; a collective.
+
+        Args:
+            attack: An attack with one view.
+            x: This rank's images, as :meth:`__call__` takes them; may hold no image at all.
+            y: Class indices ``(B,)``.
+
+        Returns:
+            A fraction; training goes on as if it had not been measured.
+        """
+        x, y, num_images = self._prepare(x, y)
+        first_index = self.ranks.rank * len(x)
+        generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
+        with self.frozen() as model:
+            x_adv = attack(model, x, y, generator, gradient=self._input_gradient())
+            with torch.no_grad():
+                num_correct = _num_correct(model(x_adv), y)
+        counts = torch.tensor([float(num_correct) if num_images else 0.0, float(num_images)])
+        correct, total = self.ranks.sum(counts.double()).tolist()
+        return float(correct / total) if total else 0.0
 
     def measure_natural_accuracy(self, x: Tensor, y: Tensor) -> None:
         """Add natural accuracy on ``x`` to the last step's metrics: one forward in eval mode.
@@ -304,17 +355,79 @@ class AdversarialEngine:
             )
         self._checked_pixels = True
 
-    def _outer_forward(self, x_adv: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Adversarial and, where needed, natural logits, in one forward of the engine.
+    def _outer_loss(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """The objective's terms, the adversarial and, where needed, the natural logits.
 
-        Two forwards before one backward would break ZeRO's bookkeeping, and double ZeRO-3's
-        gathers. BatchNorm sees both halves as one batch.
+        All images go through the model in one forward: several forwards before one backward would
+        break ZeRO's bookkeeping, and double ZeRO-3's gathers.
         """
-        if not self._objective.needs_natural_logits:
-            return self._forward(self.deepspeed, x_adv, training=True), None
-        joint = self._forward(self.deepspeed, torch.cat([x, x_adv]), training=True)
-        logits, logits_adv = joint.chunk(2)
-        return logits_adv, logits
+        objective, views = self._objective, len(x_adv) // len(x)
+        kinds = {"natural": x} if objective.needs_natural_logits else {}
+        kinds["adversarial"] = x_adv
+        if objective.needs_helper_logits:
+            threat = self.run.dat.threat_model
+            kinds["helper"] = helper_images(
+                x.repeat(views, 1, 1, 1), x_adv, threat.lower, threat.upper
+            )
+        sizes = [len(images) for images in kinds.values()]
+        joint = torch.cat(list(kinds.values())) if len(kinds) > 1 else x_adv
+        with self._batch_norm_of(sizes):
+            parts = torch.split(self._forward(model, joint, training=True), sizes)
+        by_kind = dict(zip(kinds, parts, strict=True))
+        logits_adv, logits = by_kind["adversarial"], by_kind.get("natural")
+        extra: dict[str, Tensor] = {}
+        if objective.needs_helper_logits:
+            assert self._helper is not None
+            with torch.no_grad():
+                labels = self._helper(x_adv).argmax(dim=1)
+            extra = {"logits_helper": by_kind["helper"], "y_helper": labels}
+        if views == 1:
+            return objective(logits_adv, y, logits, **extra), logits_adv, logits
+        repeated = None if logits is None else logits.repeat(views, 1)
+        y = y.repeat(views, *[1] * (y.ndim - 1))
+        return objective(logits_adv, y, repeated, **extra), logits_adv, logits
+
+    def _perturb_weights(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> None:
+        """Move the weights up the outer loss, until the end of :meth:`backward`."""
+        perturbation = self.weight_perturbation
+        if perturbation is None or self.progress < self.run.dat.weight_perturbation.start:
+            return
+
+        def outer_loss() -> Tensor:
+            terms, *_ = self._outer_loss(self.module, x, x_adv, y)
+            return terms["loss"] * weight
+
+        scale = hooks.loss_scale(self.deepspeed)
+        with self._traffic.counting("backward"), self._restored_on_error():
+            if self.keeps_parameters_resident:
+                self._perturbed.enter_context(hooks.resident_parameters(self.deepspeed))
+            with self._autocast():
+                applied = perturbation.applied(self.module, outer_loss, scale=scale)
+                self._perturbed.enter_context(applied)
+
+    @contextlib.contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._perturbed.close()
+            raise
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The autocast that DeepSpeed's forward applies, for calls of the bare module."""
+        if self._precision != "autocast":
+            return contextlib.nullcontext()
+        dtype = self.deepspeed.torch_autocast_dtype()
+        return torch.autocast(self.ranks.device.type, dtype=dtype)
+
+    def _batch_norm_of(self, sizes: list[int]) -> contextlib.AbstractContextManager[None]:
+        """BatchNorm's statistics of all images together, or of each kind apart."""
+        split = self.run.dat.objective.batch_norm == "split"
+        if split and self._has_batch_norm and len(sizes) > 1:
+            return split_batch_norm(self.module, sizes)
+        return contextlib.nullcontext()
 
     def _forward(self, model: Callable[[Tensor], Tensor], x: Tensor, *, training: bool) -> Tensor:
         """Logits of ``x`` ``(B, C, H, W)``, cast to what the model takes.
@@ -326,6 +439,14 @@ class AdversarialEngine:
         if training and len(x) == 1 and self._has_batch_norm:
             return model(torch.cat([x, x]))[:1]
         return model(x)
+
+
+def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:
+    settings = run.dat.weight_perturbation
+    if settings.name == "none":
+        return None
+    assert settings.radius is not None
+    return WeightPerturbation(settings.name, settings.radius, settings.scope)
 
 
 @torch.no_grad()

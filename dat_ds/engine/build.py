@@ -16,7 +16,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import Attack, ThreatModel, build_attack
+from dat_ds.attacks import (
+    Attack,
+    CallableAttack,
+    ThreatModel,
+    UserAttack,
+    attack_options,
+    build_attack,
+)
 from dat_ds.config import (
     DatConfig,
     RunConfig,
@@ -29,7 +36,8 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
 from dat_ds.engine.validate import check_deepspeed, check_precision
-from dat_ds.objectives import build_objective
+from dat_ds.models import load
+from dat_ds.objectives import Objective, build_objective
 from dat_ds.optim import Schedule, build_optimizer
 
 logger = logging.getLogger("dat_ds")
@@ -41,6 +49,8 @@ def initialize(
     config: str | Path | Mapping[str, Any] | RunConfig,
     training_data: Dataset[Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    attack: Attack | UserAttack | None = None,
+    objective: Objective | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[AdversarialEngine, torch.optim.Optimizer, DistributedLoader | None, LRScheduler | None]:
     """Set up adversarial training of ``model`` under DeepSpeed.
@@ -52,6 +62,11 @@ def initialize(
         training_data: Dataset of ``(x, y)`` with ``x`` float pixels ``(C, H, W)``. Gives a loader
             that cuts every epoch into global batches, and the schedule its length.
         optimizer: A torch optimizer over the model's parameters, instead of the config's.
+        attack: An attack, or a function ``(model, x, y, generator) -> x_adv``, instead of
+            ``dat.attack``. A function gets a frozen model and does the same number of forwards on
+            every rank.
+        objective: A subclass of :class:`dat_ds.objectives.Objective`, instead of
+            ``dat.objective``.
         ranks: The processes of the run; None sets them up from the launcher's environment.
 
     Returns:
@@ -71,6 +86,10 @@ def initialize(
     if ranks.is_main:
         for note in run.notes:
             logger.info("Note: %s", note)
+    helper = None
+    if run.dat.objective.helper_model is not None:
+        with ranks.together():
+            helper = load(run.dat.objective.helper_model, map_location=ranks.device)
     loader = None
     if training_data is not None:
         loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation)
@@ -92,13 +111,19 @@ def initialize(
         config=settings,
         dist_init_required=False,
     )
-    objective = build_objective(dataclasses.asdict(run.dat.objective))
+    if attack is None:
+        attack = attack_of(run.dat)
+    elif not isinstance(attack, Attack):
+        name = getattr(attack, "__name__", "callable")
+        attack = CallableAttack(name, threat_of(run.dat), function=attack)
     adversarial = AdversarialEngine(
         engine,
         run=run,
         ranks=ranks,
-        attack=attack_of(run.dat),
-        objective=objective,
+        attack=attack,
+        objective=objective_of(run.dat) if objective is None else objective,
+        total_steps=None if schedule is None else schedule.total_steps,
+        helper=helper,
         loader=loader,
     )
     return adversarial, optimizer, loader, scheduler
@@ -115,9 +140,17 @@ def attack_of(dat: DatConfig) -> Attack | None:
     if dat.attack.name == "none":
         return None
     options = dataclasses.asdict(dat.attack)
-    if dat.attack.name == "fgsm":
-        del options["steps"]
+    if "steps" not in attack_options(dat.attack.name):
+        del options["steps"]  # written out as 1
     return build_attack({**options, "threat_model": threat_of(dat)})
+
+
+def objective_of(dat: DatConfig) -> Objective:
+    """The objective of a run."""
+    options = dataclasses.asdict(dat.objective)
+    for key in ("helper_model", "batch_norm"):  # the engine's part
+        del options[key]
+    return build_objective(options)
 
 
 def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | None:

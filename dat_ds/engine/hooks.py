@@ -56,6 +56,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_status") and parameter.ds_status.name == "NOT_AVAILABLE"
 
 
+def loss_scale(engine: DeepSpeedEngine) -> float:
+    """The factor that DeepSpeed puts on a float16 loss right now; 1 in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0
 _RELEASE_DECISION = "_PartitionedParameterCoordinator__params_to_release"
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from dat_ds.config import RunConfig, adapt_to_device
-from dat_ds.config.schema import AttackConfig, ObjectiveConfig
+from dat_ds.config import RunConfig, adapt_to_device, check_num_classes, plain
+from dat_ds.config.schema import AttackConfig, ObjectiveConfig, WeightPerturbationConfig
 from dat_ds.data import DataSplits, build_data
 from dat_ds.engine.build import initialize, threat_of
 from dat_ds.engine.checkpoint import Checkpoints
@@ -27,6 +27,7 @@ from dat_ds.evaluation import (
     Record,
     commit,
     describe,
+    describe_training,
     draw_examples,
     evaluate,
     hardware,
@@ -97,6 +98,7 @@ def natural_twin_of(run: RunConfig) -> RunConfig:
         objective=ObjectiveConfig(
             natural_weight=0.0, label_smoothing=run.dat.objective.label_smoothing
         ),
+        weight_perturbation=WeightPerturbationConfig(),
         evaluation=dataclasses.replace(run.dat.evaluation, natural_twin=False),
     )
     return dataclasses.replace(run, dat=dat, notes=())
@@ -133,13 +135,18 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
             f"dat.model.img_size={config.img_size}, but the images have {height} pixels: leave it "
             f"out, or resize the images with dat.data.img_size={config.img_size}."
         )
+    num_classes = config.num_classes or splits.num_classes
+    problems: list[str] = []
+    check_num_classes(run.dat, num_classes, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
     # Published weights expect the statistics they were trained with, not those of this data.
     own_statistics = (
         config.mean is not None or config.pretrained is not None or config.name.startswith("hf:")
     )
     return build_model(
         config.name,
-        num_classes=config.num_classes or splits.num_classes,
+        num_classes=num_classes,
         in_chans=channels,
         mean=config.mean if own_statistics else splits.mean,
         std=config.std if own_statistics else splits.std,
@@ -238,6 +245,7 @@ def _train_one(
         "checkpoint": "best" if trainer.best is not None else "last",
         "best_validation": trainer.best,
         "validation": trainer.history,
+        "events": trainer.events,
         "steps": engine.global_steps,
         "seconds": {
             "train": train_seconds,
@@ -305,12 +313,8 @@ def _announce(
     run: RunConfig, ranks: Ranks, splits: DataSplits, trainer: Trainer, output: Path
 ) -> None:
     dat = run.dat
-    attack = (
-        dat.attack.name if dat.attack.name == "none" else f"{dat.attack.name}-{dat.attack.steps}"
-    )
     logger.info(
-        "%s on %s: %d training images, %d rank(s), ZeRO-%d, %d steps of %d images; "
-        "attack %s, %s eps %s",
+        "%s on %s: %d training images, %d rank(s), ZeRO-%d, %d steps of %d images; %s, %s eps %s",
         dat.model.name,
         splits.name,
         len(splits.train),  # type: ignore[arg-type]
@@ -318,7 +322,7 @@ def _announce(
         run.zero_stage,
         trainer.total_steps,
         trainer.loader.sampler.global_batch,
-        attack,
+        describe_training(plain(dataclasses.asdict(dat))),
         dat.threat_model.norm,
         dat.threat_model.eps,
     )

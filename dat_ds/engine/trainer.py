@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.build import build_schedule, threat_of
 from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.guard import Guard, GuardReading, multi_step
 from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.stopping import StopSignal
 from dat_ds.errors import DataError, NumericsError
@@ -72,6 +74,18 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         self.seconds_before = 0.0
+        guard = self.run.dat.guard
+        self._guard: Guard | None = None
+        if guard.action != "none" and self.run.dat.attack.name != "none":
+            self._guard = Guard(
+                engine,
+                probe_steps=guard.probe_steps,
+                num_images=guard.num_images,
+                largest_gap=guard.largest_gap,
+            )
+        self.is_strengthened = False
+        self.events: list[dict[str, Any]] = []
+        self._reading: GuardReading | None = None
         self._stop = StopSignal() if stop is None else stop
         self._warned_of_skips = False
         self._shown: dict[str, str] = {}
@@ -83,6 +97,9 @@ class Trainer:
         state = self.checkpoints.load(checkpoint, self.engine, self.ema)
         self.best, self.history = state["best"], state["history"]
         self.seconds_before = state["seconds"]
+        self.events = state["events"]
+        if state["strengthened"]:
+            self._strengthen()
         self._checkpointed_at = self.engine.global_steps
         self.loader.set_position(*divmod(self.engine.global_steps, self.loader.steps_per_epoch))
 
@@ -99,11 +116,10 @@ class Trainer:
         """
         self._start = time.perf_counter()
         self._batches = self._stream()
-        with self.ranks.together():
-            if self.ranks.is_main:
-                keep_rows_until(self.output / "metrics.jsonl", self.engine.global_steps)
-        # Closing the stream ends the loader's workers.
-        with self._progress() as bar, contextlib.closing(self._batches):
+        self._drop_later_rows()
+        # Closing the stream, which a roll-back replaces, ends the loader's workers.
+        with self._progress() as bar, contextlib.ExitStack() as stack:
+            stack.callback(lambda: self._batches.close())
             while self.engine.global_steps < self.total_steps:
                 batches, error = self._fetch_step()
                 signal_seen = _STOP if self._stop.requested else _GO_ON
@@ -118,6 +134,12 @@ class Trainer:
                 bar.update()
                 self._after_step(batches, bar)
         return True
+
+    def _drop_later_rows(self) -> None:
+        """Cut the metrics of steps after the present one, which are about to be repeated."""
+        with self.ranks.together():
+            if self.ranks.is_main:
+                keep_rows_until(self.output / "metrics.jsonl", self.engine.global_steps)
 
     # ---- one step
 
@@ -150,6 +172,12 @@ class Trainer:
     def _after_step(self, batches: list[MicroBatch], bar: tqdm[Any]) -> None:
         step, dat = self.engine.global_steps, self.run.dat
         is_last = step == self.total_steps
+        every = dat.checkpoint.every_steps
+        saves = step % every == 0 if every else self._is_due(step, dat.checkpoint.every_epochs)
+        # Looked at before every checkpoint too, so that checkpoints hold good weights.
+        looks = step % dat.guard.every_steps == 0 or saves or is_last
+        if self._guard is not None and looks and self._overfits(batches, bar):
+            return
         if step % dat.logging.every_steps == 0 or is_last:
             self._log_step(batches[-1], bar)
         if self._is_due(step, dat.evaluation.validation_every_epochs) or is_last:
@@ -158,10 +186,70 @@ class Trainer:
             except DataError:
                 self.save_checkpoint()
                 raise
-        every = dat.checkpoint.every_steps
-        due = step % every == 0 if every else self._is_due(step, dat.checkpoint.every_epochs)
-        if due or is_last:
+        if saves or is_last:
             self.save_checkpoint()
+
+    # ---- guard
+
+    def _overfits(self, batches: list[MicroBatch], bar: tqdm[Any]) -> bool:
+        """Look for catastrophic overfitting and act on it.
+
+        Returns:
+            Whether the step just done was undone.
+
+        Raises:
+            NumericsError: Where the guard is to stop the run.
+        """
+        assert self._guard is not None
+        x, y, _ = batches[-1]
+        self._reading = self._guard.look(x, y)
+        if not self._reading.fired:
+            return False
+        step, guard = self.engine.global_steps, self.run.dat.guard
+        words = (
+            f"Catastrophic overfitting in step {step}: accuracy is "
+            f"{self._reading.attack_acc:.0%} under the training attack, but "
+            f"{self._reading.probe_acc:.0%} under PGD-{guard.probe_steps}."
+        )
+        if guard.action == "stop":
+            self._log_step(batches[-1], bar)
+            raise NumericsError(
+                f"{words} Training stopped (dat.guard.action='stop'). "
+                f"{self._last_checkpoint_words()} To go on, start a run with "
+                "dat.guard.action='rollback' or a multi-step attack."
+            )
+        latest = self.checkpoints.latest()
+        returns_to = latest if guard.action == "rollback" else None
+        event = {"step": step, "event": "catastrophic_overfitting"}
+        event |= dataclasses.asdict(self._reading)
+        event |= {"returned_to": None if returns_to is None else returns_to.name}
+        events = [*self.events, event]
+        if self.ranks.is_main:
+            place = "from here" if returns_to is None else f"from {returns_to}"
+            logger.warning("%s Going on %s with PGD-%d.", words, place, guard.stronger_steps)
+        if returns_to is not None:
+            self._return_to(returns_to, bar)
+        self.events = events
+        self._strengthen()
+        return returns_to is not None
+
+    def _strengthen(self) -> None:
+        """Train with more attack steps from now on, which the guard need not watch."""
+        steps = self.run.dat.guard.stronger_steps
+        self.engine.use_attack(multi_step(self.engine, steps, 2.5 / steps))
+        self.is_strengthened = True
+        self._guard = None
+
+    def _return_to(self, checkpoint: Path, bar: tqdm[Any]) -> None:
+        seconds = self.seconds()
+        self._batches.close()
+        self.resume(checkpoint)
+        self._drop_later_rows()
+        # The time since the checkpoint was spent all the same.
+        self.seconds_before, self._start = seconds, time.perf_counter()
+        self._batches = self._stream()
+        bar.n = self.engine.global_steps
+        bar.refresh()
 
     def _is_due(self, step: int, every_epochs: float) -> bool:
         """Whether ``step`` completes another ``every_epochs`` epochs."""
@@ -189,6 +277,7 @@ class Trainer:
             "epoch": step / self.loader.steps_per_epoch,
             **metrics,
             "lr": self.engine.deepspeed.get_lr()[0],
+            **self._guard_columns(),
             "images_per_second": images / seconds if seconds else None,
         }
         with self.ranks.together():
@@ -205,6 +294,13 @@ class Trainer:
             "update": _percent(metrics["seconds_update"] / seconds if seconds else None),
         }
         bar.set_postfix(self._shown)
+
+    def _guard_columns(self) -> dict[str, Any]:
+        """The guard's reading since the last row, for ``metrics.jsonl``, if there was one."""
+        if self._reading is None:
+            return {}
+        reading, self._reading = dataclasses.asdict(self._reading), None
+        return {f"guard_{name}": value for name, value in reading.items()}
 
     def _images_in_step(self, step: int) -> int:
         """Images of the global batch that optimizer step ``step``, counted from 1, trained on."""
@@ -357,6 +453,7 @@ class Trainer:
                 "or too short a warm-up."
             )
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
+        state |= {"strengthened": self.is_strengthened, "events": self.events}
         self.checkpoints.save(self.engine, self.ema, state, model_state)
         self._checkpointed_at = self.engine.global_steps
 

@@ -4,11 +4,13 @@ from dat_ds.evaluation.accuracy import Record, evaluate
 from dat_ds.evaluation.environment import commit, hardware, versions
 from dat_ds.evaluation.pictures import draw_examples
 from dat_ds.evaluation.record import describe
+from dat_ds.evaluation.report import describe_training
 
 __all__ = [
     "Record",
     "commit",
     "describe",
+    "describe_training",
     "draw_examples",
     "evaluate",
     "hardware",

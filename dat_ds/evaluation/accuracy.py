@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import SampleGenerator, ThreatModel, attack_mode, pgd
+from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, attack_mode, pgd
 from dat_ds.config import EvaluationAttack, parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
 
 Model = Callable[[Tensor], Tensor]
+_APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
 
 
 class Gather(Protocol):
@@ -92,7 +93,8 @@ def evaluate(
             eval mode and frozen meanwhile.
         data: Map-style dataset of ``(x, y)``.
         threat: Allowed perturbations.
-        attacks: Names such as ``"pgd-20"`` or ``"pgd-50-10"`` (steps, restarts).
+        attacks: Names such as ``"pgd-20"``, ``"pgd-50-10"`` (steps, restarts) or
+            ``"apgd-dlr-100"``; see :func:`dat_ds.config.parse_evaluation_attack`.
         num_examples: First images of ``data``; None for all.
         batch_size: Images per forward and rank.
         seed: Seed of the random starts.
@@ -141,7 +143,7 @@ def evaluate(
                     robust = model(x_adv).argmax(1) == y
                 outcomes[attack.name].append((robust & natural)[:count].cpu())
                 if count:
-                    distance = _largest_distance(x_adv - x, threat)
+                    distance = float(threat.distance(x_adv, x).max())
                     largest[attack.name] = max(largest[attack.name], distance)
     texts = {name: _to_text(parts) for name, parts in outcomes.items()}
     gathered = gather((batches.error, texts, largest))
@@ -182,6 +184,17 @@ def run_attack(
     generator: SampleGenerator,
 ) -> Tensor:
     """Adversarial images for ``x`` ``(B, C, H, W)`` by an evaluation attack."""
+    if attack.method != "pgd":
+        return apgd(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            loss=_APGD_LOSSES[attack.method],
+            restarts=attack.restarts,
+            generator=generator,
+        )
     return pgd(
         model,
         x,
@@ -192,11 +205,6 @@ def run_attack(
         restarts=attack.restarts,
         generator=generator,
     )
-
-
-def _largest_distance(delta: Tensor, threat: ThreatModel) -> float:
-    order = float("inf") if threat.norm == "linf" else 2.0
-    return float(torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1).max())
 
 
 def _to_text(parts: list[Tensor]) -> str:

@@ -44,15 +44,28 @@ def report_table(paths: Sequence[Path]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def describe_training(dat: dict[str, Any]) -> str:
+    """Attack, objective and weight perturbation in a few words: ``"trades pgd-10 awp"``.
+
+    Args:
+        dat: A resolved ``"dat"`` section, as a record holds it.
+    """
+    attack, objective = dat["attack"], dat["objective"]
+    if attack["name"] == "none":
+        return "natural"
+    words = [] if objective["name"] == "at" else [objective["name"]]
+    words.append(f"{attack['name']}-{attack['steps']}")
+    perturbation = dat.get("weight_perturbation", {}).get("name", "none")
+    return " ".join([*words, *([] if perturbation == "none" else [perturbation])])
+
+
 def _row(name: str, record: dict[str, Any], attacks: Sequence[str]) -> list[str]:
     dat, robust = record["config"]["dat"], record["robust_acc"]
-    attack = dat["attack"]
-    training = "natural" if record["natural"] else f"{attack['name']}-{attack['steps']}"
     seconds = record["seconds"].get("train")
     return [
         name,
         dat["model"]["name"],
-        training,
+        describe_training(dat),
         str(record["config"]["zero_optimization"]["stage"]),
         str(record["ranks"]),
         f"{100 * record['natural_acc']:.1f}",

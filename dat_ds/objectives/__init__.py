@@ -1,10 +1,26 @@
 """Robust objectives: what the outer minimisation minimises. They see logits, nothing else."""
 
-from dat_ds.objectives.objective import (
-    DEFAULT_NATURAL_WEIGHT,
+from dat_ds.objectives.adversarial_training import AdversarialTraining, Dat
+from dat_ds.objectives.base import Objective
+from dat_ds.objectives.build import (
     OBJECTIVES,
-    Objective,
     build_objective,
+    default_attack_loss,
+    objective_options,
 )
+from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades, helper_images
 
-__all__ = ["DEFAULT_NATURAL_WEIGHT", "OBJECTIVES", "Objective", "build_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "AdversarialTraining",
+    "Alp",
+    "Dat",
+    "Hat",
+    "Mart",
+    "Objective",
+    "Trades",
+    "build_objective",
+    "default_attack_loss",
+    "helper_images",
+    "objective_options",
+]

@@ -8,11 +8,12 @@ import json
 import logging
 import math
 import pickle
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from dat_ds.attacks import ATTACKS, INNER_LOSSES, NORMS
 from dat_ds.config import (
     Length,
     adapt_to_device,
@@ -20,6 +21,7 @@ from dat_ds.config import (
     parse_evaluation_attack,
     precision_of,
     resolve_batch,
+    schema,
 )
 from dat_ds.config.deepspeed_keys import (
     FP16_DEFAULTS,
@@ -30,6 +32,7 @@ from dat_ds.config.deepspeed_keys import (
 )
 from dat_ds.config.reconcile import _REFUSED_KEYS
 from dat_ds.errors import ConfigError, UserError
+from dat_ds.objectives import OBJECTIVES
 
 ADAMW = {"optimizer": {"type": "AdamW"}}
 
@@ -64,8 +67,9 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (
             ours(atack={}),
             "Unknown key in the run config: dat.atack (did you mean 'attack'?). Valid keys of "
-            "'dat': model, data, threat_model, attack, objective, optimizer, schedule, ema, "
-            "compression, evaluation, checkpoint, logging, engine, seed, output_dir.",
+            "'dat': model, data, threat_model, attack, objective, weight_perturbation, guard, "
+            "optimizer, schedule, ema, compression, evaluation, checkpoint, logging, engine, "
+            "seed, output_dir.",
         ),
         (
             ours(ema={"decya": 0.9}),
@@ -84,7 +88,7 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (
             ours(threat_model={"norm": "linv"}),
             "dat.threat_model.norm='linv' is not valid (did you mean 'linf'?). "
-            "Write one of 'linf', 'l2'.",
+            "Write one of 'linf', 'l2', 'l1'.",
         ),
         (
             ours(threat_model={"eps": "eight"}),
@@ -97,7 +101,8 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (
             ours(attack={"name": "pdg"}),
             "dat.attack.name='pdg' is not valid (did you mean 'pgd'?). "
-            "Write one of 'pgd', 'fgsm', 'none'.",
+            "Write one of 'pgd', 'fgsm', 'fgsm_rs', 'n_fgsm', 'mim', 'apgd', "
+            "'fat', 'multi_norm', 'none'.",
         ),
         (ours(attack={"steps": 2.5}), "dat.attack.steps=2.5 must be an integer."),
         (ours(attack={"steps": True}), "dat.attack.steps=True must be an integer."),
@@ -108,8 +113,8 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (ours(attack={"random_start": 1}), "dat.attack.random_start=1 must be true or false."),
         (
             ours(attack={"name": "fgsm", "steps": 3}),
-            "dat.attack.steps=3 makes no sense for 'fgsm', which takes one step: "
-            "remove it, or write dat.attack.name='pgd'.",
+            "dat.attack.steps=3 is no setting of the attack 'fgsm': remove it. It takes step_size, "
+            "loss, random_start, restarts, model_mode, resolution, eps_warmup, steps_from.",
         ),
         (ours(attack=[]), "dat.attack=[] must be an object with the keys name, steps, step_size, "),
         (ours(seed=None), "dat.seed=None must be an integer."),
@@ -143,8 +148,9 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         ),
         (
             ours(evaluation={"attacks": ["pgd-20", "pgd20"]}),
-            "dat.evaluation.attacks[1]: 'pgd20' is not an evaluation attack: write 'pgd-STEPS' "
-            "or 'pgd-STEPS-RESTARTS', such as 'pgd-20' or 'pgd-50-10'.",
+            "dat.evaluation.attacks[1]: 'pgd20' is not an evaluation attack: write METHOD-STEPS "
+            "or METHOD-STEPS-RESTARTS, such as 'pgd-20' or 'pgd-50-10'; methods are pgd, apgd-ce, "
+            "apgd-dlr, apgd-t.",
         ),
         (
             ours(evaluation={"validation_attack": "aa"}),
@@ -355,7 +361,127 @@ def test_loading_leaves_the_given_config_alone():
     assert config == before
 
 
+# ---- combinations that make no sense
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"attack": {"name": "fgsm"}, "threat_model": {"norm": "l1", "eps": 12}},
+            "dat.attack.name='fgsm' takes a sign step, which dat.threat_model.norm='l1' has not: ",
+        ),
+        (
+            {"attack": {"name": "n_fgsm"}, "threat_model": {"norm": "l2", "eps": 0.5}},
+            "dat.attack.name='n_fgsm' is defined for dat.threat_model.norm='linf', not 'l2': ",
+        ),
+        (
+            {"attack": {"loss": "kl", "random_start": False}},
+            "dat.attack.loss='kl' with dat.attack.name='pgd' and no random start: ",
+        ),
+        (
+            {"attack": {"name": "apgd", "loss": "kl"}},
+            "dat.attack.loss='kl' with dat.attack.name='apgd': APGD has no such loss; ",
+        ),
+        (
+            {"attack": {"loss": "dlr-targeted"}},
+            "dat.attack.loss='dlr-targeted' belongs to dat.attack.name='apgd', not 'pgd': ",
+        ),
+        (
+            {"attack": {"loss": "dlr"}, "model": {"num_classes": 2}},
+            "dat.attack.loss='dlr' compares the 3 largest logits, but there are 2 classes: ",
+        ),
+        (
+            {"evaluation": {"attacks": ["apgd-t-100"]}, "data": {"num_classes": 3}},
+            "dat.evaluation: 'apgd-t-100' compares the largest logits, but there are 3 classes: ",
+        ),
+        (
+            {"attack": {"name": "n_fgsm", "steps_from": 2}},
+            "dat.attack.steps_from=2 makes no sense for 'n_fgsm', which takes one step: remove it.",
+        ),
+        (
+            {"attack": {"name": "multi_norm"}},
+            "dat.attack.other_norms=None names no further norm: write such as ",
+        ),
+        (
+            {"attack": {"name": "multi_norm", "other_norms": {"linf": 1}}},
+            "dat.attack.other_norms.linf=1: the further norms are l2, l1; ",
+        ),
+        (
+            {"attack": {"name": "multi_norm", "other_norms": {"l2": "x"}}},
+            "dat.attack.other_norms.l2='x': 'x' is not a length",
+        ),
+        (
+            {"attack": {"name": "pgd", "extra_steps": 1}},
+            "dat.attack.extra_steps=1 is no setting of the attack 'pgd': remove it. It takes ",
+        ),
+        (
+            {"objective": {"beta": 6}},
+            "dat.objective.beta=6.0 is no setting of the objective 'at': remove it. It takes ",
+        ),
+        (
+            {"objective": {"name": "trades"}, "attack": {"name": "none"}},
+            "dat.objective.name='trades' compares natural and adversarial images, but ",
+        ),
+        (
+            {"objective": {"name": "hat"}},
+            "dat.objective.helper_model is missing: 'hat' needs the run folder or checkpoint ",
+        ),
+        (
+            {"objective": {"helper_model": "runs/x"}},
+            "dat.objective.helper_model='runs/x' belongs to the objective 'hat': remove it.",
+        ),
+        (
+            {"weight_perturbation": {"name": "awp"}, "attack": {"name": "none"}},
+            "dat.weight_perturbation.name='awp' perturbs weights against adversarial images, but ",
+        ),
+        (
+            {"guard": {"action": "stop"}, "attack": {"name": "none"}},
+            "dat.guard.action='stop' compares attacks within one ball, which ",
+        ),
+    ],
+)
+def test_a_combination_without_sense_is_refused_with_the_reason(sections, message):
+    (problem,) = problems(ours(**sections))
+    assert problem.startswith(message), problem
+
+
 # ---- resolution
+
+
+def test_the_names_in_the_schema_are_those_that_can_be_built():
+    assert set(get_args(schema.AttackName)) == {*ATTACKS, "none"}
+    assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
+    assert get_args(schema.Norm) == NORMS
+    assert set(get_args(schema.InnerLossName)) == {*INNER_LOSSES, "dlr-targeted"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "attack", "loss"),
+    [
+        ("at", {}, "ce"),
+        ("trades", {}, "kl"),
+        ("hat", {}, "kl"),
+        ("trades", {"loss": "ce"}, "ce"),
+        ("trades", {"name": "apgd"}, "ce"),
+        ("trades", {"name": "fgsm"}, "ce"),
+        ("trades", {"name": "n_fgsm"}, "kl"),
+        ("mart", {"name": "fat"}, "ce"),
+    ],
+)
+def test_the_inner_loss_follows_the_objective_where_the_attack_can(objective, attack, loss):
+    section = {"name": objective} | ({"helper_model": "x"} if objective == "hat" else {})
+    assert load_config(ours(objective=section, attack=attack)).dat.attack.loss == loss
+
+
+@pytest.mark.parametrize(
+    ("attack", "action"),
+    [("fgsm", "rollback"), ("n_fgsm", "rollback"), ("pgd", "none"), ("none", "none")],
+)
+def test_single_step_training_is_guarded_unless_told_otherwise(attack, action):
+    assert load_config(ours(attack={"name": attack})).dat.guard.action == action
+    off = ours(attack={"name": attack}, guard={"action": "none"})
+    assert load_config(off).dat.guard.action == "none"
 
 
 def test_the_default_attack_is_pgd_10_of_a_quarter_of_eps_at_8_255():

@@ -2,129 +2,222 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from dat_ds.objectives import OBJECTIVES, Objective, build_objective
+from dat_ds.objectives import (
+    OBJECTIVES,
+    AdversarialTraining,
+    build_objective,
+    default_attack_loss,
+    helper_images,
+    objective_options,
+)
 
-FLOAT32 = {"rtol": 1e-6, "atol": 1e-6}  # a few float32 roundings of numbers near 1
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # float32 roundings of numbers near 10
+FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
+Y = torch.tensor([0, 1, 2, 3, 0, 2])
+Y_HELPER = torch.tensor([1, 1, 0, 3, 2, 2])
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-def logits(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def logits(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (2 * torch.randn(6, 4, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-Y = torch.tensor([0, 1, 2, 3, 0, 2])
+def call(name: str, z_adv: Tensor, z: Tensor, z_helper: Tensor, y: Any = Y, **options: Any) -> Any:
+    helper = {"logits_helper": z_helper, "y_helper": Y_HELPER[: len(z)]} if name == "hat" else {}
+    return build_objective({"name": name, **options})(z_adv, y, z, **helper)
 
 
-def formula(z: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy in float64, from its definition."""
-    target = (1 - smoothing) * F.one_hot(y, z.shape[1]).double() + smoothing / z.shape[1]
-    log_p = z.double() - z.double().exp().sum(1, keepdim=True).log()
-    return -(target * log_p).sum(1).mean()
+# ---- the published formulas, in probabilities and float64
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_at_is_the_cross_entropy_of_the_adversarial_logits(smoothing):
-    objective = build_objective({"name": "at", "label_smoothing": smoothing})
-    terms = objective(logits(0), Y)
-    expected = formula(logits(0), Y, smoothing).float()
-    assert not objective.needs_natural_logits
-    assert set(terms) == {"loss", "robust_loss"}
-    assert_close(terms["loss"], expected, **FLOAT32)
-    assert torch.equal(terms["robust_loss"], terms["loss"])
+def ce(z: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    one_hot = F.one_hot(y, z.shape[1]).double()
+    target = (1 - smoothing) * one_hot + smoothing / z.shape[1]
+    return -(target * (z.exp() / z.exp().sum(1, keepdim=True)).log()).sum(1)
 
 
-@pytest.mark.parametrize("weight", [None, 0.5, 6.0])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_dat_adds_the_weighted_natural_cross_entropy_of_weight_one_by_default(weight, smoothing):
-    objective = build_objective(
-        {"name": "dat", "natural_weight": weight, "label_smoothing": smoothing}
+def kl(z: Tensor, z_adv: Tensor) -> Tensor:
+    p, q = z.softmax(1), z_adv.softmax(1)
+    return (p * (p / q).log()).sum(1)
+
+
+def mart(a: Tensor, z: Tensor, h: Tensor) -> Tensor:
+    p, p_adv = z.softmax(1), a.softmax(1)
+    wrong = torch.stack([p_adv[i, [k for k in range(4) if k != Y[i]]].max() for i in range(6)])
+    bce = -p_adv[range(6), Y].log() - (1 - wrong).log()
+    return (bce + 5 * kl(z, a) * (1 - p[range(6), Y])).mean()
+
+
+FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "at": lambda a, z, h: ce(a, Y).mean(),
+    "dat": lambda a, z, h: (ce(z, Y) + ce(a, Y)).mean(),
+    "trades": lambda a, z, h: (ce(z, Y) + 6 * kl(z, a)).mean(),
+    "mart": mart,
+    "alp": lambda a, z, h: (ce(z, Y) + ce(a, Y)).mean() / 2 + 0.5 * ((z - a) ** 2).sum() / (6 * 4),
+    "hat": lambda a, z, h: (ce(z, Y) + 2.5 * kl(z, a) + 0.5 * ce(h, Y_HELPER)).mean(),
+}
+
+
+@every_objective
+def test_the_loss_is_the_published_formula(name):
+    z = logits(0), logits(1), logits(2)
+    assert_close(call(name, *z)["loss"], FORMULAS[name](*z), **FLOAT64)
+
+
+@every_objective
+def test_the_gradient_agrees_with_finite_differences_for_every_logits(name):
+    z = [logits(seed).requires_grad_() for seed in range(3)]
+    assert torch.autograd.gradcheck(
+        lambda *args: call(name, *args)["loss"], z, eps=1e-6, atol=1e-7, rtol=1e-6
     )
-    terms = objective(logits(0), Y, logits(1))
-    robust, natural = formula(logits(0), Y, smoothing), formula(logits(1), Y, smoothing)
-    expected = (1.0 if weight is None else weight) * natural + robust
-    assert objective.needs_natural_logits
-    assert set(terms) == {"loss", "robust_loss", "natural_loss"}
-    assert_close(terms["loss"], expected.float(), **FLOAT32)
-    assert_close(terms["robust_loss"], robust.float(), **FLOAT32)
-    assert_close(terms["natural_loss"], natural.float(), **FLOAT32)
 
 
-def test_the_two_names_differ_in_the_default_weight_alone():
-    weighted = [build_objective({"name": name, "natural_weight": 2}) for name in OBJECTIVES]
-    losses = [objective(logits(0), Y, logits(1))["loss"] for objective in weighted]
-    assert torch.equal(*losses)
-    assert build_objective({}) == Objective("at", 0.0, 0.0)
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_logits_of_any_precision_are_taken_in_float32(name, dtype):
+    z = [logits(seed, dtype).requires_grad_() for seed in range(3)]
+    loss = call(name, *z)["loss"]
+    exact = FORMULAS[name](*(t.detach().double() for t in z))
+    assert loss.dtype == torch.float32
+    assert_close(loss, exact.float(), **FLOAT32)
+    assert torch.autograd.grad(loss, z[0])[0].dtype == dtype
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_saturated_and_equal_logits_give_finite_losses_and_gradients(name, dtype):
+    one_hot = F.one_hot(Y, 4).to(dtype) * 1e4
+    for adversarial in (one_hot, one_hot.roll(1, 1), -one_hot, torch.zeros_like(one_hot)):
+        z = [t.clone().requires_grad_() for t in (adversarial, one_hot, one_hot.roll(2, 1))]
+        loss = call(name, *z)["loss"]
+        assert loss.isfinite()
+        gradients = torch.autograd.grad(loss, z, allow_unused=True)
+        assert all(g.isfinite().all() for g in gradients if g is not None)
+
+
+@every_objective
+def test_only_the_loss_carries_a_gradient_and_terms_are_scalars(name):
+    terms = call(name, *(logits(seed).requires_grad_() for seed in range(3)))
+    assert {k for k, v in terms.items() if v.requires_grad} == {"loss"}
+    assert all(v.ndim == 0 for v in terms.values())
+
+
+@every_objective
+def test_two_halves_of_a_batch_average_to_the_whole(name):
+    z = logits(0), logits(1), logits(2)
+    helper = {"logits_helper": z[2], "y_helper": Y_HELPER} if name == "hat" else {}
+    halves = [
+        build_objective({"name": name})(
+            z[0][part], Y[part], z[1][part], **{k: v[part] for k, v in helper.items()}
+        )["loss"]
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    assert_close(sum(halves) / 2, call(name, *z)["loss"], **FLOAT64)
+
+
+@every_objective
+def test_an_unlabelled_sample_keeps_the_terms_that_need_no_label(name):
+    z = logits(0), logits(1), logits(2)
+    y = torch.where(torch.arange(6) < 4, Y, -1)
+    helper = {"logits_helper": z[2], "y_helper": Y_HELPER} if name == "hat" else {}
+    loss = build_objective({"name": name})(z[0], y, z[1], **helper)["loss"]
+    rest = {k: v[4:] for k, v in helper.items()}
+    labelled = call(name, *(t[:4] for t in z), y=Y[:4])["loss"]
+    unlabelled = {
+        "trades": 6 * kl(z[1], z[0])[4:].mean(),
+        "alp": 0.5 * ((z[1] - z[0]) ** 2)[4:].mean(),
+        "hat": 2.5 * kl(z[1], z[0])[4:].mean() + 0.5 * ce(z[2], Y_HELPER)[4:].mean(),
+    }.get(name, torch.zeros((), dtype=torch.float64))
+    assert rest.keys() == helper.keys()
+    assert_close(loss, (4 * labelled + 2 * unlabelled) / 6, **FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["at", "dat", "trades", "alp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_hot_probabilities_give_the_loss_of_the_labels(name, dtype):
+    soft = F.one_hot(Y, 4).to(dtype)
+    z = logits(0), logits(1), logits(2)
+    assert_close(call(name, *z, y=soft)["loss"], call(name, *z)["loss"], **FLOAT64)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_label_smoothing_is_torchs(smoothing):
-    loss = build_objective({"label_smoothing": smoothing})(logits(0), Y)["loss"]
-    assert torch.equal(loss, F.cross_entropy(logits(0), Y, label_smoothing=smoothing))
+    z = logits(0)
+    loss = build_objective({"label_smoothing": smoothing})(z, Y)["loss"]
+    assert_close(loss, F.cross_entropy(z, Y, label_smoothing=smoothing), **FLOAT64)
+    assert_close(loss, ce(z, Y, smoothing).mean(), **FLOAT64)
 
 
-def test_the_gradient_agrees_with_central_differences_of_the_formula():
-    adversarial, natural = logits(0).requires_grad_(), logits(1).requires_grad_()
-    objective = build_objective({"name": "dat", "natural_weight": 0.7, "label_smoothing": 0.1})
-    loss = objective(adversarial, Y, natural)["loss"]
-    gradients = torch.autograd.grad(loss, [adversarial, natural])
-    step = 1e-5  # error of central differences in float64: step^2 + 2^-53 / step, below 1e-9
-    for weight, leaf, gradient in zip((1, 0.7), (adversarial, natural), gradients, strict=True):
-        point, numeric = leaf.detach().double(), torch.zeros(6, 4)
-        for i in range(point.numel()):
-            shift = torch.zeros_like(point)
-            shift.view(-1)[i] = step
-            rise = formula(point + shift, Y, 0.1) - formula(point - shift, Y, 0.1)
-            numeric.view(-1)[i] = weight * rise / (2 * step)
-        assert_close(gradient, numeric, rtol=0, atol=1e-6)  # float32 rounding of the gradient
+@pytest.mark.parametrize("weight", [0.5, 6.0])
+def test_the_natural_term_of_at_and_dat_differs_in_its_default_weight_alone(weight):
+    z = logits(0), logits(1), logits(2)
+    at, dat = (call(name, *z, natural_weight=weight)["loss"] for name in ("at", "dat"))
+    assert torch.equal(at, dat)
+    assert_close(at, (weight * ce(z[1], Y) + ce(z[0], Y)).mean(), **FLOAT64)
+    assert not build_objective({}).needs_natural_logits
+    assert build_objective({"name": "dat"}).needs_natural_logits
 
 
-def test_only_the_loss_carries_a_gradient():
-    terms = build_objective({"name": "dat"})(logits(0).requires_grad_(), Y, logits(1))
-    assert {name: term.requires_grad for name, term in terms.items()} == {
-        "loss": True,
-        "robust_loss": False,
-        "natural_loss": False,
-    }
+@every_objective
+def test_a_weight_of_none_is_the_default(name):
+    options = objective_options(name)
+    default = build_objective({"name": name})
+    assert build_objective({"name": name, **dict.fromkeys(options)}) == default
+    assert build_objective({"name": name, **options}) == default
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_loss_of_any_precision_of_logits_is_taken_in_float32(dtype):
-    z = logits(0, dtype).requires_grad_()
-    loss = build_objective({})(z, Y)["loss"]
-    assert loss.dtype == torch.float32
-    assert_close(loss, formula(z.detach(), Y).float(), **FLOAT32)
-    assert torch.autograd.grad(loss, z)[0].dtype == dtype
+def test_objectives_that_compare_predictions_are_attacked_through_the_divergence():
+    kl_attacked = {name for name in OBJECTIVES if default_attack_loss(name) == "kl"}
+    assert kl_attacked == {"trades", "hat"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_hot_probabilities_give_the_loss_of_the_labels(dtype):
-    soft = F.one_hot(Y, 4).to(dtype)
-    loss, expected = (build_objective({})(logits(0), y)["loss"] for y in (soft, Y))
-    assert_close(loss, expected, **FLOAT32)
+def test_helper_images_lie_twice_as_far_within_the_pixel_range():
+    x, x_adv = torch.tensor([0.5, 0.9]), torch.tensor([0.4, 1.0])
+    assert_close(helper_images(x, x_adv), torch.tensor([0.3, 1.0]))
 
 
-def test_natural_logits_that_are_needed_are_asked_for():
-    with pytest.raises(ValueError, match=r"objective 'dat' with natural_weight > 0 needs logits"):
-        build_objective({"name": "dat"})(logits(0), Y)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "at"])
+def test_natural_logits_that_are_needed_are_asked_for(name):
+    with pytest.raises(ValueError, match=rf"objective '{name}' needs logits of x"):
+        build_objective({"name": name})(logits(0), Y)
+
+
+def test_mart_refuses_probabilities():
+    with pytest.raises(ValueError, match="'mart' needs class indices, not probabilities"):
+        call("mart", logits(0), logits(1), logits(2), y=F.one_hot(Y, 4).double())
+
+
+def test_hat_asks_for_labels_of_its_helper_images():
+    with pytest.raises(ValueError, match="'hat' needs labels of the helper images"):
+        build_objective({"name": "hat"})(logits(0), Y, logits(1), logits_helper=logits(2))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "trades"}, r"objective\.name='trades' is not one of at, dat"),
+        ({"name": "trade"}, r"objective\.name='trade' is not one of at, dat, trades"),
         ({"beta": 6, "alpha": 1}, r"'at' has no option alpha, beta: natural_weight, label_smooth"),
         ({"natural_weight": -1}, r"natural_weight=-1\.0 must be a finite number of at least 0"),
         ({"natural_weight": float("inf")}, r"natural_weight=inf must be a finite number"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1\.0 must lie in \[0, 1\)"),
-        ({"label_smoothing": -0.1}, r"label_smoothing=-0\.1 must lie in \[0, 1\)"),
+        ({"name": "trades", "label_smoothing": -0.1}, r"label_smoothing=-0\.1 must lie in \[0, 1"),
+        ({"name": "mart", "label_smoothing": 0.1}, r"'mart' has no option label_smoothing: beta"),
     ],
 )
 def test_build_objective_says_what_is_wrong(config, message):
     with pytest.raises(ValueError, match=message):
         build_objective(config)
+
+
+def test_the_default_objective_is_adversarial_training():
+    assert build_objective({}) == AdversarialTraining(natural_weight=0.0, label_smoothing=0.0)

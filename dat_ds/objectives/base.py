@@ -1,0 +1,100 @@
+"""What every robust objective is, and what they share.
+
+Shapes: ``B`` batch, ``K`` classes.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A robust objective: logits in, named scalar terms out.
+
+    Every term is a sum over this rank's samples divided by their number ``B``, in float32 (float64
+    for float64 logits). A sample with ``y = -1`` has no label: supervised terms pass over it, and
+    are divided by ``B`` all the same, so that micro-batches and ranks average to the global batch.
+
+    Attributes:
+        name: Its name in ``dat.objective``.
+        default_attack_loss: Inner loss that its attack maximises unless told otherwise.
+        needs_helper_logits: Whether the forward pass must hold helper images; see
+            :class:`dat_ds.objectives.Hat`.
+    """
+
+    name: ClassVar[str]
+    default_attack_loss: ClassVar[str] = "ce"
+    needs_helper_logits: ClassVar[bool] = False
+
+    @property
+    def needs_natural_logits(self) -> bool:
+        """Whether the forward pass must hold natural images beside the adversarial ones."""
+        return True
+
+    @abstractmethod
+    def __call__(
+        self,
+        logits_adv: Tensor,
+        y: Tensor,
+        logits: Tensor | None = None,
+        *,
+        logits_helper: Tensor | None = None,
+        y_helper: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss and its terms.
+
+        Args:
+            logits_adv: Logits of the adversarial images ``(B, K)``, any floating dtype.
+            y: Class indices ``(B,)`` int64, -1 for an unlabelled sample, or probabilities
+                ``(B, K)``.
+            logits: Logits of the natural images ``(B, K)``; needed where
+                :attr:`needs_natural_logits`.
+            logits_helper: Logits of the helper images ``(B, K)``; needed where
+                :attr:`needs_helper_logits`.
+            y_helper: Class indices of the helper images ``(B,)``; likewise.
+
+        Returns:
+            ``loss`` (with gradient) and detached terms such as ``robust_loss``.
+
+        Raises:
+            ValueError: If logits that are needed are missing.
+        """
+
+    def _needed(self, logits: Tensor | None, what: str = "x") -> Tensor:
+        if logits is None:
+            raise ValueError(f"objective {self.name!r} needs logits of {what}.")
+        return accurate(logits)
+
+
+def accurate(logits: Tensor) -> Tensor:
+    """``logits`` in float32, or in float64 where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy over ``B``; unlabelled samples contribute 0.
+
+    Args:
+        logits: Shape ``(B, K)``, float32 or float64.
+        y: Class indices ``(B,)``, or probabilities ``(B, K)``.
+        label_smoothing: Probability mass spread over all classes.
+    """
+    target = y.to(logits.dtype) if y.is_floating_point() else y
+    total = F.cross_entropy(
+        logits, target, label_smoothing=label_smoothing, ignore_index=-1, reduction="sum"
+    )
+    return total / len(logits)
+
+
+def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """``KL(softmax(logits_p) || softmax(logits_q))`` of each sample ``(B,)``.
+
+    Both arguments carry gradients. Finite for saturated logits: it is computed from logarithms.
+    """
+    log_p, log_q = logits_p.log_softmax(dim=1), logits_q.log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)

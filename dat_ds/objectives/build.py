@@ -1,0 +1,54 @@
+"""Objectives by name, from the ``dat.objective`` section of a run config."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dat_ds.objectives.adversarial_training import AdversarialTraining, Dat
+from dat_ds.objectives.base import Objective
+from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind for kind in (AdversarialTraining, Dat, Trades, Mart, Alp, Hat)
+}
+
+
+def objective_options(name: str) -> dict[str, Any]:
+    """Options of an objective by name, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(OBJECTIVES[name])}
+
+
+def default_attack_loss(name: str) -> str:
+    """Inner loss that the attack maximises under an objective, unless told otherwise."""
+    return OBJECTIVES[name].default_attack_loss
+
+
+def build_objective(config: Mapping[str, Any]) -> Objective:
+    """Build an objective from the keys of ``dat.objective``.
+
+    Args:
+        config: ``name`` (default ``"at"``) and that objective's options; one that is None has its
+            default.
+
+    Raises:
+        ValueError: For an unknown name or option, or a value out of range.
+    """
+    options = {key: value for key, value in config.items() if value is not None}
+    name = options.pop("name", "at")
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}.")
+    known = objective_options(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"objective {name!r} has no option {', '.join(unknown)}: {', '.join(known)}."
+        )
+    values = {key: float(value) for key, value in options.items()}
+    for key, value in values.items():
+        if key == "label_smoothing":
+            if not 0 <= value < 1:
+                raise ValueError(f"objective.label_smoothing={value} must lie in [0, 1).")
+        elif not 0 <= value < math.inf:
+            raise ValueError(f"objective.{key}={value} must be a finite number of at least 0.")
+    return OBJECTIVES[name](**values)

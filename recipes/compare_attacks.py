@@ -1,0 +1,42 @@
+"""Strength and speed of our attacks beside torchattacks, foolbox and AutoAttack, in one process.
+
+python recipes/compare_attacks.py RUN       # the model and test images of a finished run
+python recipes/compare_attacks.py FILE.py   # whose network() returns (model, x, y, norm, eps)
+
+Libraries: pip install foolbox pyautoattack && pip install --no-deps torchattacks
+"""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from dat_ds import load_config, models
+from dat_ds.attacks import ThreatModel
+from dat_ds.bench.attack_strength import apgd_table, pgd_table
+from dat_ds.engine.build import threat_of
+from dat_ds.engine.run import build_data_of
+
+
+def network_of(path: Path) -> tuple[Any, Tensor, Tensor, ThreatModel]:
+    """Model, images, labels and threat model of a finished run, or of a file's ``network()``."""
+    if path.is_file():
+        model, x, y, norm, eps = runpy.run_path(str(path))["network"]()
+        return model, x, y, ThreatModel(norm, eps)
+    run = load_config(path / "config.json")
+    test = build_data_of(run).test
+    x, y = default_collate([test[i] for i in range(len(test))])
+    return models.load(path), x, y, threat_of(run.dat)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    model, x, y, threat = network_of(Path(sys.argv[1]))
+    print(f"PGD-10, {threat.norm} eps {threat.eps:.4g}, {len(x)} images, 20 random starts\n")
+    print(pgd_table(model, x, y, threat, steps=10, starts=20))
+    print("\nAPGD-100, one random start: robust accuracy in %, seconds\n")
+    print(apgd_table(model, x, y, threat, steps=100))

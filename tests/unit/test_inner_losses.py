@@ -1,0 +1,112 @@
+"""Claims about inner losses: the formula, its gradient, saturation, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from dat_ds.attacks import INNER_LOSSES, cross_entropy, cw_margin, dlr, kl_divergence, targeted_dlr
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+Y, TARGET = torch.tensor([0, 1, 2, 3, 4, 2]), torch.tensor([1, 0, 0, 4, 2, 3])
+
+
+def logits(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+
+
+def target_of(name: str) -> Tensor:
+    return logits(1).softmax(1) if name == "kl" else Y
+
+
+def wrong(z: Tensor, i: int) -> list[float]:
+    return [float(z[i, k]) for k in range(5) if k != Y[i]]
+
+
+def by_hand(name: str, z: Tensor) -> Tensor:
+    """Each loss from its published formula, one sample at a time."""
+    values = []
+    for i, y in enumerate(Y.tolist()):
+        top = sorted(z[i].tolist(), reverse=True)
+        margin = max(wrong(z, i)) - float(z[i, y])
+        p = z[i].softmax(0)
+        q = logits(1)[i].softmax(0)
+        values.append(
+            {
+                "ce": -float(p[y].log()),
+                "cw": margin,
+                "dlr": margin / (top[0] - top[2]),
+                "kl": float((q * (q / p).log()).sum()),
+                "dlr-targeted": (float(z[i, TARGET[i]]) - float(z[i, y]))
+                / (top[0] - (top[2] + top[3]) / 2),
+            }[name]
+        )
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", INNER_LOSSES)
+def test_a_loss_is_its_formula_per_sample(name):
+    assert_close(INNER_LOSSES[name](logits(), target_of(name)), by_hand(name, logits()), **TIGHT)
+
+
+def test_the_targeted_dlr_is_its_formula():
+    assert_close(targeted_dlr(logits(), Y, TARGET), by_hand("dlr-targeted", logits()), **TIGHT)
+
+
+@pytest.mark.parametrize("name", INNER_LOSSES)
+def test_the_gradient_agrees_with_finite_differences(name):
+    z = logits().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: INNER_LOSSES[name](z, target_of(name)), [z])
+
+
+@pytest.mark.parametrize("margin", [40.0, 100.0, 600.0])
+def test_the_cross_entropy_of_a_confident_sample_keeps_the_true_class_in_its_gradient(margin):
+    z = torch.tensor([[margin, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cross_entropy(z, torch.tensor([0])).sum(), z)
+    assert gradient[0, 0] < 0
+    assert_close(gradient.sum(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("name", INNER_LOSSES)
+def test_saturated_and_tied_logits_give_finite_losses_and_gradients(name):
+    for z in (1e4 * F.one_hot(Y, 5).double(), -1e4 * F.one_hot(Y, 5).double(), torch.zeros(6, 5)):
+        leaf = z.double().requires_grad_()
+        y = F.one_hot(Y, 5).double() if name == "kl" else Y  # probabilities that are exactly zero
+        values = INNER_LOSSES[name](leaf, y)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        assert values.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def test_the_dlr_is_blind_to_shift_and_scale():
+    assert_close(dlr(7 * logits() + 3, Y), dlr(logits(), Y), rtol=1e-10, atol=1e-10)
+
+
+def test_the_cw_margin_is_positive_where_misclassified():
+    z = logits()
+    assert torch.equal(cw_margin(z, Y) > 0, z.argmax(1) != Y)
+
+
+def test_the_divergence_has_the_gradient_of_the_soft_cross_entropy():
+    z, p = logits().requires_grad_(), logits(1).softmax(1)
+    ours = torch.autograd.grad(kl_divergence(z, p).sum(), z)[0]
+    assert_close(ours, torch.autograd.grad(cross_entropy(z, p).sum(), z)[0], **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z: dlr(z[:, :2], Y % 2), "loss 'dlr' needs at least 3 classes, not 2"),
+        (lambda z: targeted_dlr(z[:, :3], Y % 3, Y % 3), "needs at least 4 classes, not 3"),
+        (lambda z: dlr(z, z.softmax(1)), "loss 'dlr' needs class indices, not probabilities"),
+        (lambda z: cw_margin(z, z.softmax(1)), "loss 'cw' needs class indices, not probabil"),
+        (lambda z: targeted_dlr(z, z.softmax(1), TARGET), "'dlr-targeted' needs class indices"),
+    ],
+)
+def test_a_loss_that_is_not_defined_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(logits())
