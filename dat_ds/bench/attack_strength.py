@@ -96,7 +96,7 @@ def _pgd_by_library(
     size, eps, norm = 2.5 * threat.eps / steps, threat.eps, threat.norm
 
     def ours(x: Tensor, y: Tensor, seed: int) -> Tensor:
-        generator = SampleGenerator(seed, 0)
+        generator = torch.Generator(x.device).manual_seed(seed)  # like theirs, torch's own
         return pgd(model, x, y, threat=threat, steps=steps, step_size=size, generator=generator)
 
     attackers: dict[str, Attacker] = {"dat_ds": ours}

@@ -230,6 +230,17 @@ def _resolve_objective(dat: DatConfig, problems: list[str]) -> ObjectiveConfig:
             f"dat.objective.name={objective.name!r} compares natural and adversarial images, but "
             "dat.attack.name='none' makes none: write dat.objective.name='at', or an attack."
         )
+    if objective.grad_align and dat.attack.name == "none":
+        problems.append(
+            f"dat.objective.grad_align={objective.grad_align:g} regularises adversarial training, "
+            "but dat.attack.name='none' has no attack: remove it."
+        )
+    if objective.grad_align and dat.model.activation_checkpointing == "reentrant":
+        problems.append(
+            f"dat.objective.grad_align={objective.grad_align:g} with "
+            "dat.model.activation_checkpointing='reentrant', which refuses plain input gradients: "
+            "write 'non_reentrant'."
+        )
     is_hat = objective.name == "hat"
     if is_hat != (objective.helper_model is not None):
         problems.append(
@@ -360,6 +371,11 @@ def resolve_deepspeed(
             "weighted for the mean over ranks. Remove it."
         )
     _check_precision(config, stage, problems)
+    if dat.objective.grad_align and precision_of(config) == "fp16":
+        problems.append(
+            f"dat.objective.grad_align={dat.objective.grad_align:g} with fp16.enabled: it needs "
+            "the length of input gradients, which underflow there. Write bf16 or torch_autocast."
+        )
     _resolve_optimizer(config, dat, stage, client_optimizer, problems)
     return config
 

@@ -15,9 +15,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dat_ds.attacks import (
+    AlignmentProbes,
     Attack,
     InputGradient,
     SampleGenerator,
+    alignment_probes,
     attack_mode,
     preserved_buffers,
 )
@@ -145,12 +147,13 @@ class AdversarialEngine:
         metrics = self._pending
         metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
+        probes = self._alignment_probes(x, y, first_index)
         metrics.timer.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
-        self._perturb_weights(x, x_adv, y, weight)
+        self._perturb_weights(x, x_adv, y, probes, weight)
         with self._traffic.counting("forward"), keep, self._restored_on_error():
-            terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y)
+            terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y, probes)
         natural_logits = logits_adv if self._attack is None else logits
         if num_images and natural_logits is not None:
             metrics.add_natural(_num_correct(natural_logits, y), num_images)
@@ -356,7 +359,12 @@ class AdversarialEngine:
         self._checked_pixels = True
 
     def _outer_loss(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, y: Tensor
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        x_adv: Tensor,
+        y: Tensor,
+        probes: AlignmentProbes | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """The objective's terms, the adversarial and, where needed, the natural logits.
 
@@ -371,6 +379,8 @@ class AdversarialEngine:
             kinds["helper"] = helper_images(
                 x.repeat(views, 1, 1, 1), x_adv, threat.lower, threat.upper
             )
+        if probes is not None:
+            kinds["alignment"] = probes.images
         sizes = [len(images) for images in kinds.values()]
         joint = torch.cat(list(kinds.values())) if len(kinds) > 1 else x_adv
         with self._batch_norm_of(sizes):
@@ -383,20 +393,37 @@ class AdversarialEngine:
             with torch.no_grad():
                 labels = self._helper(x_adv).argmax(dim=1)
             extra = {"logits_helper": by_kind["helper"], "y_helper": labels}
-        if views == 1:
-            return objective(logits_adv, y, logits, **extra), logits_adv, logits
-        repeated = None if logits is None else logits.repeat(views, 1)
-        y = y.repeat(views, *[1] * (y.ndim - 1))
-        return objective(logits_adv, y, repeated, **extra), logits_adv, logits
+        repeated, y_adv = logits, y
+        if views > 1:
+            repeated = None if logits is None else logits.repeat(views, 1)
+            y_adv = y.repeat(views, *[1] * (y.ndim - 1))
+        terms = objective(logits_adv, y_adv, repeated, **extra)
+        if probes is not None:
+            penalty = probes.penalty(by_kind["alignment"], y)
+            terms["loss"] = terms["loss"] + self.run.dat.objective.grad_align * penalty
+            terms["alignment_loss"] = penalty.detach()
+        return terms, logits_adv, logits
 
-    def _perturb_weights(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> None:
+    def _alignment_probes(self, x: Tensor, y: Tensor, first_index: int) -> AlignmentProbes | None:
+        """GradAlign's images for the outer forward; None where it is off."""
+        if not self.run.dat.objective.grad_align or self._attack is None:
+            return None
+        # A stream of its own: the attack's random start is another draw.
+        generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
+        threat, mode = self._attack.threat, self.run.dat.attack.model_mode
+        with self._traffic.counting("forward"), self.frozen(mode) as model:
+            return alignment_probes(model, x, y, threat=threat, generator=generator)
+
+    def _perturb_weights(
+        self, x: Tensor, x_adv: Tensor, y: Tensor, probes: AlignmentProbes | None, weight: float
+    ) -> None:
         """Move the weights up the outer loss, until the end of :meth:`backward`."""
         perturbation = self.weight_perturbation
         if perturbation is None or self.progress < self.run.dat.weight_perturbation.start:
             return
 
         def outer_loss() -> Tensor:
-            terms, *_ = self._outer_loss(self.module, x, x_adv, y)
+            terms, *_ = self._outer_loss(self.module, x, x_adv, y, probes)
             return terms["loss"] * weight
 
         scale = hooks.loss_scale(self.deepspeed)

@@ -36,6 +36,7 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
 from dat_ds.engine.validate import check_deepspeed, check_precision
+from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.objectives import Objective, build_objective
 from dat_ds.optim import Schedule, build_optimizer
@@ -94,6 +95,8 @@ def initialize(
     if training_data is not None:
         loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation)
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
+    if schedule is None:
+        _refuse_shares_of_the_run(run.dat)
     if optimizer is None and run.dat.optimizer is not None:
         optimizer = build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
     settings = {k: copy.deepcopy(v) for k, v in run.deepspeed.items() if k not in MONITOR_KEYS}
@@ -129,6 +132,21 @@ def initialize(
     return adversarial, optimizer, loader, scheduler
 
 
+def _refuse_shares_of_the_run(dat: DatConfig) -> None:
+    """Refuse keys that are shares of a run whose length is unknown."""
+    shares = {
+        "dat.attack.eps_warmup": dat.attack.eps_warmup,
+        "dat.attack.steps_from": dat.attack.steps_from,
+        "dat.weight_perturbation.start": dat.weight_perturbation.start,
+    }
+    given = [f"{key}={value}" for key, value in shares.items() if value]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)} needs the length of the run: pass training_data, or write "
+            "dat.schedule.max_steps."
+        )
+
+
 def threat_of(dat: DatConfig) -> ThreatModel:
     """The threat model of a run."""
     threat = dat.threat_model
@@ -148,7 +166,7 @@ def attack_of(dat: DatConfig) -> Attack | None:
 def objective_of(dat: DatConfig) -> Objective:
     """The objective of a run."""
     options = dataclasses.asdict(dat.objective)
-    for key in ("helper_model", "batch_norm"):  # the engine's part
+    for key in ("helper_model", "grad_align", "batch_norm"):  # the engine's part
         del options[key]
     return build_objective(options)
 

@@ -24,6 +24,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fat": {"extra_steps": 1},
 }
 STAGES = [0, 1, 2, 3]
+EXTRAS: dict[str, dict[str, Any]] = {
+    "grad_align": {"attack": {"name": "fgsm"}, "objective": {"grad_align": 0.2}},
+    "grad_align_split": {
+        "attack": {"name": "fgsm_rs"},
+        "objective": {"name": "trades", "grad_align": 0.2, "batch_norm": "split"},
+    },
+    "schedules": {
+        "attack": {"steps": 3, "step_size": 0.04, "steps_from": 1, "eps_warmup": 0.5},
+        "schedule": {"name": "constant", "max_steps": 3},
+    },
+    "resolution": {"attack": {"steps": 2, "resolution": 4}},
+    "split": {"objective": {"name": "dat", "batch_norm": "split"}},
+    "awp": {"weight_perturbation": {"name": "awp"}},
+    "sam": {"objective": {"name": "trades"}, "weight_perturbation": {"name": "sam"}},
+}
 CASES = list(itertools.product(ATTACKS, OBJECTIVES, STAGES))
 
 
@@ -54,21 +69,20 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in hooks.full_state_dict(engine.deepspeed).items()}
 
 
-def train_and_resume(case: tuple[str, str, int], helper: str, folder: Path) -> dict[str, Any]:
+def train_and_resume(config: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     """Two steps; then the second again, in a new engine that loads the state after the first."""
     import dat_ds
     from dat_ds.engine.checkpoint import Checkpoints
 
-    config = settings(*case, helper)
-    engine, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
+    engine, *_ = dat_ds.initialize(model=tiny.MODELS[model](), config=config)
     start = weights_of(engine)
     step_on(engine, 0)
-    checkpoints = Checkpoints(folder / "-".join(map(str, case)), keep=1)
+    checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(engine, None, {}, weights_of(engine))
     step_on(engine, 1)
     metrics, end = engine.metrics, weights_of(engine)
     engine.close()
-    again, *_ = dat_ds.initialize(model=tiny.vit(seed=1), config=config)
+    again, *_ = dat_ds.initialize(model=tiny.MODELS[model](seed=1), config=config)
     latest = checkpoints.latest()
     assert latest is not None
     checkpoints.load(latest, again, None)
@@ -86,7 +100,14 @@ def train_and_resume(case: tuple[str, str, int], helper: str, folder: Path) -> d
 
 def every_case(folder: str) -> dict[Any, Any]:
     helper = str(Path(folder) / "helper")
-    return {case: train_and_resume(case, helper, Path(folder)) for case in CASES}
+    outcomes: dict[Any, Any] = {}
+    for number, case in enumerate(CASES):
+        place = Path(folder) / str(number)
+        outcomes[case] = train_and_resume(settings(*case, helper), "vit", place)
+    for case in itertools.product(EXTRAS, STAGES):
+        config = tiny.config(case[1], dat=EXTRAS[case[0]])
+        outcomes[case] = train_and_resume(config, "cnn", Path(folder) / "-".join(map(str, case)))
+    return outcomes
 
 
 def save_helper(folder: Path) -> None:
@@ -121,7 +142,22 @@ def outcomes() -> dict[Any, Any]:
 def test_it_trains_and_resumes_bit_for_bit(
     outcomes: dict[Any, Any], attack: str, objective: str, stage: int
 ) -> None:
-    outcome = outcomes[attack, objective, stage]
+    check(outcomes[attack, objective, stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_goes_with_them_does_too(outcomes: dict[Any, Any], extra: str, stage: int) -> None:
+    check(outcomes[extra, stage])
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_stages_agree(outcomes: dict[Any, Any], extra: str) -> None:
+    losses = [outcomes[extra, stage]["losses"][0] for stage in STAGES]
+    assert losses == pytest.approx([losses[0]] * len(STAGES), rel=1e-5)
+
+
+def check(outcome: dict[str, Any]) -> None:
     assert outcome["finite"]
     assert outcome["moved"] > 1e-4
     assert outcome["same"]
