@@ -15,17 +15,20 @@ from dat_ds.attacks.build import (
 )
 from dat_ds.attacks.gradient import InputGradient
 from dat_ds.attacks.losses import (
+    FEATURE_LOSSES,
     INNER_LOSSES,
     MIN_CLASSES,
     InnerLoss,
     cross_entropy,
     cw_margin,
     dlr,
+    feature_distance,
     kl_divergence,
+    nt_xent,
     targeted_dlr,
 )
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
-from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.noise import Generator, SampleGenerator, rand_like
 from dat_ds.attacks.pgd import (
     fat,
     fgsm,
@@ -43,6 +46,7 @@ from dat_ds.attacks.threat import NORMS, ThreatModel
 __all__ = [
     "ATTACKS",
     "ATTACK_SETTINGS",
+    "FEATURE_LOSSES",
     "INNER_LOSSES",
     "MIN_CLASSES",
     "MODEL_MODES",
@@ -51,6 +55,7 @@ __all__ = [
     "AlignmentProbes",
     "Attack",
     "CallableAttack",
+    "Generator",
     "InnerLoss",
     "InputGradient",
     "SampleGenerator",
@@ -65,6 +70,7 @@ __all__ = [
     "cw_margin",
     "dlr",
     "fat",
+    "feature_distance",
     "fgsm",
     "fgsm_rs",
     "fgsm_step_size",
@@ -72,6 +78,7 @@ __all__ = [
     "mim",
     "multi_norm",
     "n_fgsm",
+    "nt_xent",
     "parse_length",
     "pgd",
     "preserved_buffers",
@@ -79,6 +86,7 @@ __all__ = [
     "project_l1_box",
     "project_l2",
     "project_linf",
+    "rand_like",
     "targeted_dlr",
     "threat_like",
 ]

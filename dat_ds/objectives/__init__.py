@@ -9,18 +9,25 @@ from dat_ds.objectives.build import (
     objective_options,
 )
 from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades, helper_images
+from dat_ds.objectives.self_supervised import Contrastive, Fare, Rotation
+from dat_ds.objectives.views import random_view, rotations
 
 __all__ = [
     "OBJECTIVES",
     "AdversarialTraining",
     "Alp",
+    "Contrastive",
     "Dat",
+    "Fare",
     "Hat",
     "Mart",
     "Objective",
+    "Rotation",
     "Trades",
     "build_objective",
     "default_attack_loss",
     "helper_images",
     "objective_options",
+    "random_view",
+    "rotations",
 ]
