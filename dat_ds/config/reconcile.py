@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from dat_ds.attacks import (
     ATTACK_SETTINGS,
+    FEATURE_LOSSES,
     MIN_CLASSES,
     NORMS,
     REQUIRED,
@@ -38,7 +39,7 @@ from dat_ds.config.schema import (
     WeightPerturbationConfig,
 )
 from dat_ds.errors import ConfigError
-from dat_ds.objectives import default_attack_loss, objective_options
+from dat_ds.objectives import OBJECTIVES, default_attack_loss, objective_options
 
 _REFUSED_KEYS = {
     "scheduler": "the learning rate follows dat.schedule: move it there",
@@ -59,6 +60,10 @@ _SECTIONS = {
     "torch_autocast": '{"enabled": true}',
     "optimizer": '{"type": "AdamW", "params": {"lr": 0.001}}',
 }
+_OBJECTIVE_OPTIONS = (
+    *("natural_weight", "beta", "gamma", "label_smoothing"),
+    *("temperature", "crop_area", "color_jitter", "flip"),
+)
 _ATTACK_KEYS = frozenset(field.name for field in dataclasses.fields(AttackConfig))
 ADAM_NAMES = ("adam", "adamw")
 _WHOLE_LAYER_OPTIMIZERS = ("lamb", "lars", "adafactor", "lbfgs")
@@ -96,7 +101,6 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
             parse_evaluation_attack(name)
         except ValueError as error:
             problems.append(f"{path}: {error}")
-    num_classes = model.num_classes or dat.data.num_classes
     resolved = dataclasses.replace(
         dat,
         attack=_resolve_attack(dat, problems),
@@ -104,7 +108,9 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         weight_perturbation=_resolve_weight_perturbation(dat, problems),
         guard=_resolve_guard(dat, problems),
     )
-    if num_classes is not None:
+    _check_self_supervision(resolved, problems)
+    num_classes = model.num_classes or dat.data.num_classes
+    if num_classes is not None and OBJECTIVES[dat.objective.name].head == "classes":
         check_num_classes(resolved, num_classes, problems)
     return resolved
 
@@ -150,7 +156,8 @@ def _resolve_attack(dat: DatConfig, problems: list[str]) -> AttackConfig:
     if loss is not None:
         # The divergence is flat at the image itself, and Auto-PGD has no such loss.
         moves = attack.name != "apgd" and _starts_at_random(attack)
-        loss = default_attack_loss(dat.objective.name) if moves else loss
+        own = default_attack_loss(dat.objective.name)
+        loss = own if moves or own in FEATURE_LOSSES else loss
         attack = dataclasses.replace(attack, loss=cast(InnerLossName, loss))
     _check_attack(attack, dat, problems)
     return attack
@@ -183,6 +190,12 @@ def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> 
                 else " and no random start: its gradient at the image itself is zero. Write "
                 "dat.attack.random_start=true or dat.attack.loss='ce'."
             )
+        )
+    if attack.loss == "feature_distance" and not _starts_at_random(attack):
+        problems.append(
+            f"dat.objective.name='fare' with dat.attack.name={name!r} and no random start: at the "
+            "image itself nothing pulls its features away. Write dat.attack.random_start=true, or "
+            "dat.attack.name='pgd'."
         )
     if attack.steps_from is not None and "steps" not in attack_options(name):
         problems.append(
@@ -218,14 +231,15 @@ def _resolve_objective(dat: DatConfig, problems: list[str]) -> ObjectiveConfig:
     """Write out the objective's defaults; refuse keys that it does not take."""
     objective = dat.objective
     taken = objective_options(objective.name)
-    for key in ("natural_weight", "beta", "gamma", "label_smoothing"):
+    for key in _OBJECTIVE_OPTIONS:
         value = getattr(objective, key)
         if value is not None and key not in taken:
             problems.append(
                 f"dat.objective.{key}={value!r} is no setting of the objective "
-                f"{objective.name!r}: remove it. It takes {', '.join(taken)}."
+                f"{objective.name!r}: remove it. It takes {', '.join(taken) or 'none'}."
             )
-    if dat.attack.name == "none" and objective.name not in ("at", "dat"):
+    without_attack = ("at", "dat", "rotation", "contrastive")
+    if dat.attack.name == "none" and objective.name not in without_attack:
         problems.append(
             f"dat.objective.name={objective.name!r} compares natural and adversarial images, but "
             "dat.attack.name='none' makes none: write dat.objective.name='at', or an attack."
@@ -251,7 +265,78 @@ def _resolve_objective(dat: DatConfig, problems: list[str]) -> ObjectiveConfig:
             "'hat': remove it."
         )
     chosen = {key: value for key, value in taken.items() if getattr(objective, key) is None}
+    if dat.attack.name == "none" and objective.name == "contrastive":
+        # Both terms would be the same one.
+        chosen.update({"natural_weight": 0.0} if objective.natural_weight is None else {})
     return dataclasses.replace(objective, **chosen)
+
+
+def _check_self_supervision(dat: DatConfig, problems: list[str]) -> None:
+    """Refuse what a self-supervised objective has no use for, and its losses elsewhere."""
+    objective, attack = OBJECTIVES[dat.objective.name], dat.attack
+    path = f"dat.objective.name={objective.name!r}"
+    if attack.loss in FEATURE_LOSSES and attack.loss != objective.default_attack_loss:
+        owner = next(o.name for o in OBJECTIVES.values() if o.default_attack_loss == attack.loss)
+        problems.append(
+            f"dat.attack.loss={attack.loss!r} belongs to dat.objective.name={owner!r}, not "
+            f"{objective.name!r}: remove it."
+        )
+    if objective.head == "classes":
+        return
+    if dat.model.num_classes is not None:
+        problems.append(
+            f"dat.model.num_classes={dat.model.num_classes} with {path}, which learns no classes: "
+            "remove it. They come with fine-tuning."
+        )
+    if dat.evaluation.natural_twin:
+        problems.append(
+            f"dat.evaluation.natural_twin=true with {path}: a natural twin learns classes, and "
+            "does not compare with it. Remove it."
+        )
+    if objective.classifies:
+        return
+    if attack.loss not in (None, *FEATURE_LOSSES):
+        problems.append(
+            f"dat.attack.loss={attack.loss!r} is a loss of class logits, which {path} does not "
+            f"have: remove it, and the attack maximises {objective.default_attack_loss!r}."
+        )
+    if dat.objective.grad_align:
+        problems.append(
+            f"dat.objective.grad_align={dat.objective.grad_align:g} aligns gradients of the "
+            f"classes' cross-entropy, which {path} does not have: remove it."
+        )
+    if dat.guard.action != "none":
+        problems.append(
+            f"dat.guard.action={dat.guard.action!r} compares accuracies, which {path} does not "
+            "have: remove it."
+        )
+    averages = attack.name == "multi_norm" and attack.combine == "average"
+    if attack.name in ("apgd", "fat") or (attack.name == "multi_norm" and not averages):
+        problems.append(
+            f"dat.attack.name={attack.name!r} looks at which images are misclassified, and {path} "
+            "knows no classes: write dat.attack.name='pgd'"
+            + ("." if attack.name != "multi_norm" else " or dat.attack.combine='average'.")
+        )
+    elif averages and objective.compares_samples:
+        problems.append(
+            f"dat.attack.name='multi_norm' with {path}: images of one ball would be compared with "
+            "their own copies in the others. Write dat.attack.name='pgd'."
+        )
+    if attack.restarts not in (None, 1):
+        problems.append(
+            f"dat.attack.restarts={attack.restarts} keeps the worst of several runs, a "
+            f"misclassified image first, and {path} knows no classes: remove it."
+        )
+    for name in dict.fromkeys((*dat.evaluation.attacks, dat.evaluation.validation_attack)):
+        try:
+            chosen = parse_evaluation_attack(name)
+        except ValueError:
+            continue  # reported already
+        if chosen.method != "pgd" or chosen.restarts > 1:
+            problems.append(
+                f"dat.evaluation: {name!r} looks for misclassified images, and {path} knows no "
+                f"classes: write 'pgd-{chosen.steps}'."
+            )
 
 
 def _resolve_weight_perturbation(dat: DatConfig, problems: list[str]) -> WeightPerturbationConfig:
@@ -286,7 +371,8 @@ def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
         single_step = attack != "none" and (
             "steps" not in attack_options(attack) or dat.attack.steps == 1
         )
-        action = "rollback" if single_step and attack != "multi_norm" else "none"
+        watched = attack != "multi_norm" and OBJECTIVES[dat.objective.name].classifies
+        action = "rollback" if single_step and watched else "none"
     return dataclasses.replace(dat.guard, action=action)
 
 

@@ -20,8 +20,10 @@ ScheduleName = Literal["constant", "cosine", "step"]
 OptimizerName = Literal["adamw", "sgd"]
 Norm = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
-InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
-ObjectiveName = Literal["at", "dat", "trades", "mart", "alp", "hat"]
+InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted", "feature_distance", "nt_xent"]
+ObjectiveName = Literal[
+    "at", "dat", "trades", "mart", "alp", "hat", "rotation", "contrastive", "fare"
+]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 
@@ -45,6 +47,10 @@ def _fraction(default: Any) -> Any:
     return _checked(default, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
+def _share(default: Any) -> Any:
+    return _checked(default, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Network: any timm model by name, or a Hugging Face image classifier as ``hf:PATH``.
@@ -55,7 +61,7 @@ class ModelConfig:
 
     name: str = "vit_tiny_patch16_224"
     num_classes: int | None = _above(1, None)
-    """Default: the number of classes of the data."""
+    """Default: the number of classes of the data. Self-supervised objectives choose their own."""
     img_size: int | None = _above(0, None)
     """Default: the size of the data's images."""
     patch_size: int | None = _above(0, None)
@@ -66,7 +72,8 @@ class ModelConfig:
     drop_path_rate: float | None = _fraction(None)
     stem: Literal["default", "cifar"] = "default"
     pretrained: str | None = None
-    """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``)."""
+    """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``), or of a run: the
+    best model of a pre-training run, with a fresh classifier."""
     mean: list[float] | None = None
     """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
     std: list[float] | None = None
@@ -124,7 +131,8 @@ class AttackConfig:
     """Default 1."""
     loss: InnerLossName | None = None
     """Default: ``kl`` where the objective is ``trades`` or ``hat`` and the attack, other than
-    ``apgd``, starts at random; else ``ce``."""
+    ``apgd``, starts at random; else ``ce``. ``contrastive`` takes ``nt_xent`` and ``fare``
+    takes ``feature_distance`` alone."""
     momentum: float | None = _at_least(0, None)
     """Default: 1 for ``mim``, 0 for ``pgd``."""
     noise_scale: float | None = _at_least(0, None)
@@ -153,7 +161,8 @@ class ObjectiveConfig:
 
     name: ObjectiveName = "at"
     natural_weight: float | None = _at_least(0, None)
-    """``at`` and ``dat``: weight of the natural term. Default: 0 for ``at``, 1 for ``dat``."""
+    """``at``, ``dat``, ``rotation``, ``contrastive``: weight of the natural term. Default: 1 for
+    ``dat``, and for ``contrastive`` under an attack; else 0."""
     beta: float | None = _at_least(0, None)
     """Weight of the consistency term. Default: 6 for ``trades``, 5 for ``mart``, 2.5 for ``hat``,
     0.5 for ``alp``."""
@@ -163,6 +172,14 @@ class ObjectiveConfig:
     """``hat``: run folder or checkpoint of a naturally trained model that labels helper images."""
     label_smoothing: float | None = _fraction(None)
     """Default 0."""
+    temperature: float | None = _above(0, None)
+    """``contrastive``: what similarities are divided by. Default 0.5."""
+    crop_area: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """``contrastive``: smallest area of a view as a share of the image. Default 0.2."""
+    color_jitter: float | None = _share(None)
+    """``contrastive``: strength of the change of colours. Default 0.5."""
+    flip: float | None = _share(None)
+    """``contrastive``: probability of mirroring a view. Default 0.5; 0 for digits and text."""
     grad_align: float = _at_least(0, 0.0)
     """Weight of GradAlign's regulariser against catastrophic overfitting; 0.2 in its paper for
     CIFAR-10 at eps 8/255. Costs 16 forwards' time a step, under every ZeRO stage."""
@@ -246,7 +263,7 @@ class ScheduleConfig:
     epochs: float = _above(0, 30.0)
     warmup_epochs: float = _at_least(0, 0.0)
     """Linear warm-up from 0, part of ``epochs``."""
-    final_ratio: float = _checked(0.0, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+    final_ratio: float = _share(0.0)
     """Learning rate at the end over the peak (cosine)."""
     milestones: list[float] = _checked(
         [0.5, 0.75],

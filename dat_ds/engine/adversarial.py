@@ -26,7 +26,7 @@ from dat_ds.attacks import (
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.data import BatchPlan, DistributedLoader
 from dat_ds.engine import hooks
-from dat_ds.engine.distributed import Ranks
+from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
 from dat_ds.engine.traffic import Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
@@ -52,6 +52,7 @@ class AdversarialEngine:
         module: The bare model, pixels in [0, 1] to logits.
         run: The resolved run config.
         ranks: The processes of the run.
+        reference: The model as it was at the start, frozen, where the objective needs it.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
     """
 
@@ -65,6 +66,7 @@ class AdversarialEngine:
         objective: Objective,
         total_steps: int | None = None,
         helper: nn.Module | None = None,
+        reference: nn.Module | None = None,
         loader: DistributedLoader | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
@@ -76,6 +78,7 @@ class AdversarialEngine:
         self._objective = objective
         self._total_steps = total_steps
         self._helper = helper
+        self.reference = reference
         self._loader = loader
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
@@ -132,7 +135,7 @@ class AdversarialEngine:
             x: Images in pixel units [0, 1], floating point, any device. May hold no image at all
                 (a rank that the last batch of an epoch left out); such a rank computes along with
                 weight 0, so that all ranks do the same number of forwards.
-            y: Class indices ``(B,)``.
+            y: Class indices ``(B,)``; not read by a self-supervised objective.
             plan: Place and weight of this micro-batch in the global batch. Default: the loader's
                 plan of the batch it handed out last, which weights uneven batches so that ranks
                 average to the mean over the global batch; batches that did not come from it have
@@ -143,7 +146,9 @@ class AdversarialEngine:
         """
         self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
-        x, y, num_images = self._prepare(x, y)
+        x, y, num_images = self._prepare(x, y, first_index)
+        first_index *= self._objective.num_views
+        num_classified = num_images if self._objective.classifies else 0
         metrics = self._pending
         metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
@@ -155,11 +160,11 @@ class AdversarialEngine:
         with self._traffic.counting("forward"), keep, self._restored_on_error():
             terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y, probes)
         natural_logits = logits_adv if self._attack is None else logits
-        if num_images and natural_logits is not None:
-            metrics.add_natural(_num_correct(natural_logits, y), num_images)
-        if num_images and self._attack is not None:
+        if num_classified and natural_logits is not None:
+            metrics.add_natural(_num_correct(natural_logits, y), num_classified)
+        if num_classified and self._attack is not None:
             views = len(x_adv) // len(x)
-            metrics.add_robust(_num_correct(logits_adv, y.repeat(views)), views * num_images)
+            metrics.add_robust(_num_correct(logits_adv, y.repeat(views)), views * num_classified)
         metrics.add_terms(terms, weight / self.accumulation)
         loss = terms["loss"]
         return loss if weight == 1.0 else loss * weight
@@ -191,7 +196,7 @@ class AdversarialEngine:
 
         Args:
             x: Images in pixel units [0, 1], float32, on the engine's device.
-            y: Labels, on the engine's device.
+            y: What the inner loss compares outputs with, on the engine's device.
             first_index: Index of the first image within the step's global batch.
             gradient: Counts of the attack's gradients go here.
 
@@ -252,8 +257,9 @@ class AdversarialEngine:
         Returns:
             A fraction; training goes on as if it had not been measured.
         """
-        x, y, num_images = self._prepare(x, y)
         first_index = self.ranks.rank * len(x)
+        x, y, num_images = self._prepare(x, y, first_index)
+        first_index *= self._objective.num_views
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
         with self.frozen() as model:
             x_adv = attack(model, x, y, generator, gradient=self._input_gradient())
@@ -266,13 +272,13 @@ class AdversarialEngine:
     def measure_natural_accuracy(self, x: Tensor, y: Tensor) -> None:
         """Add natural accuracy on ``x`` to the last step's metrics: one forward in eval mode.
 
-        Does nothing where the objective computed natural logits anyway.
+        Does nothing where the objective computed natural logits anyway, or has none of classes.
         """
         # Decided alike on every rank: one that had no image has no natural logits either.
         has_natural = self._objective.needs_natural_logits or self._attack is None
-        if self._last is None or has_natural:
+        if self._last is None or has_natural or not self._objective.classifies:
             return
-        x, y, num_images = self._prepare(x, y)
+        x, y, num_images = self._prepare(x, y, 0)
         with self.frozen() as model, torch.no_grad():
             logits = model(x)
         if num_images:
@@ -332,8 +338,12 @@ class AdversarialEngine:
         slot = self.micro_step * self.ranks.count + self.ranks.rank
         return slot * num_images, 1.0
 
-    def _prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Move a batch to the device, check its pixels once, and fill in for an empty one."""
+    def _prepare(self, x: Tensor, y: Tensor, first_index: int) -> tuple[Tensor, Tensor, int]:
+        """Move a batch to the device, check its pixels once, and fill in for an empty one.
+
+        Returns:
+            The images and targets of :meth:`Objective.inputs`, and how many of the images count.
+        """
         device, num_images = self.ranks.device, len(x)
         if not x.is_floating_point():
             raise DataError(
@@ -345,7 +355,37 @@ class AdversarialEngine:
             self._check_pixels(x)
         if num_images == 0:
             x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:])
-        return x, y, num_images
+        # A stream of its own: the attack's random start is another draw.
+        generator = SampleGenerator(self.run.dat.seed + 2, self.global_steps, first_index)
+        objective = self._objective
+        x, y = objective.inputs(x, y, generator=generator, reference=self._original_outputs)
+        if num_images == 0 and objective.compares_samples:
+            y = torch.full_like(y, -1)
+        return x, y, num_images * objective.num_views
+
+    @torch.no_grad()
+    def _original_outputs(self, x: Tensor) -> Tensor:
+        """Outputs of the model as it was at the start."""
+        assert self.reference is not None
+        with self._autocast():
+            return self._forward(self.reference, x, training=False)
+
+    def _features_of_others(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Other ranks' features of this micro-step; a collective, in the backward too."""
+        micro_batch = int(self.deepspeed.train_micro_batch_size_per_gpu())
+        num_rows = micro_batch * self._objective.num_views
+        if len(features) > num_rows:
+            raise DataError(
+                f"A batch of more than train_micro_batch_size_per_gpu={micro_batch} images: "
+                f"dat.objective.name={self._objective.name!r} compares those of all ranks."
+            )
+        return rows_of_others(
+            features,
+            y,
+            self.ranks,
+            num_rows=num_rows,
+            counting=lambda: self._traffic.counting("features"),
+        )
 
     def _check_pixels(self, x: Tensor) -> None:
         threat = self.run.dat.threat_model
@@ -387,12 +427,14 @@ class AdversarialEngine:
             parts = torch.split(self._forward(model, joint, training=True), sizes)
         by_kind = dict(zip(kinds, parts, strict=True))
         logits_adv, logits = by_kind["adversarial"], by_kind.get("natural")
-        extra: dict[str, Tensor] = {}
+        extra: dict[str, Any] = {}
+        if objective.compares_samples and self.ranks.count > 1:
+            extra["gather"] = self._features_of_others
         if objective.needs_helper_logits:
             assert self._helper is not None
             with torch.no_grad():
                 labels = self._helper(x_adv).argmax(dim=1)
-            extra = {"logits_helper": by_kind["helper"], "y_helper": labels}
+            extra |= {"logits_helper": by_kind["helper"], "y_helper": labels}
         repeated, y_adv = logits, y
         if views > 1:
             repeated = None if logits is None else logits.repeat(views, 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
@@ -29,6 +30,7 @@ from dat_ds.config import (
     RunConfig,
     adapt_to_device,
     load_config,
+    precision_of,
     resolve_batch,
 )
 from dat_ds.data import DistributedLoader
@@ -91,6 +93,13 @@ def initialize(
     if run.dat.objective.helper_model is not None:
         with ranks.together():
             helper = load(run.dat.objective.helper_model, map_location=ranks.device)
+    objective = objective_of(run.dat) if objective is None else objective
+    if objective.compares_samples and micro_batch < 2:
+        raise ConfigError(
+            f"train_micro_batch_size_per_gpu={micro_batch}: dat.objective.name={objective.name!r} "
+            "compares the images of a batch, in the attack those of a rank. Write at least 2."
+        )
+    reference = _frozen_copy(model, run, ranks) if objective.needs_reference else None
     loader = None
     if training_data is not None:
         loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation)
@@ -115,7 +124,7 @@ def initialize(
         dist_init_required=False,
     )
     if attack is None:
-        attack = attack_of(run.dat)
+        attack = attack_of(run.dat, objective)
     elif not isinstance(attack, Attack):
         name = getattr(attack, "__name__", "callable")
         attack = CallableAttack(name, threat_of(run.dat), function=attack)
@@ -124,9 +133,10 @@ def initialize(
         run=run,
         ranks=ranks,
         attack=attack,
-        objective=objective_of(run.dat) if objective is None else objective,
+        objective=objective,
         total_steps=None if schedule is None else schedule.total_steps,
         helper=helper,
+        reference=reference,
         loader=loader,
     )
     return adversarial, optimizer, loader, scheduler
@@ -153,13 +163,30 @@ def threat_of(dat: DatConfig) -> ThreatModel:
     return ThreatModel(threat.norm, float(threat.eps), threat.lower, threat.upper)
 
 
-def attack_of(dat: DatConfig) -> Attack | None:
-    """The training attack of a run; None for natural training."""
+def _frozen_copy(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
+    """Rank 0's model as it is now, on every rank's device, in the run's precision."""
+    if any(hasattr(p, "ds_status") for p in model.parameters()):
+        raise ConfigError(
+            f"dat.objective.name={run.dat.objective.name!r} copies the model before training: "
+            "build it without deepspeed.zero.Init."
+        )
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    copied = copy.deepcopy(model).to(ranks.device, dtype=half.get(precision_of(run.deepspeed)))
+    for tensor in copied.state_dict().values():
+        if ranks.count > 1:
+            dist.broadcast(tensor, src=0)
+    return copied.requires_grad_(False).eval()
+
+
+def attack_of(dat: DatConfig, objective: Objective) -> Attack | None:
+    """The training attack of a run against its objective; None for natural training."""
     if dat.attack.name == "none":
         return None
     options = dataclasses.asdict(dat.attack)
     if "steps" not in attack_options(dat.attack.name):
         del options["steps"]  # written out as 1
+    if objective.inner_loss is not None:
+        options["loss"] = objective.inner_loss
     return build_attack({**options, "threat_model": threat_of(dat)})
 
 

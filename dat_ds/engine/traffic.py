@@ -16,7 +16,7 @@ _SCATTERS = ("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single")
 _REDUCES = ("allreduce", "allreduce_coalesced", "reduce")
 _OTHERS = ("broadcast",)
 
-Phase = Literal["forward", "backward", "step"]
+Phase = Literal["forward", "backward", "step", "features"]
 
 
 class Traffic:
@@ -27,7 +27,7 @@ class Traffic:
     ``s (n - 1)`` of its input, broadcast ``s``. One rank sends nothing.
 
     Attributes:
-        bytes_sent: Bytes by kind: ``gradients``, ``parameters``, ``norms``.
+        bytes_sent: Bytes by kind: ``gradients``, ``parameters``, ``norms``, ``features``.
         calls: Collectives by kind.
     """
 
@@ -55,7 +55,9 @@ class Traffic:
         """Count one collective of the process group."""
         if self._phase is None:
             return
-        if method in _GATHERS or method in _OTHERS:
+        if self._phase == "features":
+            kind = "features"
+        elif method in _GATHERS or method in _OTHERS:
             kind = "parameters"
         else:
             kind = "gradients" if self._phase == "backward" else "norms"

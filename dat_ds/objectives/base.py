@@ -31,8 +31,8 @@ class Objective(ABC):
         needs_helper_logits: Whether the forward pass must hold helper images; see
             :class:`dat_ds.objectives.Hat`.
         head: What the model puts out: logits of ``"classes"`` or of the four ``"rotation"`` s, a
-            ``"projection"`` of its features, or the ``"features"`` themselves. Accuracy has a
-            meaning for the first two.
+            ``"projection"`` of its features, or the ``"features"`` themselves.
+        classifies: Whether these are logits of what ``y`` names, so that accuracy has a meaning.
         num_views: Images that :meth:`inputs` makes of each image.
         compares_samples: Whether a sample's loss depends on the others of the batch.
         needs_reference: Whether :meth:`inputs` asks the model as it was at the start.
@@ -42,14 +42,10 @@ class Objective(ABC):
     default_attack_loss: ClassVar[str] = "ce"
     needs_helper_logits: ClassVar[bool] = False
     head: ClassVar[Head] = "classes"
+    classifies: ClassVar[bool] = True
     num_views: ClassVar[int] = 1
     compares_samples: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the model's outputs are logits, so that accuracy has a meaning."""
-        return self.head in ("classes", "rotation")
 
     @property
     def inner_loss(self) -> InnerLoss | None:

@@ -67,6 +67,7 @@ class Contrastive(Objective):
     name: ClassVar[str] = "contrastive"
     default_attack_loss: ClassVar[str] = "nt_xent"
     head: ClassVar[Head] = "projection"
+    classifies: ClassVar[bool] = False
     num_views: ClassVar[int] = 2
     compares_samples: ClassVar[bool] = True
     natural_weight: float = 1.0
@@ -148,6 +149,7 @@ class Fare(Objective):
     name: ClassVar[str] = "fare"
     default_attack_loss: ClassVar[str] = "feature_distance"
     head: ClassVar[Head] = "features"
+    classifies: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
     @property
