@@ -29,8 +29,8 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.errors import CheckpointError
 from dat_ds.files import replace_text, write_json, writing
 from dat_ds.models import PixelModel, save_weights
-from dat_ds.models.load import WEIGHTS_NAME
 from dat_ds.models.pretrained import read_weights
+from dat_ds.models.saved import WEIGHTS_NAME
 from dat_ds.optim import WeightEma
 
 REFERENCE = "reference"

@@ -35,10 +35,12 @@ from dat_ds.evaluation import (
 )
 from dat_ds.files import write_json
 from dat_ds.models import PixelModel, build_model, load
+from dat_ds.objectives import OBJECTIVES
 
 logger = logging.getLogger("dat_ds")
 
 TWIN_FOLDER = "natural_twin"
+PROJECTION_WIDTH = 128  # Chen et al., ICML 2020, arXiv 2002.05709, sec. 2.1
 
 
 def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
@@ -135,18 +137,14 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
             f"dat.model.img_size={config.img_size}, but the images have {height} pixels: leave it "
             f"out, or resize the images with dat.data.img_size={config.img_size}."
         )
-    num_classes = config.num_classes or splits.num_classes
-    problems: list[str] = []
-    check_num_classes(run.dat, num_classes, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    num_outputs = _num_outputs(run, splits)
     # Published weights expect the statistics they were trained with, not those of this data.
     own_statistics = (
         config.mean is not None or config.pretrained is not None or config.name.startswith("hf:")
     )
     return build_model(
         config.name,
-        num_classes=num_classes,
+        num_classes=num_outputs,
         in_chans=channels,
         mean=config.mean if own_statistics else splits.mean,
         std=config.std if own_statistics else splits.std,
@@ -158,11 +156,36 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
         drop_rate=config.drop_rate,
         drop_path_rate=config.drop_path_rate,
         stem=config.stem,
+        head=OBJECTIVES[run.dat.objective.name].head,
         pretrained=config.pretrained,
         options=config.options,
         activation_checkpointing=config.activation_checkpointing,
         seed=run.dat.seed,
     )
+
+
+def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
+    """Outputs that the objective needs of the model, after checking that the data give them."""
+    name, model = run.dat.objective.name, run.dat.model
+    _, height, width = splits.image_shape
+    problems: list[str] = []
+    num_classes = model.num_classes or splits.num_classes
+    if OBJECTIVES[name].head == "classes":
+        check_num_classes(run.dat, num_classes, problems)
+    if name == "rotation" and height != width:
+        problems.append(
+            f"dat.objective.name='rotation' turns images by 90 degrees, but those of {splits.name} "
+            f"are {height} x {width}: give square ones, with dat.data.img_size={height}."
+        )
+    if name == "fare" and model.pretrained is None and not model.name.startswith("hf:"):
+        problems.append(
+            "dat.objective.name='fare' keeps the features that the model starts with, and those of "
+            "random weights are worth nothing: give dat.model.pretrained, or a model 'hf:PATH'."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    outputs = {"classes": num_classes, "rotation": 4, "projection": PROJECTION_WIDTH, "features": 0}
+    return outputs[OBJECTIVES[name].head]
 
 
 def evaluate_model(
