@@ -28,10 +28,12 @@ from dat_ds.data import BatchPlan, DistributedLoader
 from dat_ds.engine import hooks
 from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
+from dat_ds.engine.task import task_of
 from dat_ds.engine.traffic import Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
+from dat_ds.evaluation import Task
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
 from dat_ds.objectives import Objective, helper_images
@@ -245,6 +247,11 @@ class AdversarialEngine:
     def use_attack(self, attack: Attack) -> None:
         """Train with another attack from the next micro-step on."""
         self._attack = attack
+
+    @property
+    def task(self) -> Task | None:
+        """What the model in training is judged by; None where it classifies images."""
+        return task_of(self._objective, self._original_outputs)
 
     def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:
         """Accuracy over all ranks' images under ``attack``, in eval mode; a collective.

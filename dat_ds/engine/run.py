@@ -17,14 +17,16 @@ from torch.utils.data import Dataset, Subset, default_collate
 from dat_ds.config import RunConfig, adapt_to_device, check_num_classes, plain
 from dat_ds.config.schema import AttackConfig, ObjectiveConfig, WeightPerturbationConfig
 from dat_ds.data import DataSplits, build_data
-from dat_ds.engine.build import initialize, threat_of
-from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.build import initialize, objective_of, threat_of
+from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.stopping import StopSignal
+from dat_ds.engine.task import task_of
 from dat_ds.engine.trainer import Trainer
 from dat_ds.errors import CheckpointError, ConfigError
 from dat_ds.evaluation import (
     Record,
+    Task,
     commit,
     describe,
     describe_training,
@@ -35,7 +37,7 @@ from dat_ds.evaluation import (
 )
 from dat_ds.files import write_json
 from dat_ds.models import PixelModel, build_model, load
-from dat_ds.objectives import OBJECTIVES
+from dat_ds.objectives import OBJECTIVES, rotations
 
 logger = logging.getLogger("dat_ds")
 
@@ -188,8 +190,24 @@ def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
     return outputs[OBJECTIVES[name].head]
 
 
+def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
+    """What the exported model of a run is judged by; None where it classifies images."""
+    objective = objective_of(run.dat)
+    reference = None
+    if objective.needs_reference:
+        latest = Checkpoints(output / "checkpoints", keep=1).latest()
+        if latest is None:
+            raise CheckpointError(f"There is no checkpoint in {output}/checkpoints.")
+        reference = load(latest / REFERENCE, map_location=ranks.device)
+    return task_of(objective, reference)
+
+
 def evaluate_model(
-    model: Callable[[Tensor], Tensor], data: Dataset[Any], run: RunConfig, ranks: Ranks
+    model: Callable[[Tensor], Tensor],
+    data: Dataset[Any],
+    run: RunConfig,
+    ranks: Ranks,
+    task: Task | None,
 ) -> Record:
     """Evaluate a model as ``dat.evaluation`` says, sharded over the ranks; a collective."""
     config = run.dat.evaluation
@@ -206,6 +224,7 @@ def evaluate_model(
         ranks=ranks.count,
         gather=ranks.gather,
         num_workers=run.dat.data.num_workers,
+        task=task,
     )
 
 
@@ -262,7 +281,8 @@ def _train_one(
         return None
     exported = load(output, map_location=ranks.device)
     before = time.perf_counter()
-    outcome = evaluate_model(exported, splits.test, run, ranks)
+    task = task_of_export(run, output, ranks)
+    outcome = evaluate_model(exported, splits.test, run, ranks, task)
     record = {
         **describe_outcome(outcome, run, ranks),
         "checkpoint": "best" if trainer.best is not None else "last",
@@ -354,7 +374,8 @@ def _announce(
 
 def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:
     count = run.dat.evaluation.pictures
-    if count == 0:
+    objective = OBJECTIVES[run.dat.objective.name]
+    if count == 0 or not objective.classifies:
         return
     splits = build_data_of(run)
     channels = splits.image_shape[0]
@@ -363,11 +384,15 @@ def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) ->
         return
     shown = Subset(splits.test, range(min(count, len(splits.test))))  # type: ignore[arg-type]
     x, y = default_collate([shown[i] for i in range(len(shown))])
+    class_names = splits.class_names
+    if objective.head == "rotation":
+        x, y = (kind[:count] for kind in rotations(x))
+        class_names = ("0", "90", "180", "270")
     name = "robust" if run.dat.attack.name != "none" else "natural"
     models = {name: load(output, map_location=device)}
     if has_twin:
         models["natural twin"] = load(output / TWIN_FOLDER, map_location=device)
     attack = run.dat.evaluation.validation_attack  # cheap: every rank waits for the picture
     path = output / "examples.png"
-    draw_examples(models, x, y, threat_of(run.dat), attack, path, class_names=splits.class_names)
+    draw_examples(models, x, y, threat_of(run.dat), attack, path, class_names=class_names)
     logger.info("Picture: %s", path)

@@ -348,28 +348,28 @@ class Trainer:
     def _validate(self) -> None:
         if len(self.validation) == 0:  # type: ignore[arg-type]
             return
-        evaluation, natural = self.run.dat.evaluation, self.run.dat.attack.name == "none"
-        attacks = [] if natural else [evaluation.validation_attack]
+        trains_naturally = self.run.dat.attack.name == "none"
+        attacks = [] if trains_naturally else [self.run.dat.evaluation.validation_attack]
         step = self.engine.global_steps
         with self.exported_weights():
             with self.engine.frozen() as model:
                 record = self._evaluate(model, attacks)
-            value = record.natural_acc if natural else record.robust_acc[attacks[0]]
-            row = {
-                "step": step,
-                "epoch": step / self.loader.steps_per_epoch,
-                "natural_acc": record.natural_acc,
-                "robust_acc": dict(record.robust_acc),
-                "num_examples": record.num_examples,
-            }
+            epoch = step / self.loader.steps_per_epoch
+            row = {"step": step, "epoch": epoch, **record.means()}
             self.history.append(row)
-            if self.best is None or value >= self.best["value"]:
+            value, is_loss = _value_of(record, attacks[0] if attacks else None)
+            sign = -1 if is_loss else 1
+            if self.best is None or sign * value >= sign * self.best["value"]:
                 self.best = {"value": value, **row}
                 self.checkpoints.save_best(
                     self.engine, hooks.full_state_dict(self.engine.deepspeed)
                 )
         if self._monitor is not None:
-            named = {"natural_acc": record.natural_acc, **record.robust_acc}
+            natural_values = {
+                "natural_acc": record.natural_acc,
+                "natural_loss": record.natural_loss,
+            }
+            named = {**natural_values, **record.robust_acc, **record.robust_loss}
             self._monitor.write(step, {f"validation/{k}": v for k, v in named.items()})
         if self.ranks.is_main:
             self._say_validation(record, attacks)
@@ -389,17 +389,17 @@ class Trainer:
             ranks=self.ranks.count,
             gather=self.ranks.gather,
             num_workers=self.run.dat.data.num_workers,
+            task=self.engine.task,
         )
 
     def _say_validation(self, record: Record, attacks: list[str]) -> None:
         epoch = self.engine.global_steps / self.loader.steps_per_epoch
         training = ", ".join(f"{k} {v}" for k, v in self._shown.items())
         logger.info(
-            "epoch %4.1f of %.1f | validation natural %.1f%%%s | training %s",
+            "epoch %4.1f of %.1f | validation %s | training %s",
             epoch,
             self.total_steps / self.loader.steps_per_epoch,
-            100 * record.natural_acc,
-            "".join(f", {name} {100 * record.robust_acc[name]:.1f}%" for name in attacks),
+            ", ".join([_shown_value(record, None), *(_shown_value(record, a) for a in attacks)]),
             training,
         )
 
@@ -460,6 +460,19 @@ class Trainer:
     def seconds(self) -> float:
         """Wall-clock seconds of training, earlier sessions of the run included."""
         return self.seconds_before + time.perf_counter() - self._start
+
+
+def _value_of(record: Record, attack: str | None) -> tuple[float, bool]:
+    """The model's mean under an attack (None: under none), and whether it is a loss."""
+    if record.natural_acc is not None:
+        return record.natural_acc if attack is None else record.robust_acc[attack], False
+    assert record.natural_loss is not None
+    return record.natural_loss if attack is None else record.robust_loss[attack], True
+
+
+def _shown_value(record: Record, attack: str | None) -> str:
+    value, is_loss = _value_of(record, attack)
+    return f"{attack or 'natural'} " + (f"loss {value:.4g}" if is_loss else f"{100 * value:.1f}%")
 
 
 def _percent(share: float | None) -> str:

@@ -52,7 +52,8 @@ def describe_training(dat: dict[str, Any]) -> str:
     """
     attack, objective = dat["attack"], dat["objective"]
     if attack["name"] == "none":
-        return "natural"
+        learns_classes = objective["name"] in ("at", "dat")
+        return "natural" if learns_classes else f"{objective['name']} natural"
     words = [] if objective["name"] == "at" else [objective["name"]]
     words.append(f"{attack['name']}-{attack['steps']}")
     perturbation = dat.get("weight_perturbation", {}).get("name", "none")
@@ -68,7 +69,7 @@ def _row(name: str, record: dict[str, Any], attacks: Sequence[str]) -> list[str]
         describe_training(dat),
         str(record["config"]["zero_optimization"]["stage"]),
         str(record["ranks"]),
-        f"{100 * record['natural_acc']:.1f}",
+        "-" if record["natural_acc"] is None else f"{100 * record['natural_acc']:.1f}",
         *(f"{100 * robust[a]:.1f}" if a in robust else "not measured" for a in attacks),
         str(record["num_examples"]),
         f"{seconds:.0f}" if seconds is not None else "-",
