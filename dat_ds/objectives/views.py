@@ -66,8 +66,10 @@ def random_view(
         dim=1
     )
     area = crop_area + (1 - crop_area) * area
-    ratio = torch.exp(math.log(_ASPECT_RATIO) * (2 * ratio - 1))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    # Only as long as it fits into the image: a crop of the whole area is the image.
+    longest = (-area.log()).clamp(0, math.log(_ASPECT_RATIO))
+    stretch = torch.exp(0.5 * longest * (2 * ratio - 1))
+    width, height = area.sqrt() * stretch, area.sqrt() / stretch
     sign = torch.where(mirror < flip, -1.0, 1.0)
     zero = torch.zeros_like(area)
     # Coordinates of the crop within the image, which reaches from -1 to 1.

@@ -439,6 +439,81 @@ def test_loading_leaves_the_given_config_alone():
             {"guard": {"action": "stop"}, "attack": {"name": "none"}},
             "dat.guard.action='stop' compares attacks within one ball, which ",
         ),
+        (
+            {"objective": {"name": "rotation"}, "model": {"num_classes": 4}},
+            "dat.model.num_classes=4 with dat.objective.name='rotation', which learns no classes: ",
+        ),
+        (
+            {"objective": {"name": "rotation"}, "evaluation": {"natural_twin": True}},
+            "dat.evaluation.natural_twin=true with dat.objective.name='rotation': ",
+        ),
+        (
+            {"objective": {"name": "fare"}, "attack": {"name": "none"}},
+            "dat.objective.name='fare' compares natural and adversarial images, but ",
+        ),
+        (
+            {"objective": {"name": "fare"}, "attack": {"name": "fgsm"}},
+            "dat.objective.name='fare' with dat.attack.name='fgsm' and no random start: ",
+        ),
+        (
+            {"objective": {"name": "contrastive"}, "attack": {"loss": "dlr"}},
+            "dat.attack.loss='dlr' is a loss of class logits, which dat.objective.name=",
+        ),
+        ({"attack": {"loss": "nt_xent"}}, "dat.attack.loss='nt_xent' belongs to dat.objective."),
+        (
+            {"objective": {"name": "fare"}, "attack": {"loss": "nt_xent"}},
+            "dat.attack.loss='nt_xent' belongs to dat.objective.name='contrastive', not 'fare'",
+        ),
+        (
+            {"objective": {"name": "contrastive"}, "attack": {"name": "apgd"}},
+            "dat.attack.name='apgd' looks at which images are misclassified, and ",
+        ),
+        (
+            {"objective": {"name": "fare"}, "attack": {"name": "fat"}},
+            "dat.attack.name='fat' looks at which images are misclassified, and ",
+        ),
+        (
+            {
+                "objective": {"name": "fare"},
+                "attack": {"name": "multi_norm", "other_norms": {"l2": 1}},
+            },
+            "dat.attack.name='multi_norm' looks at which images are misclassified, and ",
+        ),
+        (
+            {
+                "objective": {"name": "contrastive"},
+                "attack": {
+                    "name": "multi_norm",
+                    "other_norms": {"l2": 1},
+                    "combine": "average",
+                },
+            },
+            "dat.attack.name='multi_norm' with dat.objective.name='contrastive': images of one ",
+        ),
+        (
+            {"objective": {"name": "contrastive"}, "attack": {"restarts": 2}},
+            "dat.attack.restarts=2 keeps the worst of several runs, a misclassified image first",
+        ),
+        (
+            {"objective": {"name": "contrastive", "grad_align": 0.2}},
+            "dat.objective.grad_align=0.2 aligns gradients of the classes' cross-entropy, which ",
+        ),
+        (
+            {"objective": {"name": "contrastive"}, "guard": {"action": "stop"}},
+            "dat.guard.action='stop' compares accuracies, which ",
+        ),
+        (
+            {"objective": {"name": "contrastive"}, "evaluation": {"attacks": ["apgd-ce-20"]}},
+            "dat.evaluation: 'apgd-ce-20' looks for misclassified images, and ",
+        ),
+        (
+            {"objective": {"name": "fare"}, "evaluation": {"validation_attack": "pgd-9-2"}},
+            "dat.evaluation: 'pgd-9-2' looks for misclassified images, and dat.objective.name=",
+        ),
+        (
+            {"objective": {"name": "contrastive", "beta": 1}},
+            "dat.objective.beta=1.0 is no setting of the objective 'contrastive': remove it.",
+        ),
     ],
 )
 def test_a_combination_without_sense_is_refused_with_the_reason(sections, message):
@@ -467,11 +542,25 @@ def test_the_names_in_the_schema_are_those_that_can_be_built():
         ("trades", {"name": "fgsm"}, "ce"),
         ("trades", {"name": "n_fgsm"}, "kl"),
         ("mart", {"name": "fat"}, "ce"),
+        ("rotation", {}, "ce"),
+        ("contrastive", {"name": "mim"}, "nt_xent"),
+        ("fare", {}, "feature_distance"),
     ],
 )
 def test_the_inner_loss_follows_the_objective_where_the_attack_can(objective, attack, loss):
     section = {"name": objective} | ({"helper_model": "x"} if objective == "hat" else {})
     assert load_config(ours(objective=section, attack=attack)).dat.attack.loss == loss
+
+
+def test_natural_contrastive_training_has_one_term():
+    natural = load_config(ours(objective={"name": "contrastive"}, attack={"name": "none"}))
+    assert natural.dat.objective.natural_weight == 0.0
+    assert load_config(ours(objective={"name": "contrastive"})).dat.objective.natural_weight == 1.0
+
+
+def test_nothing_is_guarded_where_there_is_no_accuracy():
+    run = load_config(ours(objective={"name": "contrastive"}, attack={"name": "fgsm"}))
+    assert run.dat.guard.action == "none"
 
 
 @pytest.mark.parametrize(
