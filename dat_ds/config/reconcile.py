@@ -128,8 +128,8 @@ def _resolve_attack(dat: DatConfig, problems: list[str]) -> AttackConfig:
         key, value = field.name, getattr(attack, field.name)
         if key in ("name", *ATTACK_SETTINGS) or key in taken or value is None:
             continue
-        if (key, value) == ("steps", 1):
-            continue  # what a resolved single-step attack says
+        if (key, value) in (("steps", 1), ("model_mode", "eval")):
+            continue  # what a resolved attack that takes no such key says
         problems.append(
             f"dat.attack.{key}={value!r} is no setting of the attack {attack.name!r}: remove it. "
             f"It takes {', '.join([*taken, *ATTACK_SETTINGS])}."
@@ -184,6 +184,12 @@ def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> 
                 "dat.attack.random_start=true or dat.attack.loss='ce'."
             )
         )
+    for key in ("resolution", "keep_tokens"):
+        if name == "free" and getattr(attack, key) is not None:
+            problems.append(
+                f"dat.attack.{key}={getattr(attack, key)!r} makes the attack cheaper than the "
+                "update, of which dat.attack.name='free' is a part: remove it."
+            )
     if attack.steps_from is not None and "steps" not in attack_options(name):
         problems.append(
             f"dat.attack.steps_from={attack.steps_from} makes no sense for {name!r}, which takes "
@@ -277,16 +283,15 @@ def _resolve_weight_perturbation(dat: DatConfig, problems: list[str]) -> WeightP
 
 def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
     action, attack = dat.guard.action, dat.attack.name
-    if attack in ("none", "multi_norm") and action not in (None, "none"):
+    has_probe = attack not in ("none", "multi_norm", "free")
+    if not has_probe and action not in (None, "none"):
         problems.append(
-            f"dat.guard.action={action!r} compares attacks within one ball, which "
-            f"dat.attack.name={attack!r} does not train against: remove it."
+            f"dat.guard.action={action!r} compares the training attack with a stronger one in the "
+            f"same ball, which dat.attack.name={attack!r} does not allow: remove it."
         )
     if action is None:
-        single_step = attack != "none" and (
-            "steps" not in attack_options(attack) or dat.attack.steps == 1
-        )
-        action = "rollback" if single_step and attack != "multi_norm" else "none"
+        single_step = has_probe and ("steps" not in attack_options(attack) or dat.attack.steps == 1)
+        action = "rollback" if single_step else "none"
     return dataclasses.replace(dat.guard, action=action)
 
 

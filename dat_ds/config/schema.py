@@ -19,7 +19,9 @@ Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
 ScheduleName = Literal["constant", "cosine", "step"]
 OptimizerName = Literal["adamw", "sgd"]
 Norm = Literal["linf", "l2", "l1"]
-AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
+AttackName = Literal[
+    "pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "free", "none"
+]
 InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
 ObjectiveName = Literal["at", "dat", "trades", "mart", "alp", "hat"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
@@ -117,7 +119,8 @@ class AttackConfig:
     steps: int | None = _at_least(1, None)
     """Gradient steps. Default 10 (Madry et al. 2018 use 7, DAT's release 10)."""
     step_size: Length | None = _at_least(0, None)
-    """Default: eps / 4; of the single-step attacks eps, and 1.25 eps from a random start."""
+    """Default: eps / 4; of ``free`` and the single-step attacks eps, and 1.25 eps from a random
+    start."""
     random_start: bool | None = None
     """Default: true for ``pgd``, ``apgd``, ``fat``, ``multi_norm``; false for ``fgsm``, ``mim``."""
     restarts: int | None = _at_least(1, None)
@@ -137,9 +140,14 @@ class AttackConfig:
     """``multi_norm``: radius of each further ball by norm, such as ``{"l2": 0.5, "l1": 12}``."""
     combine: Literal["worst", "average"] | None = None
     """``multi_norm``: train on each image's worst ball (default), or on all of them."""
+    replays: int | None = _at_least(1, None)
+    """``free``: optimizer steps in a row on the same batch. Default 4."""
     resolution: int | None = _above(0, None)
     """Size in pixels at which the model sees images during the attack; the update is at full size.
     The model must accept it (a ViT: ``dat.model.options.dynamic_img_size``)."""
+    keep_tokens: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """Part of the patches that a vision transformer sees during the attack, drawn anew in every
+    forward; the update sees all."""
     eps_warmup: float = _fraction(0.0)
     """Share of the run over which eps and the step size rise linearly from 0."""
     steps_from: int | None = _at_least(1, None)

@@ -47,6 +47,7 @@ class DistributedLoader:
         num_workers: Worker processes; 0 reads in this process. Never changes what is read.
         pin_memory: Whether batches are put into page-locked memory.
         shuffle: False keeps the dataset's own order.
+        replays: How many optimizer steps in a row get the same samples, each read anew.
 
     Attributes:
         sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
@@ -73,6 +74,7 @@ class DistributedLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         shuffle: bool = True,
+        replays: int = 1,
     ) -> None:
         self.sampler = DistributedBatchSampler(
             len(cast(Any, dataset)),
@@ -82,6 +84,7 @@ class DistributedLoader:
             ranks=ranks,
             seed=seed,
             shuffle=shuffle,
+            replays=replays,
         )
         self.dataset = dataset
         self.num_workers = num_workers
@@ -175,6 +178,7 @@ class DistributedLoader:
             "seed": self.sampler.seed,
             "num_samples": self.sampler.num_samples,
             "global_batch": self.sampler.global_batch,
+            "replays": self.sampler.replays,
         }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from dat_ds.attacks import (
     AlignmentProbes,
     Attack,
+    FreeAttack,
+    FreePerturbation,
     InputGradient,
     SampleGenerator,
     alignment_probes,
     attack_mode,
+    finite_samples,
     preserved_buffers,
 )
 from dat_ds.config import RunConfig, precision_of
@@ -53,6 +57,7 @@ class AdversarialEngine:
         run: The resolved run config.
         ranks: The processes of the run.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        free: What free adversarial training carries from step to step; None for other attacks.
     """
 
     def __init__(
@@ -73,6 +78,8 @@ class AdversarialEngine:
         self.run = run
         self.ranks = ranks
         self._attack = attack
+        self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
+        self._replayed: tuple[Tensor, Tensor] | None = None
         self._objective = objective
         self._total_steps = total_steps
         self._helper = helper
@@ -147,6 +154,9 @@ class AdversarialEngine:
         metrics = self._pending
         metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
+        if self.free is not None:
+            x_adv.requires_grad_()
+            self._replayed = (x, x_adv) if num_images else None
         probes = self._alignment_probes(x, y, first_index)
         metrics.timer.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
@@ -168,6 +178,11 @@ class AdversarialEngine:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
         with self._traffic.counting("backward"), self._perturbed:
             self.deepspeed.backward(loss)
+        if self._replayed is not None:
+            self._pending.timer.enter("attack")
+            self._ascend_with(*self._replayed)
+            self._replayed = None
+            self._pending.timer.enter("update")
 
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
@@ -203,6 +218,8 @@ class AdversarialEngine:
             return x
         attack = self._attack.at(self.progress)
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
+        if self.free is not None:
+            return self.free.images(x, self.micro_step, attack.threat, generator)
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
@@ -226,7 +243,7 @@ class AdversarialEngine:
         )
         try:
             with resident, attack_mode(self.module, model_mode), self._autocast():  # type: ignore[arg-type]
-                yield lambda x: self._forward(self.module, x, training=model_mode == "train")
+                yield _FrozenModel(self.module, self._forward, model_mode == "train")
         except BaseException:
             # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.
             hooks.release_parameters(self.deepspeed)
@@ -240,6 +257,7 @@ class AdversarialEngine:
     def use_attack(self, attack: Attack) -> None:
         """Train with another attack from the next micro-step on."""
         self._attack = attack
+        self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
 
     def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:
         """Accuracy over all ranks' images under ``attack``, in eval mode; a collective.
@@ -377,7 +395,7 @@ class AdversarialEngine:
         if objective.needs_helper_logits:
             threat = self.run.dat.threat_model
             kinds["helper"] = helper_images(
-                x.repeat(views, 1, 1, 1), x_adv, threat.lower, threat.upper
+                x.repeat(views, 1, 1, 1), x_adv.detach(), threat.lower, threat.upper
             )
         if probes is not None:
             kinds["alignment"] = probes.images
@@ -413,6 +431,17 @@ class AdversarialEngine:
         threat, mode = self._attack.threat, self.run.dat.attack.model_mode
         with self._traffic.counting("forward"), self.frozen(mode) as model:
             return alignment_probes(model, x, y, threat=threat, generator=generator)
+
+    def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
+        """Move free training's perturbation up the gradient that the backward left at ``x_adv``."""
+        attack = self.attack_in_use
+        assert self.free is not None
+        assert isinstance(attack, FreeAttack)
+        gradient = x_adv.grad
+        if gradient is None:
+            raise RuntimeError("The loss given to backward does not depend on the last images.")
+        gradient = self._pending.gradient.count(gradient, finite_samples(gradient))
+        self.free.ascend(x, x_adv, gradient, self.micro_step, attack.threat, attack.step_size)
 
     def _perturb_weights(
         self, x: Tensor, x_adv: Tensor, y: Tensor, probes: AlignmentProbes | None, weight: float
@@ -466,6 +495,18 @@ class AdversarialEngine:
         if training and len(x) == 1 and self._has_batch_norm:
             return model(torch.cat([x, x]))[:1]
         return model(x)
+
+
+@dataclass(frozen=True)
+class _FrozenModel:
+    """What :meth:`AdversarialEngine.frozen` gives: the module, called as the engine calls it."""
+
+    module: nn.Module
+    forward: Callable[..., Tensor]
+    training: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(self.module, x, training=self.training)
 
 
 def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:
