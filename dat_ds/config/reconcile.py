@@ -38,7 +38,7 @@ from dat_ds.config.schema import (
     WeightPerturbationConfig,
 )
 from dat_ds.errors import ConfigError
-from dat_ds.objectives import default_attack_loss, objective_options
+from dat_ds.objectives import default_attack_loss, objective_options, uses_unlabelled
 
 _REFUSED_KEYS = {
     "scheduler": "the learning rate follows dat.schedule: move it there",
@@ -104,6 +104,7 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         weight_perturbation=_resolve_weight_perturbation(dat, problems),
         guard=_resolve_guard(dat, problems),
     )
+    _check_labels(resolved, problems)
     if num_classes is not None:
         check_num_classes(resolved, num_classes, problems)
     return resolved
@@ -197,6 +198,65 @@ def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> 
         )
     if name == "multi_norm":
         _check_other_norms(attack.other_norms, norm, problems)
+
+
+def _check_labels(dat: DatConfig, problems: list[str]) -> None:
+    """Refuse labels that are missing, or mixed, where attack or objective need them."""
+    data, attack, objective = dat.data, dat.attack, dat.objective
+    if data.mixes:
+        key = "mixup" if data.mixup else "cutmix"
+        mixes = f"dat.data.{key}={getattr(data, key):g} makes labels probabilities, but "
+        if attack.loss in ("cw", "dlr", "dlr-targeted"):
+            problems.append(
+                f"{mixes}dat.attack.loss={attack.loss!r} needs a true class: write 'ce' or 'kl', "
+                f"or remove dat.data.{key}."
+            )
+        if objective.name == "mart":
+            problems.append(
+                f"{mixes}dat.objective.name='mart' needs a true class: write 'trades', or remove "
+                f"dat.data.{key}."
+            )
+        if data.has_unlabelled:
+            problems.append(f"{mixes}unlabelled images have none to mix: remove dat.data.{key}.")
+    if data.drop_unlabelled and data.labelled_fraction == 1:
+        problems.append(
+            "dat.data.drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction, "
+            "such as 0.1, or remove it."
+        )
+    if not data.has_unlabelled:
+        for path, value, default in (
+            ("data.pseudo_labels", data.pseudo_labels, None),
+            ("data.labelled_repeats", data.labelled_repeats, 1),
+            ("objective.unlabelled_weight", objective.unlabelled_weight, 1.0),
+        ):
+            if value != default:
+                problems.append(
+                    f"dat.{path}={value!r} concerns unlabelled images, but there are none: write "
+                    "dat.data.labelled_fraction or dat.data.unlabelled_path, or remove it."
+                )
+    elif data.pseudo_labels is None:
+        where = (
+            f"dat.data.unlabelled_path={data.unlabelled_path!r}"
+            if data.unlabelled_path is not None
+            else f"dat.data.labelled_fraction={data.labelled_fraction:g}"
+        )
+        if objective.grad_align:
+            problems.append(
+                f"{where}: dat.objective.grad_align={objective.grad_align:g} needs labels: write "
+                "dat.data.pseudo_labels, or remove it."
+            )
+        remedy = "Write dat.data.pseudo_labels='runs/natural' (a model that labels them)"
+        if not uses_unlabelled(objective.name):
+            problems.append(
+                f"{where}: dat.objective.name={objective.name!r} has no use for images without "
+                f"labels. {remedy}, or dat.objective.name='trades', or leave them out "
+                "(dat.data.drop_unlabelled=true)."
+            )
+        elif attack.name in ("apgd", "fat") or attack.loss not in (None, "kl"):
+            problems.append(
+                f"{where}: dat.attack.name={attack.name!r} with loss {attack.loss!r} needs labels. "
+                f"{remedy}, or dat.attack.name='pgd' with dat.attack.loss='kl'."
+            )
 
 
 def _starts_at_random(attack: AttackConfig) -> bool:

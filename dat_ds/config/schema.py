@@ -84,6 +84,21 @@ class DataConfig:
     name: DatasetName = "digits"
     path: str | None = None
     augment: Augmentation = "none"
+    mixup: float = _at_least(0, 0.0)
+    """Alpha of mixup: labels become probabilities. 0 for none."""
+    cutmix: float = _at_least(0, 0.0)
+    """Alpha of CutMix; with ``mixup`` too, each image gets one of them."""
+    labelled_fraction: float = _checked(1.0, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """Part of the training images that keep their labels; the others count as unlabelled."""
+    drop_unlabelled: bool = False
+    """Leave those others out."""
+    unlabelled_path: str | None = None
+    """Further unlabelled training images: a folder of image files, or an npz file with
+    ``images``."""
+    labelled_repeats: int = _at_least(1, 1)
+    """How often each labelled image occurs in an epoch beside the unlabelled ones."""
+    pseudo_labels: str | None = None
+    """Run folder or checkpoint of a model that labels the unlabelled images before training."""
     validation_fraction: float = _fraction(0.1)
     """Share of the training images held out for choosing the best checkpoint."""
     img_size: int | None = _above(0, None)
@@ -96,6 +111,17 @@ class DataConfig:
     num_workers: int = _at_least(0, 0)
     pin_memory: bool | None = None
     """Default: on where there is an accelerator."""
+
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether some training images have no true label."""
+        hides = self.labelled_fraction < 1 and not self.drop_unlabelled
+        return hides or self.unlabelled_path is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels are probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +197,8 @@ class ObjectiveConfig:
     """``hat``: run folder or checkpoint of a naturally trained model that labels helper images."""
     label_smoothing: float | None = _fraction(None)
     """Default 0."""
+    unlabelled_weight: float = _at_least(0, 1.0)
+    """Weight of every image whose label is missing or a pseudo-label, in all terms."""
     grad_align: float = _at_least(0, 0.0)
     """Weight of GradAlign's regulariser against catastrophic overfitting; 0.2 in its paper for
     CIFAR-10 at eps 8/255. Costs 16 forwards' time a step, under every ZeRO stage."""

@@ -28,7 +28,7 @@ from dat_ds.attacks import (
     preserved_buffers,
 )
 from dat_ds.config import RunConfig, precision_of
-from dat_ds.data import BatchPlan, DistributedLoader
+from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.distributed import Ranks
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
@@ -139,7 +139,8 @@ class AdversarialEngine:
             x: Images in pixel units [0, 1], floating point, any device. May hold no image at all
                 (a rank that the last batch of an epoch left out); such a rank computes along with
                 weight 0, so that all ranks do the same number of forwards.
-            y: Class indices ``(B,)``.
+            y: Class indices ``(B,)``, or what is known of them (see
+                :mod:`dat_ds.data.unlabelled`); or probabilities ``(B, K)``.
             plan: Place and weight of this micro-batch in the global batch. Default: the loader's
                 plan of the batch it handed out last, which weights uneven batches so that ranks
                 average to the mean over the global batch; batches that did not come from it have
@@ -151,6 +152,7 @@ class AdversarialEngine:
         self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
         x, y, num_images = self._prepare(x, y)
+        y, labelled, weights = self._read_labels(y)
         metrics = self._pending
         metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
@@ -161,15 +163,16 @@ class AdversarialEngine:
         metrics.timer.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
-        self._perturb_weights(x, x_adv, y, probes, weight)
+        self._perturb_weights(x, x_adv, y, probes, weights, weight)
         with self._traffic.counting("forward"), keep, self._restored_on_error():
-            terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y, probes)
+            terms, logits_adv, logits = self._outer_loss(
+                self.deepspeed, x, x_adv, y, probes, weights
+            )
         natural_logits = logits_adv if self._attack is None else logits
         if num_images and natural_logits is not None:
-            metrics.add_natural(_num_correct(natural_logits, y), num_images)
+            metrics.add_natural(*_num_correct(natural_logits, y, labelled))
         if num_images and self._attack is not None:
-            views = len(x_adv) // len(x)
-            metrics.add_robust(_num_correct(logits_adv, y.repeat(views)), views * num_images)
+            metrics.add_robust(*_num_correct(logits_adv, y, labelled))
         metrics.add_terms(terms, weight / self.accumulation)
         loss = terms["loss"]
         return loss if weight == 1.0 else loss * weight
@@ -276,7 +279,7 @@ class AdversarialEngine:
         with self.frozen() as model:
             x_adv = attack(model, x, y, generator, gradient=self._input_gradient())
             with torch.no_grad():
-                num_correct = _num_correct(model(x_adv), y)
+                num_correct, _ = _num_correct(model(x_adv), y)
         counts = torch.tensor([float(num_correct) if num_images else 0.0, float(num_images)])
         correct, total = self.ranks.sum(counts.double()).tolist()
         return float(correct / total) if total else 0.0
@@ -291,10 +294,11 @@ class AdversarialEngine:
         if self._last is None or has_natural:
             return
         x, y, num_images = self._prepare(x, y)
+        y, labelled, _ = self._read_labels(y)
         with self.frozen() as model, torch.no_grad():
             logits = model(x)
         if num_images:
-            self._last.add_natural(_num_correct(logits, y), num_images)
+            self._last.add_natural(*_num_correct(logits, y, labelled))
 
     # ---- metrics
 
@@ -365,6 +369,20 @@ class AdversarialEngine:
             x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:])
         return x, y, num_images
 
+    def _read_labels(self, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Classes, which of them are true ``(B,)``, and each sample's weight ``(B,)``.
+
+        The latter two are None where they are 1 throughout.
+        """
+        data, unlabelled_weight = self.run.dat.data, self.run.dat.objective.unlabelled_weight
+        if y.is_floating_point() or not data.has_unlabelled:
+            return y, None, None
+        labelled = y >= 0
+        weights = None
+        if unlabelled_weight != 1:
+            weights = torch.where(labelled, 1.0, unlabelled_weight)
+        return classes_of(y), labelled, weights
+
     def _check_pixels(self, x: Tensor) -> None:
         threat = self.run.dat.threat_model
         low, high = float(x.min()), float(x.max())
@@ -383,6 +401,7 @@ class AdversarialEngine:
         x_adv: Tensor,
         y: Tensor,
         probes: AlignmentProbes | None,
+        weights: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """The objective's terms, the adversarial and, where needed, the natural logits.
 
@@ -415,6 +434,9 @@ class AdversarialEngine:
         if views > 1:
             repeated = None if logits is None else logits.repeat(views, 1)
             y_adv = y.repeat(views, *[1] * (y.ndim - 1))
+            weights = None if weights is None else weights.repeat(views)
+        if weights is not None:
+            extra["weights"] = weights
         terms = objective(logits_adv, y_adv, repeated, **extra)
         if probes is not None:
             penalty = probes.penalty(by_kind["alignment"], y)
@@ -444,7 +466,13 @@ class AdversarialEngine:
         self.free.ascend(x, x_adv, gradient, self.micro_step, attack.threat, attack.step_size)
 
     def _perturb_weights(
-        self, x: Tensor, x_adv: Tensor, y: Tensor, probes: AlignmentProbes | None, weight: float
+        self,
+        x: Tensor,
+        x_adv: Tensor,
+        y: Tensor,
+        probes: AlignmentProbes | None,
+        weights: Tensor | None,
+        weight: float,
     ) -> None:
         """Move the weights up the outer loss, until the end of :meth:`backward`."""
         perturbation = self.weight_perturbation
@@ -452,7 +480,7 @@ class AdversarialEngine:
             return
 
         def outer_loss() -> Tensor:
-            terms, *_ = self._outer_loss(self.module, x, x_adv, y, probes)
+            terms, *_ = self._outer_loss(self.module, x, x_adv, y, probes, weights)
             return terms["loss"] * weight
 
         scale = hooks.loss_scale(self.deepspeed)
@@ -518,5 +546,18 @@ def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:
 
 
 @torch.no_grad()
-def _num_correct(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(dim=1) == y).sum()
+def _num_correct(
+    logits: Tensor, y: Tensor, labelled: Tensor | None = None
+) -> tuple[Tensor, Tensor | int]:
+    """Correct images and how many count: those whose true class is known.
+
+    Args:
+        logits: Logits of one or several views of the images ``(n B, K)``.
+        y: Class indices ``(B,)``, or probabilities ``(B, K)``, of which the likeliest counts.
+        labelled: Which images count ``(B,)``; None for all.
+    """
+    classes = y.argmax(dim=1) if y.is_floating_point() else y
+    correct = logits.argmax(dim=1).view(-1, len(y)) == classes
+    if labelled is None:
+        return correct.sum(), correct.numel()
+    return (correct & labelled).sum(), labelled.sum() * len(correct)

@@ -175,7 +175,12 @@ def attack_of(dat: DatConfig) -> Attack | None:
 def objective_of(dat: DatConfig) -> Objective:
     """The objective of a run."""
     options = dataclasses.asdict(dat.objective)
-    for key in ("helper_model", "grad_align", "batch_norm"):  # the engine's part
+    for key in (
+        "helper_model",
+        "unlabelled_weight",
+        "grad_align",
+        "batch_norm",
+    ):  # the engine's part
         del options[key]
     return build_objective(options)
 

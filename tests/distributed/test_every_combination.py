@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dat_ds.attacks import ATTACKS
 from dat_ds.config import load_config
+from dat_ds.data import UNLABELLED, pseudo_label
 from dat_ds.objectives import OBJECTIVES
 from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
@@ -40,6 +42,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "attack": {"name": "free"},
         "objective": {"name": "trades"},
     },
+    "unlabelled": {
+        "data": {"labelled_fraction": 0.5},
+        "objective": {"name": "trades", "unlabelled_weight": 0.5},
+    },
+    "mixed": {"data": {"mixup": 0.2}, "objective": {"name": "trades"}},
     "keep_tokens": {"model": "vit", "attack": {"steps": 2, "keep_tokens": 0.5}},
     "resolution": {"attack": {"steps": 2, "resolution": 4}},
     "split": {"objective": {"name": "dat", "batch_norm": "split"}},
@@ -67,7 +74,12 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 def step_on(engine: Any, step: int) -> None:
     for micro_step in range(engine.accumulation):
-        engine.backward(engine(*batch(10 * micro_step + step, engine.ranks.rank)))
+        x, y = batch(10 * micro_step + step, engine.ranks.rank)
+        if engine.run.dat.data.has_unlabelled:
+            y[::2] = torch.tensor([UNLABELLED, pseudo_label(y[2])])
+        if engine.run.dat.data.mixes:
+            y = 0.7 * F.one_hot(y, tiny.CLASSES) + 0.3 * F.one_hot(y.flip(0), tiny.CLASSES)
+        engine.backward(engine(x, y))
         engine.step()
 
 

@@ -453,6 +453,57 @@ def test_loading_leaves_the_given_config_alone():
             "dat.attack.steps=3 is no setting of the attack 'free': remove it. It takes step_size",
         ),
         (
+            {"data": {"mixup": 0.2}, "attack": {"loss": "dlr"}},
+            "dat.data.mixup=0.2 makes labels probabilities, but dat.attack.loss='dlr' needs a ",
+        ),
+        (
+            {"data": {"cutmix": 1}, "objective": {"name": "mart"}},
+            "dat.data.cutmix=1 makes labels probabilities, but dat.objective.name='mart' needs a ",
+        ),
+        (
+            {
+                "data": {"mixup": 0.2, "labelled_fraction": 0.5},
+                "objective": {"name": "trades"},
+            },
+            "dat.data.mixup=0.2 makes labels probabilities, but unlabelled images have none to mix",
+        ),
+        (
+            {"data": {"drop_unlabelled": True}},
+            "dat.data.drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction",
+        ),
+        (
+            {"data": {"pseudo_labels": "runs/x"}},
+            "dat.data.pseudo_labels='runs/x' concerns unlabelled images, but there are none: ",
+        ),
+        (
+            {"objective": {"unlabelled_weight": 0.5}},
+            "dat.objective.unlabelled_weight=0.5 concerns unlabelled images, but there are none: ",
+        ),
+        (
+            {"data": {"labelled_fraction": 0.1}},
+            "dat.data.labelled_fraction=0.1: dat.objective.name='at' has no use for images ",
+        ),
+        (
+            {"data": {"unlabelled_path": "more"}, "objective": {"name": "alp"}},
+            "dat.data.unlabelled_path='more': dat.objective.name='alp' has no use for images ",
+        ),
+        (
+            {
+                "data": {"labelled_fraction": 0.1},
+                "objective": {"name": "trades"},
+                "attack": {"name": "fat"},
+            },
+            "dat.data.labelled_fraction=0.1: dat.attack.name='fat' with loss 'kl' needs labels. ",
+        ),
+        (
+            {
+                "data": {"labelled_fraction": 0.1},
+                "objective": {"name": "trades"},
+                "attack": {"loss": "ce"},
+            },
+            "dat.data.labelled_fraction=0.1: dat.attack.name='pgd' with loss 'ce' needs labels. ",
+        ),
+        (
             {"attack": {"name": "pgd", "replays": 4}},
             "dat.attack.replays=4 is no setting of the attack 'pgd': remove it. It takes steps",
         ),
