@@ -7,6 +7,7 @@ from dat_ds.objectives.build import (
     build_objective,
     default_attack_loss,
     objective_options,
+    uses_unlabelled,
 )
 from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades, helper_images
 from dat_ds.objectives.self_supervised import Contrastive, Fare, Rotation
@@ -30,4 +31,5 @@ __all__ = [
     "objective_options",
     "random_view",
     "rotations",
+    "uses_unlabelled",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dat_ds.attacks import Generator, InnerLoss, feature_distance, nt_xent
 from dat_ds.objectives.adversarial_training import AdversarialTraining
-from dat_ds.objectives.base import Head, Objective, accurate
+from dat_ds.objectives.base import Head, Objective, accurate, average
 from dat_ds.objectives.views import random_view, rotations
 
 Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,6 +30,7 @@ class Rotation(AdversarialTraining):
 
     name: ClassVar[str] = "rotation"
     head: ClassVar[Head] = "rotation"
+    uses_unlabelled: ClassVar[bool] = True
     num_views: ClassVar[int] = 4
 
     def inputs(
@@ -68,6 +69,7 @@ class Contrastive(Objective):
     default_attack_loss: ClassVar[str] = "nt_xent"
     head: ClassVar[Head] = "projection"
     classifies: ClassVar[bool] = False
+    uses_unlabelled: ClassVar[bool] = True
     num_views: ClassVar[int] = 2
     compares_samples: ClassVar[bool] = True
     natural_weight: float = 1.0
@@ -116,6 +118,7 @@ class Contrastive(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
         gather: Gather | None = None,
     ) -> dict[str, Tensor]:
         """The loss, ``robust_loss``, and ``natural_loss`` where it has a weight.
@@ -123,19 +126,19 @@ class Contrastive(Objective):
         ``logits_adv`` and ``logits`` are projections ``(2 B, D)``, and ``y`` is as
         :func:`dat_ds.attacks.nt_xent` takes it. ``gather`` brings in other ranks' views.
         """
-        robust = self._mean_loss(accurate(logits_adv), y, gather)
+        robust = average(self._losses(accurate(logits_adv), y, gather), weights)
         if not self.needs_natural_logits:
             return {"loss": robust, "robust_loss": robust.detach()}
-        natural = self._mean_loss(self._needed(logits), y, gather)
+        natural = average(self._losses(self._needed(logits), y, gather), weights)
         return {
             "loss": self.natural_weight * natural + robust,
             "robust_loss": robust.detach(),
             "natural_loss": natural.detach(),
         }
 
-    def _mean_loss(self, features: Tensor, y: Tensor, gather: Gather | None) -> Tensor:
+    def _losses(self, features: Tensor, y: Tensor, gather: Gather | None) -> Tensor:
         others = None if gather is None else gather(features, y)
-        return nt_xent(features, y, self.temperature, others).mean()
+        return nt_xent(features, y, self.temperature, others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,7 @@ class Fare(Objective):
     default_attack_loss: ClassVar[str] = "feature_distance"
     head: ClassVar[Head] = "features"
     classifies: ClassVar[bool] = False
+    uses_unlabelled: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
 
     @property
@@ -187,7 +191,8 @@ class Fare(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss and ``robust_loss``; ``y`` are features of the natural images ``(B, D)``."""
-        robust = feature_distance(accurate(logits_adv), y).mean()
+        robust = average(feature_distance(accurate(logits_adv), y), weights)
         return {"loss": robust, "robust_loss": robust.detach()}

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dat_ds.attacks import ATTACKS
 from dat_ds.config import load_config
+from dat_ds.data import UNLABELLED, pseudo_label
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import OBJECTIVES
 from tests.distributed import tiny
@@ -25,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fat": {"extra_steps": 1},
 }
 STAGES = [0, 1, 2, 3]
+NAMES = [*ATTACKS, "free"]
 EXTRAS: dict[str, dict[str, Any]] = {
     "grad_align": {"attack": {"name": "fgsm"}, "objective": {"grad_align": 0.2}},
     "grad_align_split": {
@@ -35,6 +38,17 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "attack": {"steps": 3, "step_size": 0.04, "steps_from": 1, "eps_warmup": 0.5},
         "schedule": {"name": "constant", "max_steps": 3},
     },
+    "free_accumulated": {
+        "gradient_accumulation_steps": 2,
+        "attack": {"name": "free"},
+        "objective": {"name": "trades"},
+    },
+    "unlabelled": {
+        "data": {"labelled_fraction": 0.5},
+        "objective": {"name": "trades", "unlabelled_weight": 0.5},
+    },
+    "mixed": {"data": {"mixup": 0.2}, "objective": {"name": "trades"}},
+    "keep_tokens": {"model": "vit", "attack": {"steps": 2, "keep_tokens": 0.5}},
     "resolution": {"attack": {"steps": 2, "resolution": 4}},
     "split": {"objective": {"name": "dat", "batch_norm": "split"}},
     "rotation": {"attack": {"steps": 2}, "objective": {"name": "rotation", "natural_weight": 1}},
@@ -59,9 +73,10 @@ REFUSED = {
     # They look at which images are misclassified, or at copies of an image in another ball.
     *itertools.product(["apgd", "fat"], ["contrastive", "fare"]),
     ("multi_norm", "contrastive"),
-    ("fgsm", "fare"),  # at the image itself, where features are what they were
+    ("free", "contrastive"),  # a perturbation of views that the next step does not see
+    *itertools.product(["fgsm", "free"], ["fare"]),  # at the image itself, where the loss is flat
 }
-PAIRS = [pair for pair in itertools.product(ATTACKS, OBJECTIVES) if pair not in REFUSED]
+PAIRS = [pair for pair in itertools.product(NAMES, OBJECTIVES) if pair not in REFUSED]
 CASES = [(*pair, stage) for pair in PAIRS for stage in STAGES]
 
 
@@ -71,7 +86,7 @@ def settings(attack: str, objective: str, stage: int, helper: str) -> dict[str, 
         options.pop("restarts", None)
     if (attack, objective) == ("mim", "fare"):
         options["random_start"] = True
-    if attack not in ("fgsm", "fgsm_rs", "n_fgsm"):
+    if attack not in ("fgsm", "fgsm_rs", "n_fgsm", "free"):
         options["steps"] = 2
     section: dict[str, Any] = {"name": objective}
     if objective == "hat":
@@ -86,8 +101,14 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def step_on(engine: Any, step: int) -> None:
-    engine.backward(engine(*batch(step, engine.ranks.rank)))
-    engine.step()
+    for micro_step in range(engine.accumulation):
+        x, y = batch(10 * micro_step + step, engine.ranks.rank)
+        if engine.run.dat.data.has_unlabelled:
+            y[::2] = torch.tensor([UNLABELLED, pseudo_label(y[2])])
+        if engine.run.dat.data.mixes:
+            y = 0.7 * F.one_hot(y, tiny.CLASSES) + 0.3 * F.one_hot(y.flip(0), tiny.CLASSES)
+        engine.backward(engine(x, y))
+        engine.step()
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
@@ -132,8 +153,12 @@ def every_case(folder: str) -> dict[Any, Any]:
         place = Path(folder) / str(number)
         outcomes[case] = train_and_resume(settings(*case, helper), "vit", place)
     for case in itertools.product(EXTRAS, STAGES):
-        config = tiny.config(case[1], dat=EXTRAS[case[0]])
-        outcomes[case] = train_and_resume(config, "cnn", Path(folder) / "-".join(map(str, case)))
+        dat = dict(EXTRAS[case[0]])
+        accumulation = dat.pop("gradient_accumulation_steps", 1)
+        model = dat.pop("model", "cnn")
+        config = tiny.config(case[1], gradient_accumulation_steps=accumulation, dat=dat)
+        place = Path(folder) / "-".join(map(str, case))
+        outcomes[case] = train_and_resume(config, model, place)
     return outcomes
 
 
