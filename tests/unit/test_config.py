@@ -579,6 +579,25 @@ def test_loading_leaves_the_given_config_alone():
             "dat.evaluation: 'pgd-9-2' looks for misclassified images, and dat.objective.name=",
         ),
         (
+            {"objective": {"name": "fare"}, "attack": {"name": "free"}},
+            "dat.objective.name='fare' with dat.attack.name='free' and no random start: ",
+        ),
+        (
+            {"objective": {"name": "contrastive"}, "attack": {"name": "free"}},
+            "dat.attack.name='free' with dat.objective.name='contrastive': every step sees other ",
+        ),
+        (
+            {"objective": {"name": "rotation"}, "data": {"mixup": 0.2}},
+            "dat.data.mixup=0.2 concerns labels, which dat.objective.name='rotation' does not read",
+        ),
+        (
+            {
+                "objective": {"name": "fare", "unlabelled_weight": 2},
+                "data": {"labelled_fraction": 0.5},
+            },
+            "dat.objective.unlabelled_weight=2.0 concerns labels, which dat.objective.name='fare' ",
+        ),
+        (
             {"objective": {"name": "contrastive", "beta": 1}},
             "dat.objective.beta=1.0 is no setting of the objective 'contrastive': remove it.",
         ),
@@ -624,6 +643,11 @@ def test_natural_contrastive_training_has_one_term():
     natural = load_config(ours(objective={"name": "contrastive"}, attack={"name": "none"}))
     assert natural.dat.objective.natural_weight == 0.0
     assert load_config(ours(objective={"name": "contrastive"})).dat.objective.natural_weight == 1.0
+
+
+@pytest.mark.parametrize("objective", ["rotation", "contrastive", "fare"])
+def test_self_supervised_training_takes_unlabelled_images(objective):
+    load_config(ours(objective={"name": objective}, data={"labelled_fraction": 0.1}))
 
 
 def test_nothing_is_guarded_where_there_is_no_accuracy():
