@@ -1,4 +1,4 @@
-"""Robust objectives: what the outer minimisation minimises. They see logits, nothing else."""
+"""Robust objectives: what the outer minimisation minimises, from logits or features."""
 
 from dat_ds.objectives.adversarial_training import AdversarialTraining, Dat
 from dat_ds.objectives.base import Objective
