@@ -157,12 +157,12 @@ class AdversarialEngine:
         """
         self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
+        metrics = self._pending
+        metrics.timer.enter("attack")
         x, y, num_images = self._prepare(x, y, first_index)
         y, labelled, weights = self._read_labels(y)
         first_index *= self._objective.num_views
         has_accuracy = num_images > 0 and self._objective.classifies
-        metrics = self._pending
-        metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
         if self.free is not None:
             x_adv.requires_grad_()
