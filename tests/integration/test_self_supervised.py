@@ -156,9 +156,12 @@ def test_fine_tuning_starts_from_the_best_pre_trained_model_with_a_fresh_head(
             ["train_micro_batch_size_per_gpu=1", "compares the images", "at least 2"],
         ),
         (
-            {"objective": {"name": "contrastive"}, "model": {"name": "vgg11"}},
+            {
+                "objective": {"name": "contrastive"},
+                "model": {**tiny_run.VIT, "name": "deit_tiny_distilled_patch16_224"},
+            },
             8,
-            ["dat.model.name='vgg11'", "one linear layer"],
+            ["dat.model.name='deit_tiny_distilled_patch16_224'", "one linear layer"],
         ),
     ],
     ids=["random-weights", "not-square", "batch-of-one", "head"],
