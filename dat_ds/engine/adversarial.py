@@ -26,6 +26,7 @@ from dat_ds.attacks import (
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.data import BatchPlan, DistributedLoader
 from dat_ds.engine import hooks
+from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
 from dat_ds.engine.traffic import Traffic, listen, stop_listening
@@ -53,6 +54,7 @@ class AdversarialEngine:
         run: The resolved run config.
         ranks: The processes of the run.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        compression: Averages gradients through a codec; None where they are not compressed.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class AdversarialEngine:
                 "dat.weight_perturbation under ZeRO-3 needs all parameters on the device at once, "
                 f"{needed:.2f} GiB: write dat.engine.resident_parameters_gib={math.ceil(needed)}."
             )
+        self.compression = attach_compression(engine, run, ranks)
         self._perturbed = contextlib.ExitStack()
         self._traffic = Traffic()
         listen(self._traffic)
@@ -166,6 +169,8 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
+        if self.compression is not None:
+            self.compression.start(self.global_steps * self.accumulation + self.micro_step)
         with self._traffic.counting("backward"), self._perturbed:
             self.deepspeed.backward(loss)
 

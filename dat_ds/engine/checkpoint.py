@@ -4,7 +4,8 @@
 
     latest            name of the newest complete checkpoint
     step-00000120/    DeepSpeed's files (parameters, optimizer, schedule, loss scale), and
-      rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA
+      rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA,
+                      error feedback
       state.json      step, ranks, config, best validation so far
       model.safetensors, model.json    the model alone, for dat_ds.models.load
     best/             model.safetensors, model.json of the best validation
@@ -216,6 +217,8 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "buffers": {name: b.detach().cpu() for name, b in engine.module.named_buffers()},
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
     }
+    if engine.compression is not None:
+        state["compression"] = engine.compression.state_dict()
     if engine.ranks.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(engine.ranks.device)
     return state
@@ -234,6 +237,8 @@ def _restore_rank_state(
         buffer.copy_(state["buffers"][name])
     if ema is not None and state["ema"] is not None:
         ema.load_state_dict(state["ema"])
+    if engine.compression is not None:
+        engine.compression.load_state_dict(state["compression"])
     torch.set_rng_state(state["rng_cpu"])
     if "rng_cuda" in state and engine.ranks.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng_cuda"], engine.ranks.device)
