@@ -162,25 +162,25 @@ def test_the_variance_bound_of_rounding_is_attained(name, monkeypatch):
     assert 0.7 * bound < variance <= bound * (1 + 1e-6)
 
 
-def test_natural_compression_is_exactly_unbiased_and_within_an_eighth(monkeypatch):
+def natural_over_all_noise(value: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What each of the 2^23 equally likely noises makes of ``value``."""
     every = torch.arange(2**23, dtype=torch.int32)
     monkeypatch.setattr(codecs, "_random_bits", lambda like, *_: every.view(like.shape))
     codec = build_codec("natural")
-    for value in (1.0, 4 / 3, -1.7, 3e-39, 1.5e38, 0.0):
-        exact = torch.tensor(value).double()
-        decoded = codec.decode_rows(codec.encode_rows(exact.float().expand(2**23, 1)), 1).double()
-        assert torch.isclose(decoded.mean(), exact.float().double(), rtol=1e-12, atol=0)
-        variance = (decoded - exact).square().mean()
-        assert variance <= exact.square() / 8 + 2.0**-252
-        assert decoded.unique().numel() <= 2
+    return codec.decode_rows(codec.encode_rows(value.expand(1, 2**23)), 2**23).double()
+
+
+@pytest.mark.parametrize("value", [1.0, 4 / 3, -1.7, 3e-39, 1.5e38, 0.0])
+def test_natural_compression_is_exactly_unbiased_and_within_an_eighth(value, monkeypatch):
+    tensor = torch.tensor(value)
+    decoded, exact = natural_over_all_noise(tensor, monkeypatch), tensor.double()
+    assert torch.isclose(decoded.mean(), exact, rtol=1e-12, atol=0)
+    assert (decoded - exact).square().mean() <= exact.square() / 8 + 2.0**-252
+    assert decoded.unique().numel() <= 2
 
 
 def test_natural_compression_attains_its_bound(monkeypatch):
-    every = torch.arange(2**23, dtype=torch.int32)
-    monkeypatch.setattr(codecs, "_random_bits", lambda like, *_: every.view(like.shape))
-    codec = build_codec("natural")
-    rows = torch.tensor(4 / 3).expand(2**23, 1)
-    decoded = codec.decode_rows(codec.encode_rows(rows), 1).double()
+    decoded = natural_over_all_noise(torch.tensor(4 / 3), monkeypatch)
     assert (decoded - 4 / 3).square().mean() / (4 / 3) ** 2 == pytest.approx(1 / 8, rel=1e-5)
 
 
