@@ -278,8 +278,9 @@ class CompressionConfig:
 
     name: CodecName = "none"
     sides: Literal["single", "double"] | None = None
-    """Encode what ranks send to be averaged (``single``; the mean comes back in float32), or the
-    mean as well (``double``). Default: ``double``; under ZeRO-3 gradients travel one way only."""
+    """Encode what ranks send to be averaged (``single``), or what comes back as well (``double``):
+    the mean or, under ZeRO-3, the parameters, as ``int8``. Default: ``double`` below ZeRO-3,
+    ``single`` under it."""
     block_size: int | None = _at_least(0, None)
     """Entries that share a scale; 0 makes one block of each rank's share of a bucket. Default: 64
     for ``int8``, ``int4`` and ``qsgd``, 1024 for ``topk`` and ``sign``."""

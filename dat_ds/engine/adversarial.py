@@ -29,7 +29,7 @@ from dat_ds.engine import hooks
 from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
-from dat_ds.engine.traffic import Traffic, listen, stop_listening
+from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
@@ -155,7 +155,7 @@ class AdversarialEngine:
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
         self._perturb_weights(x, x_adv, y, probes, weight)
-        with self._traffic.counting("forward"), keep, self._restored_on_error():
+        with self._phase("forward"), keep, self._restored_on_error():
             terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y, probes)
         natural_logits = logits_adv if self._attack is None else logits
         if num_images and natural_logits is not None:
@@ -171,13 +171,13 @@ class AdversarialEngine:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
         if self.compression is not None:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
-        with self._traffic.counting("backward"), self._perturbed:
+        with self._phase("backward"), self._perturbed:
             self.deepspeed.backward(loss)
 
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
         completes = self.micro_step == self.accumulation - 1
-        with self._traffic.counting("step"), hooks.named_loss_scale_error():
+        with self._phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
         self._pending.timer.leave()
         if completes:
@@ -211,7 +211,7 @@ class AdversarialEngine:
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
@@ -318,6 +318,15 @@ class AdversarialEngine:
 
     # ---- internals
 
+    @contextlib.contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        """A part of training, whose traffic is counted, and compressed where it is asked for."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._traffic.counting(phase))
+            if self.compression is not None:
+                stack.enter_context(self.compression.training_pass())
+            yield
+
     def _input_gradient(self) -> InputGradient:
         # float16 alone overflows, under DeepSpeed's own casts or under autocast.
         overflows = self._precision == "fp16" or (
@@ -416,7 +425,7 @@ class AdversarialEngine:
         # A stream of its own: the attack's random start is another draw.
         generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
         threat, mode = self._attack.threat, self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             return alignment_probes(model, x, y, threat=threat, generator=generator)
 
     def _perturb_weights(
@@ -432,7 +441,7 @@ class AdversarialEngine:
             return terms["loss"] * weight
 
         scale = hooks.loss_scale(self.deepspeed)
-        with self._traffic.counting("backward"), self._restored_on_error():
+        with self._phase("backward"), self._restored_on_error():
             if self.keeps_parameters_resident:
                 self._perturbed.enter_context(hooks.resident_parameters(self.deepspeed))
             with self._autocast():

@@ -13,8 +13,10 @@ from typing import Any
 import deepspeed
 import deepspeed.comm.comm
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from dat_ds.errors import NumericsError
@@ -108,6 +110,70 @@ def replace_gradient_averaging(
     else:
         order = {id(p): i for i, p in enumerate(engine.module.parameters())}
         setattr(optimizer, AVERAGE_SCATTER, average_scatter)
+
+
+class _GatheredParameters:
+    """Parameters whose values are known, in the place of DeepSpeed's handle of a gather."""
+
+    def __init__(self, parameters: list[Any], values: list[Tensor]) -> None:
+        self._pending = list(zip(parameters, values, strict=True))
+        accelerator = get_accelerator()
+        self._event = None if accelerator.is_synchronized_device() else accelerator.Event()
+        if self._event is not None:
+            self._event.record()  # on the stream of gathers, which is not the one that waits
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Hand the values over to the stream that computes."""
+        if self._event is not None and self._pending:
+            get_accelerator().current_stream().wait_event(self._event)
+        for parameter, value in self._pending:
+            if self._event is not None:
+                value.record_stream(get_accelerator().current_stream())
+            parameter.data = value
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self._pending.clear()
+
+
+def replace_parameter_gathers(
+    engine: DeepSpeedEngine,
+    gather: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor] | None],
+) -> None:
+    """Let others gather ZeRO-3 parameters for forward and backward passes.
+
+    Gathers outside the passes, as for exporting the model, stay DeepSpeed's.
+
+    Args:
+        engine: At ZeRO stage 3, without secondary shards (``zero_hpz_partition_size``).
+        gather: From this rank's shard of each parameter, flat and without padding, and the entries
+            of a shard with it, to each whole parameter, flat, with the padding at its end; None
+            leaves the gather to DeepSpeed.
+    """
+
+    def replaced(original: Callable[..., Any]) -> Callable[..., Any]:
+        def all_gather(parameters: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
+            ordered = sorted(parameters, key=lambda p: p.ds_id)
+            shards = [_own_entries(p).to(engine.device) for p in ordered]
+            whole = gather(shards, [p.ds_tensor.ds_numel for p in ordered])
+            if whole is None:
+                return original(ordered, safe_mode=safe_mode, quantize=quantize)
+            values = []
+            for parameter, flat in zip(ordered, whole, strict=True):
+                value = flat[: parameter.ds_numel].view(parameter.ds_shape)
+                values.append(value.to(parameter.ds_tensor.dtype))
+                parameter.ds_status = ZeroParamStatus.INFLIGHT
+            return _GatheredParameters(ordered, values)
+
+        return all_gather
+
+    for parameter in engine.module.parameters():
+        parameter.all_gather_coalesced = replaced(parameter.all_gather_coalesced)
+
+
+def _own_entries(parameter: Any) -> Tensor:
+    """This rank's ZeRO-3 shard of a parameter, without the padding, which is uninitialised."""
+    shard: Tensor = parameter.ds_tensor
+    start = dist.get_rank(parameter.ds_process_group) * shard.ds_numel  # type: ignore[attr-defined]
+    return shard[: max(0, parameter.ds_numel - start)]
 
 
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0

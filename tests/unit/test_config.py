@@ -521,6 +521,22 @@ def test_deepspeed_keys_that_compression_would_ignore_are_refused(stage, keys, n
     load_config(config)
 
 
+def test_what_parameters_that_travel_as_int8_would_spoil_is_refused():
+    sections = {"compression": {"name": "int8", "sides": "double"}}
+    config = {**ours(**sections, weight_perturbation={"name": "awp"})}
+    zero = {"zero_quantized_weights": True, "zero_hpz_partition_size": 2}
+    for stage in (0, 3):
+        config["zero_optimization"] = {"stage": stage, **zero}
+        if stage == 0:
+            load_config(config)
+    weights, shards, perturbation = problems(config)
+    assert weights.startswith("zero_optimization.zero_quantized_weights with dat.compression.sides")
+    assert shards.startswith("zero_optimization.zero_hpz_partition_size with dat.compression.sides")
+    assert perturbation.startswith("dat.weight_perturbation.name='awp' with dat.compression.sides")
+    config["dat"]["compression"]["sides"] = "single"
+    load_config(config)
+
+
 # ---- resolution
 
 
