@@ -173,6 +173,8 @@ class AdversarialEngine:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
         with self._phase("backward"), self._perturbed:
             self.deepspeed.backward(loss)
+        if self.compression is not None and self.micro_step == self.accumulation - 1:
+            self.compression.check_done()
 
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""

@@ -27,7 +27,7 @@ from dat_ds.config import RunConfig
 from dat_ds.config.schema import CompressionConfig
 from dat_ds.engine import hooks
 from dat_ds.engine.distributed import Ranks
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, UserError
 
 logger = logging.getLogger("dat_ds")
 
@@ -73,6 +73,19 @@ class GradientCompression:
             for exchange in self._exchanges.values():
                 exchange.rescale_errors(scale / self._scale)
             self._scale = scale
+
+    def check_done(self) -> None:
+        """Make sure that the backward which ended an optimizer step reduced through the codec.
+
+        Raises:
+            UserError: If DeepSpeed averaged gradients in another way.
+        """
+        if not self._seen and self._engine.enable_backward_allreduce:
+            raise UserError(
+                f"dat.compression.name={self._config.name!r}: this DeepSpeed averaged gradients "
+                'without it. Write "compression": {"name": "none"}, or install '
+                "deepspeed>=0.19.8,<0.20."
+            )
 
     @contextlib.contextmanager
     def training_pass(self) -> Iterator[None]:

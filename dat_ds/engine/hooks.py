@@ -19,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from dat_ds.errors import NumericsError
+from dat_ds.errors import NumericsError, UserError
 
 
 def skip_shared_memory_op() -> None:
@@ -72,7 +72,7 @@ def gradient_scale(engine: DeepSpeedEngine) -> float:
     return loss_scale(engine) if scaler is None else float(scaler.get_scale())
 
 
-AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+_AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 
 
 def replace_gradient_averaging(
@@ -88,6 +88,9 @@ def replace_gradient_averaging(
             mean. The name stands for the parameters in it (at stage 0 for their number).
         scatter: Stage 3: likewise a name and the gradients of some parameters, to this rank's
             share of the mean of each, ``ceil(numel / ranks)`` entries.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
 
@@ -104,12 +107,22 @@ def replace_gradient_averaging(
         return [share.to(optimizer.gradient_accumulation_dtype) for share in shares]
 
     if stage == 0:
-        engine.allreduce_bucket = allreduce_bucket
+        _replace(engine, "allreduce_bucket", allreduce_bucket)
     elif stage < 3:
-        optimizer.gradient_reduction_w_predivide = reduce_in_place
+        _replace(optimizer, "gradient_reduction_w_predivide", reduce_in_place)
     else:
         order = {id(p): i for i, p in enumerate(engine.module.parameters())}
-        setattr(optimizer, AVERAGE_SCATTER, average_scatter)
+        _replace(optimizer, _AVERAGE_SCATTER, average_scatter)
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put ``function`` in the place of a method of one object."""
+    if not hasattr(owner, name):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, in whose "
+            "place dat.compression works: install deepspeed>=0.19.8,<0.20."
+        )
+    setattr(owner, name, function)
 
 
 class _GatheredParameters:
@@ -147,9 +160,12 @@ def replace_parameter_gathers(
         gather: From this rank's shard of each parameter, flat and without padding, and the entries
             of a shard with it, to each whole parameter, flat, with the padding at its end; None
             leaves the gather to DeepSpeed.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
     """
 
-    def replaced(original: Callable[..., Any]) -> Callable[..., Any]:
+    def replaced(original: Any) -> Callable[..., Any]:
         def all_gather(parameters: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
             ordered = sorted(parameters, key=lambda p: p.ds_id)
             shards = [_own_entries(p).to(engine.device) for p in ordered]
@@ -165,8 +181,9 @@ def replace_parameter_gathers(
 
         return all_gather
 
+    name = "all_gather_coalesced"
     for parameter in engine.module.parameters():
-        parameter.all_gather_coalesced = replaced(parameter.all_gather_coalesced)
+        _replace(parameter, name, replaced(getattr(parameter, name, None)))
 
 
 def _own_entries(parameter: Any) -> Tensor:

@@ -181,6 +181,20 @@ def change_buckets() -> None:
     engine.close()
 
 
+def move_hook(stage: int) -> str:
+    """What one reads where DeepSpeed reduces gradients by itself after all."""
+    from dat_ds.errors import UserError
+
+    engine = start(stage, {"name": "int8"})
+    names = ("allreduce_bucket", "gradient_reduction_w_predivide")
+    owner = engine.deepspeed if stage == 0 else engine.deepspeed.optimizer
+    delattr(owner, names[stage > 0])  # uncovers the class's own
+    with pytest.raises(UserError, match="averaged gradients without it") as caught:
+        advance(engine, 1)
+    engine.close()
+    return str(caught.value)
+
+
 def disagree() -> str:
     from dat_ds.engine.distributed import setup_ranks
     from dat_ds.errors import ConfigError
@@ -220,6 +234,7 @@ def everything() -> dict[Any, Any]:
         for s in (1, 2)
     ]
     reports["disagree"] = disagree()
+    reports["moved"] = [move_hook(stage) for stage in (0, 1, 2)]
     return reports
 
 
@@ -384,6 +399,14 @@ def test_ranks_that_disagree_all_say_so(by_rank: list[dict[Any, Any]]) -> None:
     for report in by_rank:
         assert "rank 0: CompressionConfig(name='none'" in report["disagree"]
         assert "rank 1: CompressionConfig(name='int8'" in report["disagree"]
+
+
+def test_a_reduction_that_goes_another_way_is_an_error_on_every_rank(
+    by_rank: list[dict[Any, Any]],
+) -> None:
+    for report in by_rank:
+        assert len(report["moved"]) == 3
+        assert all("install deepspeed>=0.19.8,<0.20" in text for text in report["moved"])
 
 
 def test_one_rank_compresses_nothing_and_says_so() -> None:

@@ -482,6 +482,14 @@ def test_replaced_gathers_are_what_the_passes_of_stage_3_see(reports: dict[Any, 
     assert theirs["entries"] == 0
 
 
+def test_a_method_that_moved_is_an_error_with_its_name() -> None:
+    from dat_ds.engine import hooks
+    from dat_ds.errors import UserError
+
+    with pytest.raises(UserError, match=r"has no Tied\.allreduce_bucket, in whose place"):
+        hooks._replace(Tied(), "allreduce_bucket", lambda: None)
+
+
 def test_gradient_scale_is_deepspeeds(reports: dict[Any, Any]) -> None:
     scale = reports["scale"]
     assert scale["fp16"] == 64
