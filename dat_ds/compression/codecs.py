@@ -225,7 +225,7 @@ class Int8(StochasticRounding):
     """Block-wise abs-max, 255 levels, stochastic rounding: 8 bits an entry and 32 a block.
 
     Unbiased. With ``s = 127``, ``w = min((B - 1) / (4 s^2), sqrt(B - 1) / (2 s))``. The default
-    block keeps the relative error below 0.03 whatever the tail of the gradient's distribution.
+    block keeps the relative error at 0.0313 at most, whatever the gradient's distribution.
     """
 
     name = "int8"
