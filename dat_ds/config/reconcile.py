@@ -18,6 +18,7 @@ from dat_ds.attacks import (
     fgsm_step_size,
     parse_length,
 )
+from dat_ds.compression import CODECS, build_codec, codec_options
 from dat_ds.config.deepspeed_keys import (
     AUTOCAST_DEFAULTS,
     FP16_DEFAULTS,
@@ -31,6 +32,7 @@ from dat_ds.config.length import Length
 from dat_ds.config.parse import did_you_mean
 from dat_ds.config.schema import (
     AttackConfig,
+    CompressionConfig,
     DatConfig,
     GuardConfig,
     InnerLossName,
@@ -112,6 +114,7 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         objective=_resolve_objective(dat, problems),
         weight_perturbation=_resolve_weight_perturbation(dat, problems),
         guard=_resolve_guard(dat, problems),
+        compression=_resolve_compression(dat.compression, problems),
     )
     _check_labels(resolved, problems)
     _check_self_supervision(resolved, problems)
@@ -461,6 +464,52 @@ def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
     return dataclasses.replace(dat.guard, action=action)
 
 
+def _resolve_compression(config: CompressionConfig, problems: list[str]) -> CompressionConfig:
+    """Write out the codec's defaults; refuse keys that it does not take, and what cannot work."""
+    general = () if config.name == "none" else ("sides", "error_feedback", "bucket_mb")
+    options = {} if config.name == "none" else codec_options(config.name)
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
+        if key == "name" or value is None or key in options or key in general:
+            continue
+        takes = f"It takes {', '.join([*options, *general])}." if general else "Write a codec."
+        problems.append(
+            f"dat.compression.{key}={value!r} is no setting of {config.name!r}: remove it. {takes}"
+        )
+    if config.name == "none":
+        return config
+    chosen = {key: value for key, value in options.items() if getattr(config, key) is None}
+    unbiased = CODECS[config.name].unbiased
+    if config.error_feedback is None:
+        chosen["error_feedback"] = not unbiased
+    if config.bucket_mb is None:
+        chosen["bucket_mb"] = 64.0
+    config = dataclasses.replace(config, **chosen)
+    _check_error_feedback(config, list(options), problems)
+    return config
+
+
+def _check_error_feedback(
+    config: CompressionConfig, options: list[str], problems: list[str]
+) -> None:
+    if not CODECS[config.name].unbiased and not config.error_feedback:
+        problems.append(
+            f"dat.compression.error_feedback=false: {config.name!r} is biased, and training with "
+            "what it leaves out stalls or diverges. Remove it."
+        )
+    values = {key: getattr(config, key) or None for key in options}
+    try:
+        bound = build_codec(config.name, **values).variance_bound(2**20)
+    except ValueError:
+        return  # a value out of range, reported already
+    if CODECS[config.name].unbiased and config.error_feedback and bound >= 1:
+        problems.append(
+            f"dat.compression.error_feedback=true: what {config.name!r} loses may be longer than "
+            f"the gradient (squared, up to {bound:g} times) and would grow from step to step. "
+            "Remove it, or give more levels or smaller blocks."
+        )
+
+
 def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:
     """Refuse losses that need more classes than there are.
 
@@ -548,7 +597,59 @@ def resolve_deepspeed(
             "the length of input gradients, which underflow there. Write bf16 or torch_autocast."
         )
     _resolve_optimizer(config, dat, stage, client_optimizer, problems)
+    if dat.compression.name != "none":
+        _resolve_reductions(config, dat, stage, problems)
     return config
+
+
+def _resolve_reductions(
+    config: dict[str, Any], dat: DatConfig, stage: int, problems: list[str]
+) -> None:
+    """Set how DeepSpeed reduces gradients to what compression replaces; refuse the rest."""
+    zero = config["zero_optimization"]
+    zero = zero if isinstance(zero, dict) else {}
+    name = f"dat.compression.name={dat.compression.name!r}"
+    refused = {
+        "communication_data_type": config.get("communication_data_type") is not None,
+        "prescale_gradients": config["prescale_gradients"],
+        "gradient_predivide_factor": config["gradient_predivide_factor"] != 1,
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+        "zero_optimization.zero_quantized_gradients": bool(zero.get("zero_quantized_gradients")),
+        "compile.deepcompile": bool((config.get("compile") or {}).get("deepcompile")),
+    }
+    if stage in (1, 2):
+        refused["zero_optimization.reduce_scatter"] = zero.get("reduce_scatter") is True
+        refused["zero_optimization.contiguous_gradients"] = not zero.get(
+            "contiguous_gradients", True
+        )
+        zero["reduce_scatter"] = False
+    elif stage == 3:
+        refused["zero_optimization.reduce_scatter"] = not zero.get("reduce_scatter", True)
+        if dat.compression.sides == "double":
+            _check_parameter_half(dat, zero, problems)
+    problems += [
+        f"{key} with {name}, which averages gradients in its own way: remove one of them."
+        for key, is_given in refused.items()
+        if is_given
+    ]
+
+
+def _check_parameter_half(dat: DatConfig, zero: Mapping[str, Any], problems: list[str]) -> None:
+    """Refuse what parameters that travel as int8 would spoil, or what sends them otherwise."""
+    sides = "dat.compression.sides='double' with zero_optimization.stage=3"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key):
+            problems.append(f"zero_optimization.{key} with {sides}: remove one of them.")
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        problems.append(
+            f"zero_optimization.zero_hpz_partition_size with {sides}: parameters would come from "
+            "secondary shards. Remove one of them."
+        )
+    if dat.weight_perturbation.name != "none":
+        problems.append(
+            f"dat.weight_perturbation.name={dat.weight_perturbation.name!r} with {sides}: rounding "
+            "parameters for the way moves them as far as the perturbation. Write 'single'."
+        )
 
 
 def _check_objects(config: dict[str, Any], problems: list[str]) -> None:

@@ -30,10 +30,11 @@ from dat_ds.attacks import (
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
+from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
 from dat_ds.engine.task import task_of
-from dat_ds.engine.traffic import Traffic, listen, stop_listening
+from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
@@ -60,6 +61,7 @@ class AdversarialEngine:
         ranks: The processes of the run.
         reference: The model as it was at the start, frozen, where the objective needs it.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        compression: Averages gradients through a codec; None where they are not compressed.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
 
@@ -108,6 +110,7 @@ class AdversarialEngine:
                 "dat.weight_perturbation under ZeRO-3 needs all parameters on the device at once, "
                 f"{needed:.2f} GiB: write dat.engine.resident_parameters_gib={math.ceil(needed)}."
             )
+        self.compression = attach_compression(engine, run, ranks)
         self._perturbed = contextlib.ExitStack()
         self._traffic = Traffic()
         listen(self._traffic)
@@ -172,7 +175,7 @@ class AdversarialEngine:
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
         self._perturb_weights(x, x_adv, y, probes, weights, weight)
-        with self._traffic.counting("forward"), keep, self._restored_on_error():
+        with self._phase("forward"), keep, self._restored_on_error():
             terms, logits_adv, logits = self._outer_loss(
                 self.deepspeed, x, x_adv, y, probes, weights
             )
@@ -187,8 +190,12 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
-        with self._traffic.counting("backward"), self._perturbed:
+        if self.compression is not None:
+            self.compression.start(self.global_steps * self.accumulation + self.micro_step)
+        with self._phase("backward"), self._perturbed:
             self.deepspeed.backward(loss)
+        if self.compression is not None and self.micro_step == self.accumulation - 1:
+            self.compression.check_done()
         if self._replayed is not None:
             self._pending.timer.enter("attack")
             self._ascend_with(*self._replayed)
@@ -198,7 +205,7 @@ class AdversarialEngine:
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
         completes = self.micro_step == self.accumulation - 1
-        with self._traffic.counting("step"), hooks.named_loss_scale_error():
+        with self._phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
         self._pending.timer.leave()
         if completes:
@@ -234,7 +241,7 @@ class AdversarialEngine:
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
@@ -349,6 +356,15 @@ class AdversarialEngine:
 
     # ---- internals
 
+    @contextlib.contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        """A part of training, whose traffic is counted, and compressed where it is asked for."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._traffic.counting(phase))
+            if self.compression is not None:
+                stack.enter_context(self.compression.training_pass())
+            yield
+
     def _input_gradient(self) -> InputGradient:
         # float16 alone overflows, under DeepSpeed's own casts or under autocast.
         overflows = self._precision == "fp16" or (
@@ -409,13 +425,7 @@ class AdversarialEngine:
                 f"A batch of more than train_micro_batch_size_per_gpu={micro_batch} images: "
                 f"dat.objective.name={self._objective.name!r} compares those of all ranks."
             )
-        return rows_of_others(
-            features,
-            y,
-            self.ranks,
-            num_rows=num_rows,
-            counting=lambda: self._traffic.counting("features"),
-        )
+        return rows_of_others(features, y, self.ranks, num_rows=num_rows)
 
     def _read_labels(self, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Classes, which of them are true ``(B,)``, and each sample's weight ``(B,)``.
@@ -501,7 +511,7 @@ class AdversarialEngine:
         # A stream of its own: the attack's random start is another draw.
         generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
         threat, mode = self._attack.threat, self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             return alignment_probes(model, x, y, threat=threat, generator=generator)
 
     def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
@@ -534,7 +544,7 @@ class AdversarialEngine:
             return terms["loss"] * weight
 
         scale = hooks.loss_scale(self.deepspeed)
-        with self._traffic.counting("backward"), self._restored_on_error():
+        with self._phase("backward"), self._restored_on_error():
             if self.keeps_parameters_resident:
                 self._perturbed.enter_context(hooks.resident_parameters(self.deepspeed))
             with self._autocast():

@@ -4,7 +4,8 @@
 
     latest            name of the newest complete checkpoint
     step-00000120/    DeepSpeed's files (parameters, optimizer, schedule, loss scale), and
-      rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA
+      rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA,
+                      error feedback
       state.json      step, ranks, config, best validation so far
       model.safetensors, model.json    the model alone, for dat_ds.models.load
   reference/      the model as it was at the start, where the objective needs it
@@ -231,6 +232,8 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
         "free": None if engine.free is None else engine.free.state_dict(),
     }
+    if engine.compression is not None:
+        state["compression"] = engine.compression.state_dict()
     if engine.ranks.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(engine.ranks.device)
     return state
@@ -249,6 +252,8 @@ def _restore_rank_state(
         buffer.copy_(state["buffers"][name])
     if ema is not None and state["ema"] is not None:
         ema.load_state_dict(state["ema"])
+    if engine.compression is not None:
+        engine.compression.load_state_dict(state["compression"])
     if engine.free is not None and state["free"] is not None:
         engine.free.load_state_dict(state["free"])
     torch.set_rng_state(state["rng_cpu"])

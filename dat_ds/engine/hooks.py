@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import deepspeed
 import deepspeed.comm.comm
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from dat_ds.errors import NumericsError
+from dat_ds.errors import NumericsError, UserError
 
 
 def skip_shared_memory_op() -> None:
@@ -59,6 +62,135 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 def loss_scale(engine: DeepSpeedEngine) -> float:
     """The factor that DeepSpeed puts on a float16 loss right now; 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def gradient_scale(engine: DeepSpeedEngine) -> float:
+    """The factor on all gradients right now, under ``fp16`` or float16 autocast; else 1."""
+    scaler = engine.torch_autocast_z0_gradscaler or getattr(
+        engine.optimizer, "torch_autocast_gradscaler", None
+    )
+    return loss_scale(engine) if scaler is None else float(scaler.get_scale())
+
+
+_AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+
+def replace_gradient_averaging(
+    engine: DeepSpeedEngine,
+    average: Callable[[str, Tensor], Tensor],
+    scatter: Callable[[str, Sequence[Tensor]], list[Tensor]],
+) -> None:
+    """Let others average gradients over the ranks, in DeepSpeed's place and at its time.
+
+    Args:
+        engine: With ``reduce_scatter`` off at ZeRO stages 1 and 2, and on at stage 3.
+        average: Stages 0 to 2: a name of the bucket, and its flat gradients in any dtype, to their
+            mean. The name stands for the parameters in it (at stage 0 for their number).
+        scatter: Stage 3: likewise a name and the gradients of some parameters, to this rank's
+            share of the mean of each, ``ceil(numel / ranks)`` entries.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+
+    def allreduce_bucket(bucket: list[Tensor], group: Any, ranks: Any = None) -> Tensor:
+        flat: Tensor = engine.flatten(bucket)
+        return flat.copy_(average(str(flat.numel()), flat))
+
+    def reduce_in_place(flat: Tensor, dtype: torch.dtype) -> Tensor:
+        places = [place[:2] for place in optimizer.ipg_buckets[dtype].params]
+        return flat.copy_(average(str(places), flat))
+
+    def average_scatter(parameters: list[Any], dtype: torch.dtype) -> list[Tensor]:
+        shares = scatter(str([order[id(p)] for p in parameters]), [p.grad for p in parameters])
+        return [share.to(optimizer.gradient_accumulation_dtype) for share in shares]
+
+    if stage == 0:
+        _replace(engine, "allreduce_bucket", allreduce_bucket)
+    elif stage < 3:
+        _replace(optimizer, "gradient_reduction_w_predivide", reduce_in_place)
+    else:
+        order = {id(p): i for i, p in enumerate(engine.module.parameters())}
+        _replace(optimizer, _AVERAGE_SCATTER, average_scatter)
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put ``function`` in the place of a method of one object."""
+    if not hasattr(owner, name):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, in whose "
+            "place dat.compression works: install deepspeed>=0.19.8,<0.20."
+        )
+    setattr(owner, name, function)
+
+
+class _GatheredParameters:
+    """Parameters whose values are known, in the place of DeepSpeed's handle of a gather."""
+
+    def __init__(self, parameters: list[Any], values: list[Tensor]) -> None:
+        self._pending = list(zip(parameters, values, strict=True))
+        accelerator = get_accelerator()
+        self._event = None if accelerator.is_synchronized_device() else accelerator.Event()
+        if self._event is not None:
+            self._event.record()  # on the stream of gathers, which is not the one that waits
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Hand the values over to the stream that computes."""
+        if self._event is not None and self._pending:
+            get_accelerator().current_stream().wait_event(self._event)
+        for parameter, value in self._pending:
+            if self._event is not None:
+                value.record_stream(get_accelerator().current_stream())
+            parameter.data = value
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self._pending.clear()
+
+
+def replace_parameter_gathers(
+    engine: DeepSpeedEngine,
+    gather: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor] | None],
+) -> None:
+    """Let others gather ZeRO-3 parameters for forward and backward passes.
+
+    Gathers outside the passes, as for exporting the model, stay DeepSpeed's.
+
+    Args:
+        engine: At ZeRO stage 3, without secondary shards (``zero_hpz_partition_size``).
+        gather: From this rank's shard of each parameter, flat and without padding, and the entries
+            of a shard with it, to each whole parameter, flat, with the padding at its end; None
+            leaves the gather to DeepSpeed.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
+    """
+
+    def replaced(original: Any) -> Callable[..., Any]:
+        def all_gather(parameters: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
+            ordered = sorted(parameters, key=lambda p: p.ds_id)
+            shards = [_own_entries(p).to(engine.device) for p in ordered]
+            whole = gather(shards, [p.ds_tensor.ds_numel for p in ordered])
+            if whole is None:
+                return original(ordered, safe_mode=safe_mode, quantize=quantize)
+            values = []
+            for parameter, flat in zip(ordered, whole, strict=True):
+                value = flat[: parameter.ds_numel].view(parameter.ds_shape)
+                values.append(value.to(parameter.ds_tensor.dtype))
+                parameter.ds_status = ZeroParamStatus.INFLIGHT
+            return _GatheredParameters(ordered, values)
+
+        return all_gather
+
+    name = "all_gather_coalesced"
+    for parameter in engine.module.parameters():
+        _replace(parameter, name, replaced(getattr(parameter, name, None)))
+
+
+def _own_entries(parameter: Any) -> Tensor:
+    """This rank's ZeRO-3 shard of a parameter, without the padding, which is uninitialised."""
+    shard: Tensor = parameter.ds_tensor
+    start = dist.get_rank(parameter.ds_process_group) * shard.ds_numel  # type: ignore[attr-defined]
+    return shard[: max(0, parameter.ds_numel - start)]
 
 
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0
