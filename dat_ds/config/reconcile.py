@@ -34,11 +34,13 @@ from dat_ds.config.schema import (
     GuardConfig,
     InnerLossName,
     ObjectiveConfig,
+    OptimizerConfig,
     RunConfig,
     WeightPerturbationConfig,
 )
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import default_attack_loss, objective_options
+from dat_ds.optim import optimizer_options
 
 _REFUSED_KEYS = {
     "scheduler": "the learning rate follows dat.schedule: move it there",
@@ -103,6 +105,7 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         objective=_resolve_objective(dat, problems),
         weight_perturbation=_resolve_weight_perturbation(dat, problems),
         guard=_resolve_guard(dat, problems),
+        optimizer=_resolve_our_optimizer(dat, problems),
     )
     if num_classes is not None:
         check_num_classes(resolved, num_classes, problems)
@@ -288,6 +291,23 @@ def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
         )
         action = "rollback" if single_step and attack != "multi_norm" else "none"
     return dataclasses.replace(dat.guard, action=action)
+
+
+def _resolve_our_optimizer(dat: DatConfig, problems: list[str]) -> OptimizerConfig | None:
+    """Write out the optimizer's defaults; refuse keys that it does not take."""
+    optimizer = dat.optimizer
+    if optimizer is None:
+        return None
+    taken = optimizer_options(optimizer.name)
+    for field in dataclasses.fields(optimizer):
+        key, value = field.name, getattr(optimizer, field.name)
+        if key != "name" and value is not None and key not in taken:
+            problems.append(
+                f"dat.optimizer.{key}={value!r} is no setting of the optimizer "
+                f"{optimizer.name!r}: remove it. It takes {', '.join(taken)}."
+            )
+    chosen = {key: value for key, value in taken.items() if getattr(optimizer, key) is None}
+    return dataclasses.replace(optimizer, **chosen)
 
 
 def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:

@@ -215,24 +215,27 @@ class GuardConfig:
 class OptimizerConfig:
     """An optimizer of ours, instead of DeepSpeed's ``optimizer`` section.
 
-    Vectors (biases, normalisation weights) are excluded from weight decay, as timm does.
+    Vectors (biases, normalisation weights) are excluded from weight decay, as timm does. A key that
+    the chosen optimizer does not take is refused.
     """
 
     name: OptimizerName = "adamw"
-    lr: float = _above(0, 1e-3)
-    weight_decay: float = _at_least(0, 0.05)
-    betas: list[float] = _checked(
-        [0.9, 0.999],
+    lr: float | None = _above(0, None)
+    """Default: 0.001 for ``adamw``, 0.1 for ``sgd``."""
+    weight_decay: float | None = _at_least(0, None)
+    """Default: 0.05 for ``adamw``, 0.0005 for ``sgd``."""
+    betas: list[float] | None = _checked(
+        None,
         "two numbers in [0, 1)",
         lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
     )
-    """adamw only."""
-    eps: float = _above(0, 1e-8)
-    """adamw only."""
-    momentum: float = _fraction(0.9)
-    """sgd only."""
-    nesterov: bool = False
-    """sgd only."""
+    """``adamw``: default [0.9, 0.999]."""
+    eps: float | None = _above(0, None)
+    """``adamw``: default 1e-8."""
+    momentum: float | None = _fraction(None)
+    """``sgd``: default 0.9."""
+    nesterov: bool | None = None
+    """``sgd``: default false."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import logging
@@ -33,6 +34,7 @@ from dat_ds.config.deepspeed_keys import (
 from dat_ds.config.reconcile import _REFUSED_KEYS
 from dat_ds.errors import ConfigError, UserError
 from dat_ds.objectives import OBJECTIVES
+from dat_ds.optim import OPTIMIZERS, optimizer_options
 
 ADAMW = {"optimizer": {"type": "AdamW"}}
 
@@ -120,6 +122,15 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (ours(seed=None), "dat.seed=None must be an integer."),
         (ours(output_dir=3), "dat.output_dir=3 must be a string."),
         ({"dat": {"optimizer": {"lr": "x"}}}, "dat.optimizer.lr='x' must be a finite number."),
+        (
+            {"dat": {"optimizer": {"name": "sgd", "betas": [0.9, 0.99]}}},
+            "dat.optimizer.betas=[0.9, 0.99] is no setting of the optimizer 'sgd': remove it. It "
+            "takes lr, weight_decay, momentum, nesterov.",
+        ),
+        (
+            {"dat": {"optimizer": {"betas": [0.9]}}},
+            "dat.optimizer.betas=[0.9] is not valid: write two numbers in [0, 1).",
+        ),
         (ours(ema={"decay": math.inf}), "dat.ema.decay=inf must be a finite number."),
         (ours(ema={"decay": 1}), "dat.ema.decay=1.0 is not valid: write a number in [0, 1)."),
         (ours(model={"mean": 0.5}), "dat.model.mean=0.5 must be a list."),
@@ -452,6 +463,7 @@ def test_a_combination_without_sense_is_refused_with_the_reason(sections, messag
 def test_the_names_in_the_schema_are_those_that_can_be_built():
     assert set(get_args(schema.AttackName)) == {*ATTACKS, "none"}
     assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
+    assert get_args(schema.OptimizerName) == tuple(OPTIMIZERS)
     assert get_args(schema.Norm) == NORMS
     assert set(get_args(schema.InnerLossName)) == {*INNER_LOSSES, "dlr-targeted"}
 
@@ -516,6 +528,18 @@ def test_dat_weighs_the_natural_loss_by_one_unless_told():
         for objective in ({"name": "dat"}, {"name": "dat", "natural_weight": 0.5}, {"name": "at"})
     ]
     assert weights == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_our_optimizers_defaults_are_written_out_and_the_users_values_kept(name):
+    fields = {field.name for field in dataclasses.fields(schema.OptimizerConfig)}
+    options = optimizer_options(name)
+    assert options.keys() < fields
+    written = load_config({"dat": {"optimizer": {"name": name}}}).to_dict()["dat"]["optimizer"]
+    assert written == {**dict.fromkeys(fields), **options, "name": name}
+    assert json.loads(json.dumps(written)) == written
+    own = load_config({"dat": {"optimizer": {"name": name, "lr": 3.0}}}).dat.optimizer
+    assert (own.lr, own.weight_decay) == (3.0, options["weight_decay"])
 
 
 def test_deepspeeds_defaults_that_change_results_are_written_out():

@@ -221,6 +221,18 @@ def test_the_optimizer_is_torchs_with_the_configs_numbers():
         assert group["weight_decay"] == decay
 
 
+def test_a_key_that_is_left_out_or_none_has_the_optimizers_default():
+    optimizer = build_optimizer(model(), {"name": "sgd", "lr": None, "momentum": 0.5})
+    (decayed, plain) = optimizer.param_groups
+    assert (decayed["lr"], decayed["momentum"], decayed["weight_decay"]) == (0.1, 0.5, 5e-4)
+    assert plain["weight_decay"] == 0.0
+
+
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.name='adma' is not one of adamw, sgd"):
         build_optimizer(model(), {"name": "adma", "lr": 0.1, "weight_decay": 0.0})
+
+
+def test_an_option_that_the_optimizer_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="optimizer 'sgd' has no option betas: lr, weight_decay"):
+        build_optimizer(model(), {"name": "sgd", "betas": [0.9, 0.999]})
