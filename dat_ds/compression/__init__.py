@@ -1,0 +1,23 @@
+"""Gradient codecs, and the collectives that carry what they make."""
+
+from dat_ds.compression.build import CODECS, build_codec, codec_options
+from dat_ds.compression.codecs import Codec, Payload
+from dat_ds.compression.collectives import (
+    CompressedAllReduce,
+    CompressedReduceScatter,
+    check_agreement,
+)
+from dat_ds.compression.traffic import current_kind, kind_of_traffic
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CompressedAllReduce",
+    "CompressedReduceScatter",
+    "Payload",
+    "build_codec",
+    "check_agreement",
+    "codec_options",
+    "current_kind",
+    "kind_of_traffic",
+]
