@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dat_ds.optim.one_bit_adam import OneBitAdam
+from dat_ds.optim.one_bit_lamb import OneBitLamb
+from dat_ds.optim.zero_one_adam import ZeroOneAdam
+
 Groups = list[dict[str, Any]]
 
 
@@ -34,7 +38,13 @@ def _sgd(
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "one_bit_adam": OneBitAdam,
+    "one_bit_lamb": OneBitLamb,
+    "zero_one_adam": ZeroOneAdam,
+}
 """Each takes parameter groups and the keys of ``dat.optimizer`` that it names, with defaults."""
 
 

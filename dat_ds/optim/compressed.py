@@ -106,10 +106,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         params: Parameters or groups.
         defaults: Options of the groups: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         bias_correction: Divide momentum and variance by ``1 - beta^t``, as Adam does.
-        block_size: Entries that share a scale; None for one scale per rank's chunk and one per
-            momentum, with which an early freeze diverges.
+        block_size: Entries that share a scale; 0 for one scale per momentum, and one per chunk of
+            the average, with which an early freeze diverges.
         scale: Magnitude that a block's signs stand for: ``"mean"`` of magnitudes, or ``"rms"``.
-        process_group: The ranks; None for all.
 
     Attributes:
         num_steps: Steps so far, skipped ones included.
@@ -117,6 +116,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         is_frozen: Whether the variance is no longer measured.
     """
 
+    steps_locally: ClassVar[bool] = False
+    """Whether ranks make steps of their own, between which their weights differ."""
     _saved: ClassVar[tuple[str, ...]] = ("num_steps", "events", "is_frozen")
 
     def __init__(
@@ -125,9 +126,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         bias_correction: bool,
-        block_size: int | None,
+        block_size: int,
         scale: Scale,
-        process_group: dist.ProcessGroup | None,
     ) -> None:
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -136,11 +136,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self.events: list[dict[str, Any]] = []
         self.is_frozen = False
         self._codec = (
-            WholeSign(scale=scale)
-            if block_size is None
-            else build_codec("sign", block_size=block_size, scale=scale)
+            build_codec("sign", block_size=block_size, scale=scale)
+            if block_size
+            else WholeSign(scale=scale)
         )
-        self._group = process_group
         self._is_paused = False
         self._flat: FlatParameters | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -227,14 +226,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
         # The sum is finite only where every entry is, and needs no buffer of its own.
         usable = gradient.sum().isfinite().float()
         if everywhere and self._count_ranks() > 1:
-            dist.all_reduce(usable, op=dist.ReduceOp.MIN, group=self._group)
+            dist.all_reduce(usable, op=dist.ReduceOp.MIN)
         torch.where(usable > 0, gradient, gradient.new_zeros(()), out=gradient)
         self._num_skipped += 1 - usable
         return usable
 
     def _count_ranks(self) -> int:
         is_alone = not dist.is_available() or not dist.is_initialized()
-        return 1 if is_alone else dist.get_world_size(self._group)
+        return 1 if is_alone else dist.get_world_size()
 
     def _average(self, flat: Tensor) -> None:
         """Replace ``flat`` by its compressed mean over ranks, with error feedback; a collective."""
@@ -245,9 +244,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         flat.copy_(self._exchange(flat, self.num_steps))
 
     def _make_exchange(self, like: Tensor) -> CompressedAllReduce:
-        return CompressedAllReduce(
-            like.numel(), self._codec, group=self._group, kind="momentum", device=like.device
-        )
+        return CompressedAllReduce(like.numel(), self._codec, kind="momentum", device=like.device)
 
     def _corrections(self, group: dict[str, Any], variance_steps: int) -> tuple[float, float]:
         """What to divide momentum and variance by."""
@@ -350,7 +347,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
     # ---- words
 
     def _is_main(self) -> bool:
-        return self._count_ranks() == 1 or dist.get_rank(self._group) == 0
+        return self._count_ranks() == 1 or dist.get_rank() == 0
 
     def _warn(self, message: str, *args: object) -> None:
         if self._is_main():

@@ -96,7 +96,7 @@ class FreezingOptimizer(CompressedOptimizer):
         if self._count_ranks() == 1:
             return decision
         flag = self._work.new_tensor(float(decision))
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
 
     def _freeze(self, flat: FlatParameters, ratio: float | None, chosen_by: str) -> None:
@@ -133,7 +133,7 @@ class OneBitAdam(FreezingOptimizer):
         p <- p - lr (m / (sqrt(v) + eps) + weight_decay p)
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``block_size=None`` and ``scale="rms"``.
+    follow it, with ``block_size=0`` and ``scale="rms"``.
 
     Args:
         params: Parameters or groups.
@@ -146,7 +146,6 @@ class OneBitAdam(FreezingOptimizer):
         block_size: As there.
         scale: As there.
         stability_threshold: See :class:`FreezingOptimizer`.
-        process_group: The ranks; None for all.
     """
 
     def __init__(
@@ -158,10 +157,9 @@ class OneBitAdam(FreezingOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
-        block_size: int | None = 1024,
+        block_size: int = 1024,
         scale: Scale = "mean",
         stability_threshold: float = 0.96,
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -172,7 +170,6 @@ class OneBitAdam(FreezingOptimizer):
             bias_correction=bias_correction,
             block_size=block_size,
             scale=scale,
-            process_group=process_group,
         )
 
     def _update(self, flat: FlatParameters, gradient: Tensor) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dat_ds.optim.compressed import FlatParameters, Scale, kept, norms
@@ -30,7 +29,7 @@ class OneBitLamb(FreezingOptimizer):
                                      ``factor_threshold`` of the step before, relatively
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``block_size=None`` and ``scale="rms"``. As there, ``weight_decay`` draws ``r``
+    follow it, with ``block_size=0`` and ``scale="rms"``. As there, ``weight_decay`` draws ``r``
     towards 1 by its share in ``|u|``.
 
     Args:
@@ -50,7 +49,6 @@ class OneBitLamb(FreezingOptimizer):
         block_size: As there.
         scale: As there.
         stability_threshold: See :class:`~dat_ds.optim.one_bit_adam.FreezingOptimizer`.
-        process_group: The ranks; None for all.
     """
 
     _saved = (*FreezingOptimizer._saved, "_layers")
@@ -70,10 +68,9 @@ class OneBitLamb(FreezingOptimizer):
         factor_min: float = 0.5,
         factor_threshold: float = 0.1,
         bias_correction: bool = True,
-        block_size: int | None = 1024,
+        block_size: int = 1024,
         scale: Scale = "mean",
         stability_threshold: float = 0.96,
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not 0 <= min_coeff <= max_coeff:
             raise ValueError(f"min_coeff={min_coeff} must lie in [0, max_coeff={max_coeff}].")
@@ -92,7 +89,6 @@ class OneBitLamb(FreezingOptimizer):
             bias_correction=bias_correction,
             block_size=block_size,
             scale=scale,
-            process_group=process_group,
         )
         self._coeff_bounds = (min_coeff, max_coeff)
         self._coeff_beta = coeff_beta

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dat_ds.optim.compressed import CompressedOptimizer, FlatParameters, Scale, kept
@@ -36,7 +35,7 @@ class ZeroOneAdam(CompressedOptimizer):
     ``var_freeze_step`` all ranks skip it together.
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``block_size=None`` and ``scale="rms"``. It adds the decay to ``u``, and with it
+    follow it, with ``block_size=0`` and ``scale="rms"``. It adds the decay to ``u``, and with it
     to the momentum; here the decay stays apart.
 
     Args:
@@ -54,9 +53,9 @@ class ZeroOneAdam(CompressedOptimizer):
             by the number of its measurements.
         block_size: As there.
         scale: As there.
-        process_group: The ranks; None for all.
     """
 
+    steps_locally = True
     _saved = (
         *CompressedOptimizer._saved,
         "_var_interval",
@@ -81,9 +80,8 @@ class ZeroOneAdam(CompressedOptimizer):
         local_step_scaler: int = 32_678,
         local_step_clipper: int = 16,
         bias_correction: bool = True,
-        block_size: int | None = 1024,
+        block_size: int = 1024,
         scale: Scale = "mean",
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         counts = {
             "var_freeze_step": var_freeze_step,
@@ -101,7 +99,6 @@ class ZeroOneAdam(CompressedOptimizer):
             bias_correction=bias_correction,
             block_size=block_size,
             scale=scale,
-            process_group=process_group,
         )
         self.var_freeze_step = var_freeze_step
         self._var_update_scaler = var_update_scaler
