@@ -6,6 +6,9 @@ from dat_ds.config.load import load_config
 from dat_ds.config.reconcile import (
     adapt_to_device,
     check_num_classes,
+    check_one_bit,
+    one_bit_name,
+    one_bit_options,
     precision_of,
     resolve_batch,
 )
@@ -18,7 +21,10 @@ __all__ = [
     "RunConfig",
     "adapt_to_device",
     "check_num_classes",
+    "check_one_bit",
     "load_config",
+    "one_bit_name",
+    "one_bit_options",
     "parse_evaluation_attack",
     "plain",
     "precision_of",

@@ -7,6 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
+from torch import nn
+
 from dat_ds.attacks import (
     ATTACK_SETTINGS,
     MIN_CLASSES,
@@ -20,6 +23,8 @@ from dat_ds.attacks import (
 from dat_ds.config.deepspeed_keys import (
     AUTOCAST_DEFAULTS,
     FP16_DEFAULTS,
+    NOT_READ,
+    ONE_BIT_OPTIMIZERS,
     OPTIMIZER_DEFAULTS,
     SCALAR_DEFAULTS,
     TOP_LEVEL_KEYS,
@@ -27,7 +32,7 @@ from dat_ds.config.deepspeed_keys import (
 )
 from dat_ds.config.evaluation_attack import parse_evaluation_attack
 from dat_ds.config.length import Length
-from dat_ds.config.parse import did_you_mean
+from dat_ds.config.parse import did_you_mean, parse_section
 from dat_ds.config.schema import (
     AttackConfig,
     DatConfig,
@@ -40,7 +45,7 @@ from dat_ds.config.schema import (
 )
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import default_attack_loss, objective_options
-from dat_ds.optim import optimizer_options
+from dat_ds.optim import OPTIMIZERS, CompressedOptimizer, optimizer_options
 
 _REFUSED_KEYS = {
     "scheduler": "the learning rate follows dat.schedule: move it there",
@@ -63,8 +68,8 @@ _SECTIONS = {
 }
 _ATTACK_KEYS = frozenset(field.name for field in dataclasses.fields(AttackConfig))
 ADAM_NAMES = ("adam", "adamw")
+_FLOAT16 = ("float16", "fp16", "half", "torch.float16")
 _WHOLE_LAYER_OPTIMIZERS = ("lamb", "lars", "adafactor", "lbfgs")
-_REMOVED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
 
 
 def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
@@ -371,6 +376,7 @@ def resolve_deepspeed(
             )
         elif key in _REFUSED_KEYS:
             problems.append(f"Key {key!r} is refused: {_REFUSED_KEYS[key]}.")
+    _take_automatic_freeze(config)
     _find_auto(config, "", problems)
     if isinstance(config.get("zero_optimization"), bool):
         config["zero_optimization"] = {"stage": int(config["zero_optimization"])}
@@ -405,6 +411,14 @@ def _check_objects(config: dict[str, Any], problems: list[str]) -> None:
         value = config.get(key, {})
         if not isinstance(value, dict):
             problems.append(f'{key}={value!r} must be an object, such as "{key}": {example}.')
+
+
+def _take_automatic_freeze(config: dict[str, Any]) -> None:
+    """Write ``freeze_step: "auto"``, which is ours and not Hugging Face's, as null."""
+    section = config.get("optimizer")
+    params = section.get("params") if isinstance(section, dict) else None
+    if isinstance(params, dict) and one_bit_name(config) and params.get("freeze_step") == "auto":
+        params["freeze_step"] = None
 
 
 def _find_auto(value: Any, path: str, problems: list[str]) -> None:
@@ -478,19 +492,21 @@ def _resolve_optimizer(
         name = str(section.get("type", "")).lower()
         if not isinstance(section.get("type"), str):
             problems.append("optimizer.type is missing: write 'AdamW' or 'SGD'.")
-        if name in _REMOVED_OPTIMIZERS:
-            problems.append(
-                f"optimizer.type={section['type']!r} is not in DeepSpeed since 0.19.7 and not yet "
-                "in dat_ds: write 'AdamW' or 'SGD'."
-            )
         given_params = section.get("params", {})
         if not isinstance(given_params, dict):
             problems.append(f"optimizer.params={given_params!r} must be an object.")
             given_params = {}
-        params = section["params"] = {**OPTIMIZER_DEFAULTS.get(name, {}), **given_params}
+        defaults = OPTIMIZER_DEFAULTS.get(name, {})
+        if name in ONE_BIT_OPTIMIZERS:
+            defaults = ONE_BIT_OPTIMIZERS[name][1]
+        params = section["params"] = {**defaults, **given_params}
+        if name in ONE_BIT_OPTIMIZERS:
+            _check_one_bit_params(section["type"], params, problems)
         if name in ADAM_NAMES:
             params.setdefault("weight_decay", adam_weight_decay(name, params))
-    if stage > 0 and name in _WHOLE_LAYER_OPTIMIZERS:
+    if one_bit_name(config, dat):
+        check_one_bit(config, problems)
+    elif stage > 0 and name in _WHOLE_LAYER_OPTIMIZERS:
         problems.append(
             f"optimizer.type={name!r} needs whole layers, but "
             f"zero_optimization.stage={stage} hands it slices across them, which silently trains "
@@ -499,6 +515,109 @@ def _resolve_optimizer(
     elif stage > 0 and name not in ADAM_NAMES:
         # Element-wise ones work on any slice (the parity tests run SGD under every stage).
         config.setdefault("zero_allow_untested_optimizer", True)
+
+
+def one_bit_name(config: Mapping[str, Any], dat: DatConfig | None = None) -> str | None:
+    """Our name of the optimizer with compressed communication that a run has, if it has one."""
+    section = config.get("optimizer")
+    kind = str(section.get("type", "")).lower() if isinstance(section, Mapping) else ""
+    if kind in ONE_BIT_OPTIMIZERS:
+        return ONE_BIT_OPTIMIZERS[kind][0]
+    optimizer = None if dat is None else dat.optimizer
+    is_ours = optimizer is not None and _is_compressed(optimizer.name)
+    return optimizer.name if optimizer is not None and is_ours else None
+
+
+def _is_compressed(name: str) -> bool:
+    kind = OPTIMIZERS[name]
+    return isinstance(kind, type) and issubclass(kind, CompressedOptimizer)
+
+
+def one_bit_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ours from DeepSpeed's section, of a resolved run that has such a one."""
+    params = config["optimizer"]["params"]
+    return {key: value for key, value in params.items() if key not in NOT_READ}
+
+
+def _check_one_bit_params(kind: str, params: dict[str, Any], problems: list[str]) -> None:
+    """Check the parameters of DeepSpeed's section for an optimizer that is ours now."""
+    name = ONE_BIT_OPTIMIZERS[kind.lower()][0]
+    taken = [*optimizer_options(name), *NOT_READ]
+    for key in sorted(set(params) - set(taken)):
+        if key == "max_grad_norm":
+            problems.append(
+                f"optimizer.params.max_grad_norm={params[key]!r} is refused, as DeepSpeed does: "
+                f'write "gradient_clipping": {params[key]!r} at the top level.'
+            )
+            continue
+        problems.append(
+            f"optimizer.params.{key}={params[key]!r} is no parameter of {kind!r}"
+            f"{did_you_mean(key, taken)}: remove it. It takes {', '.join(taken)}."
+        )
+    for key, reason in {
+        "amsgrad": "there is no such variant",
+        "eps_inside_sqrt": "DeepSpeed never read it: eps is added to the root",
+    }.items():
+        if params[key] not in (False, None):
+            problems.append(
+                f"optimizer.params.{key}={params[key]!r} is refused: {reason}. Remove it."
+            )
+    known = {key: value for key, value in params.items() if key in optimizer_options(name)}
+    so_far = len(problems)
+    parse_section(OptimizerConfig, {"name": name, **known}, "optimizer.params", problems)
+    if len(problems) == so_far:
+        try:
+            OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **known)
+        except ValueError as error:
+            problems.append(f"optimizer.params.{error}")
+
+
+def check_one_bit(config: Mapping[str, Any], problems: list[str]) -> None:
+    """Refuse what cannot be combined with an optimizer with compressed communication.
+
+    Args:
+        config: DeepSpeed's part of a config with such an optimizer.
+        problems: Receives one message per problem found.
+    """
+    stage = config["zero_optimization"]["stage"]
+    if stage:
+        problems.append(
+            f"zero_optimization.stage={stage} with an optimizer that compresses its momentum: "
+            "every rank needs its own gradient of the whole model, and the errors of compression "
+            "are as large as the shards would save. Write zero_optimization.stage=0, or another "
+            "optimizer."
+        )
+    if _enabled(config, "torch_autocast") and config["torch_autocast"]["dtype"] in _FLOAT16:
+        problems.append(
+            "torch_autocast.dtype='float16' with an optimizer that compresses its momentum: each "
+            "rank's loss scaler would skip steps by itself, and ranks would fall out of step. "
+            "Write torch_autocast.dtype='bfloat16'."
+        )
+
+
+def notes_on(config: Mapping[str, Any], dat: DatConfig) -> tuple[str, ...]:
+    """What a resolved config does that its words do not say, to be said once."""
+    name = one_bit_name(config, dat)
+    if name is None:
+        return ()
+    notes = []
+    if dat.optimizer is None:
+        section = config["optimizer"]
+        notes.append(
+            f"optimizer.type={section['type']!r} is dat_ds's own {name!r}: DeepSpeed removed its "
+            "optimizer in 0.19.7"
+        )
+        if section["params"]["cuda_aware"] or section["params"]["comm_backend_name"] != "nccl":
+            notes.append(
+                "optimizer.params.cuda_aware and comm_backend_name are not used: collectives are "
+                "those of torch.distributed"
+            )
+    if config["gradient_clipping"]:
+        notes.append(
+            f"gradient_clipping={config['gradient_clipping']} acts on each rank's own gradient "
+            "where no gradient is averaged: once the variance is frozen"
+        )
+    return tuple(notes)
 
 
 def adapt_to_device(run: RunConfig, device_type: str) -> RunConfig:

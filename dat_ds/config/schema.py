@@ -17,7 +17,7 @@ from dat_ds.config.length import Length
 DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"]
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
 ScheduleName = Literal["constant", "cosine", "step"]
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "sgd", "one_bit_adam", "one_bit_lamb", "zero_one_adam"]
 Norm = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
 InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
@@ -221,21 +221,54 @@ class OptimizerConfig:
 
     name: OptimizerName = "adamw"
     lr: float | None = _above(0, None)
-    """Default: 0.001 for ``adamw``, 0.1 for ``sgd``."""
+    """Default: 0.1 for ``sgd``, 0.001 for the others."""
     weight_decay: float | None = _at_least(0, None)
-    """Default: 0.05 for ``adamw``, 0.0005 for ``sgd``."""
+    """Default: 0.05 for ``adamw``, 0.0005 for ``sgd``, 0 for the others."""
     betas: list[float] | None = _checked(
         None,
         "two numbers in [0, 1)",
         lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
     )
-    """``adamw``: default [0.9, 0.999]."""
+    """All but ``sgd``: default [0.9, 0.999]."""
     eps: float | None = _above(0, None)
-    """``adamw``: default 1e-8."""
+    """All but ``sgd``: default 1e-8."""
     momentum: float | None = _fraction(None)
     """``sgd``: default 0.9."""
     nesterov: bool | None = None
     """``sgd``: default false."""
+    bias_correction: bool | None = None
+    """``one_bit_adam``, ``one_bit_lamb``, ``zero_one_adam``: default true."""
+    freeze_step: int | None = _at_least(1, None)
+    """``one_bit_adam``, ``one_bit_lamb``: steps of the warm-up, which is not compressed. Default:
+    until the variance is stable, measured every ``1 / (1 - beta2) / 10`` steps."""
+    stability_threshold: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """``one_bit_adam``, ``one_bit_lamb``: ratio of the variance's norms, ``1 / (1 - beta2)`` steps
+    apart, from which on it counts as stable. Default 0.96."""
+    block_size: int | None = _at_least(0, None)
+    """Of the same three: entries of the momentum that share a scale; 0 is one for all, as in
+    DeepSpeed, with which an early freeze diverges. Default 1024."""
+    scale: Literal["mean", "rms"] | None = None
+    """Of the same three: what a scale is, of magnitudes. Default ``mean``; DeepSpeed: ``rms``."""
+    max_coeff: float | None = _above(0, None)
+    """``one_bit_lamb``: largest trust ratio of the warm-up. Default 10."""
+    min_coeff: float | None = _at_least(0, None)
+    """``one_bit_lamb``: smallest. Default 0.01."""
+    coeff_beta: float | None = _fraction(None)
+    """``one_bit_lamb``: decay of their average, which is frozen with the variance. Default 0.9."""
+    factor_max: float | None = _above(0, None)
+    """``one_bit_lamb``: largest factor on the frozen ratios. Default 4."""
+    factor_min: float | None = _above(0, None)
+    """``one_bit_lamb``: smallest. Default 0.5."""
+    factor_threshold: float | None = _at_least(0, None)
+    """``one_bit_lamb``: largest relative change of that factor per step. Default 0.1."""
+    var_freeze_step: int | None = _at_least(1, None)
+    """``zero_one_adam``: last step that may measure the variance. Default 100000."""
+    var_update_scaler: int | None = _at_least(1, None)
+    """``zero_one_adam``: measurements after which their interval doubles. Default 16."""
+    local_step_scaler: int | None = _at_least(1, None)
+    """``zero_one_adam``: steps after which the interval of agreement doubles. Default 32678."""
+    local_step_clipper: int | None = _at_least(1, None)
+    """``zero_one_adam``: largest interval of agreement. Default 16."""
 
 
 @dataclass(frozen=True, kw_only=True)

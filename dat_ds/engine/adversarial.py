@@ -35,6 +35,7 @@ from dat_ds.errors import ConfigError, DataError
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
 from dat_ds.objectives import Objective, helper_images
+from dat_ds.optim import CompressedOptimizer
 
 
 class AdversarialEngine:
@@ -53,6 +54,7 @@ class AdversarialEngine:
         run: The resolved run config.
         ranks: The processes of the run.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        compressed: The optimizer, where it averages over ranks by itself.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class AdversarialEngine:
         total_steps: int | None = None,
         helper: nn.Module | None = None,
         loader: DistributedLoader | None = None,
+        compressed: CompressedOptimizer | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
@@ -77,6 +80,7 @@ class AdversarialEngine:
         self._total_steps = total_steps
         self._helper = helper
         self._loader = loader
+        self.compressed = compressed
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
         casts_itself = isinstance(self.module, PixelModel)
@@ -119,6 +123,17 @@ class AdversarialEngine:
     def progress(self) -> float:
         """Share of the run's optimizer steps that are done, in [0, 1]; 0 without a known length."""
         return min(1.0, self.global_steps / self._total_steps) if self._total_steps else 0.0
+
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether ranks hold weights of their own: 0/1 Adam's, once its variance is frozen."""
+        optimizer = self.compressed
+        return (
+            optimizer is not None
+            and optimizer.steps_locally
+            and optimizer.is_frozen
+            and self.ranks.count > 1
+        )
 
     @property
     def accumulation(self) -> int:
@@ -166,6 +181,8 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
+        if self.compressed is not None:
+            hooks.reduce_in_backward(self.deepspeed, self.compressed.needs_averaged_gradients)
         with self._traffic.counting("backward"), self._perturbed:
             self.deepspeed.backward(loss)
 
@@ -287,7 +304,7 @@ class AdversarialEngine:
         The objective's terms (``loss`` and others), accuracies as fractions, ``seconds_attack`` and
         ``seconds_update``, ``bytes_sent`` by kind, ``attack_zero_share`` (of gradient entries),
         ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
-        ``skipped_steps``: how many steps DeepSpeed has dropped so far for non-finite gradients.
+        ``skipped_steps``: how many steps were dropped so far for non-finite gradients.
         """
         return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
 
@@ -299,11 +316,12 @@ class AdversarialEngine:
 
     def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
         means = metrics.means(sums, ranks)
+        own_skips = 0 if self.compressed is None else self.compressed.num_skipped
         return {
             **means,
             **metrics.local(),
             "bytes_sent": dict(metrics.bytes_sent),
-            "skipped_steps": int(self.deepspeed.skipped_steps),
+            "skipped_steps": int(self.deepspeed.skipped_steps) + own_skips,
         }
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -28,7 +29,10 @@ from dat_ds.config import (
     DatConfig,
     RunConfig,
     adapt_to_device,
+    check_one_bit,
     load_config,
+    one_bit_name,
+    one_bit_options,
     resolve_batch,
 )
 from dat_ds.data import DistributedLoader
@@ -39,7 +43,7 @@ from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.objectives import Objective, build_objective
-from dat_ds.optim import Schedule, build_optimizer
+from dat_ds.optim import OPTIMIZERS, CompressedOptimizer, Schedule, build_optimizer
 
 logger = logging.getLogger("dat_ds")
 
@@ -97,8 +101,8 @@ def initialize(
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)
-    if optimizer is None and run.dat.optimizer is not None:
-        optimizer = build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
+    if optimizer is None:
+        optimizer = _optimizer_of(model, run)
     settings = {k: copy.deepcopy(v) for k, v in run.deepspeed.items() if k not in MONITOR_KEYS}
     settings.update(
         train_batch_size=micro_batch * accumulation * ranks.count,
@@ -106,14 +110,19 @@ def initialize(
         gradient_accumulation_steps=accumulation,
     )
     check_deepspeed(run.deepspeed)
-    engine, optimizer, _, scheduler = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        lr_scheduler=None if schedule is None else schedule.scheduler,
-        config=settings,
-        dist_init_required=False,
-    )
+    compressed = optimizer if isinstance(optimizer, CompressedOptimizer) else None
+    if compressed is not None:
+        _check_compressed(run)
+        settings.pop("optimizer", None)
+    with contextlib.nullcontext() if compressed is None else compressed.paused():
+        engine, optimizer, _, scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            lr_scheduler=None if schedule is None else schedule.scheduler,
+            config=settings,
+            dist_init_required=False,
+        )
     if attack is None:
         attack = attack_of(run.dat)
     elif not isinstance(attack, Attack):
@@ -128,8 +137,28 @@ def initialize(
         total_steps=None if schedule is None else schedule.total_steps,
         helper=helper,
         loader=loader,
+        compressed=compressed,
     )
     return adversarial, optimizer, loader, scheduler
+
+
+def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:
+    """The run's optimizer where it is ours; None where DeepSpeed builds it."""
+    if run.dat.optimizer is not None:
+        return build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
+    name = one_bit_name(run.deepspeed)
+    if name is None:
+        return None
+    # One group, all of it decayed, as DeepSpeed does with its own section.
+    params = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[name](params, **one_bit_options(run.deepspeed))
+
+
+def _check_compressed(run: RunConfig) -> None:
+    problems: list[str] = []
+    check_one_bit(run.deepspeed, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _refuse_shares_of_the_run(dat: DatConfig) -> None:

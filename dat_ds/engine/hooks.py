@@ -14,6 +14,7 @@ import deepspeed.comm.comm
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from dat_ds.errors import NumericsError
@@ -59,6 +60,23 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 def loss_scale(engine: DeepSpeedEngine) -> float:
     """The factor that DeepSpeed puts on a float16 loss right now; 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def reduce_in_backward(engine: DeepSpeedEngine, enabled: bool) -> None:
+    """Whether ``backward`` averages gradients over ranks, at ZeRO-0.
+
+    Where it does not, DeepSpeed's check for overflow in 16 bits asks all ranks by itself.
+    """
+    engine.enable_backward_allreduce = enabled
+
+
+@torch.no_grad()
+def copy_master_weights(engine: DeepSpeedEngine) -> None:
+    """Make the model's 16-bit parameters those of the float32 ones that a ZeRO-0 step updates."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            torch._foreach_copy_(halves, masters)
 
 
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0
