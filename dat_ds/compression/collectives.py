@@ -305,7 +305,7 @@ class CompressedReduceScatter(_Exchange):
     ) -> None:
         ranks = dist.get_world_size(group)
         self.sizes = tuple(sizes)
-        self._shares = tuple(-(-size // ranks) for size in sizes)
+        self._shares = [-(-size // ranks) for size in sizes]
         padding = None
         if any(share * ranks > size for share, size in zip(self._shares, sizes, strict=True)):
             flags = [torch.zeros(size, dtype=torch.bool, device=device) for size in sizes]

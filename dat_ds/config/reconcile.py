@@ -20,6 +20,7 @@ from dat_ds.attacks import (
     fgsm_step_size,
     parse_length,
 )
+from dat_ds.compression import CODECS, build_codec, codec_options
 from dat_ds.config.deepspeed_keys import (
     AUTOCAST_DEFAULTS,
     FP16_DEFAULTS,
@@ -35,6 +36,7 @@ from dat_ds.config.length import Length
 from dat_ds.config.parse import did_you_mean, parse_section
 from dat_ds.config.schema import (
     AttackConfig,
+    CompressionConfig,
     DatConfig,
     GuardConfig,
     InnerLossName,
@@ -111,6 +113,7 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         weight_perturbation=_resolve_weight_perturbation(dat, problems),
         guard=_resolve_guard(dat, problems),
         optimizer=_resolve_our_optimizer(dat, problems),
+        compression=_resolve_compression(dat.compression, problems),
     )
     if num_classes is not None:
         check_num_classes(resolved, num_classes, problems)
@@ -315,6 +318,52 @@ def _resolve_our_optimizer(dat: DatConfig, problems: list[str]) -> OptimizerConf
     return dataclasses.replace(optimizer, **chosen)
 
 
+def _resolve_compression(config: CompressionConfig, problems: list[str]) -> CompressionConfig:
+    """Write out the codec's defaults; refuse keys that it does not take, and what cannot work."""
+    general = () if config.name == "none" else ("sides", "error_feedback", "bucket_mb")
+    options = {} if config.name == "none" else codec_options(config.name)
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
+        if key == "name" or value is None or key in options or key in general:
+            continue
+        takes = f"It takes {', '.join([*options, *general])}." if general else "Write a codec."
+        problems.append(
+            f"dat.compression.{key}={value!r} is no setting of {config.name!r}: remove it. {takes}"
+        )
+    if config.name == "none":
+        return config
+    chosen = {key: value for key, value in options.items() if getattr(config, key) is None}
+    unbiased = CODECS[config.name].unbiased
+    if config.error_feedback is None:
+        chosen["error_feedback"] = not unbiased
+    if config.bucket_mb is None:
+        chosen["bucket_mb"] = 64.0
+    config = dataclasses.replace(config, **chosen)
+    _check_error_feedback(config, list(options), problems)
+    return config
+
+
+def _check_error_feedback(
+    config: CompressionConfig, options: list[str], problems: list[str]
+) -> None:
+    if not CODECS[config.name].unbiased and not config.error_feedback:
+        problems.append(
+            f"dat.compression.error_feedback=false: {config.name!r} is biased, and training with "
+            "what it leaves out stalls or diverges. Remove it."
+        )
+    values = {key: getattr(config, key) or None for key in options}
+    try:
+        bound = build_codec(config.name, **values).variance_bound(2**20)
+    except ValueError:
+        return  # a value out of range, reported already
+    if CODECS[config.name].unbiased and config.error_feedback and bound >= 1:
+        problems.append(
+            f"dat.compression.error_feedback=true: what {config.name!r} loses may be longer than "
+            f"the gradient (squared, up to {bound:g} times) and would grow from step to step. "
+            "Remove it, or give more levels or smaller blocks."
+        )
+
+
 def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:
     """Refuse losses that need more classes than there are.
 
@@ -403,7 +452,44 @@ def resolve_deepspeed(
             "the length of input gradients, which underflow there. Write bf16 or torch_autocast."
         )
     _resolve_optimizer(config, dat, stage, client_optimizer, problems)
+    if dat.compression.name != "none":
+        _resolve_reductions(config, dat.compression, stage, problems)
     return config
+
+
+def _resolve_reductions(
+    config: dict[str, Any], compression: CompressionConfig, stage: int, problems: list[str]
+) -> None:
+    """Set how DeepSpeed reduces gradients to what compression replaces; refuse the rest."""
+    zero = config["zero_optimization"]
+    zero = zero if isinstance(zero, dict) else {}
+    name = f"dat.compression.name={compression.name!r}"
+    refused = {
+        "communication_data_type": config.get("communication_data_type") is not None,
+        "prescale_gradients": config["prescale_gradients"],
+        "gradient_predivide_factor": config["gradient_predivide_factor"] != 1,
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+        "zero_optimization.zero_quantized_gradients": bool(zero.get("zero_quantized_gradients")),
+        "compile.deepcompile": bool((config.get("compile") or {}).get("deepcompile")),
+    }
+    if stage in (1, 2):
+        refused["zero_optimization.reduce_scatter"] = zero.get("reduce_scatter") is True
+        refused["zero_optimization.contiguous_gradients"] = not zero.get(
+            "contiguous_gradients", True
+        )
+        zero["reduce_scatter"] = False
+    elif stage == 3:
+        refused["zero_optimization.reduce_scatter"] = not zero.get("reduce_scatter", True)
+        if compression.sides is not None:
+            problems.append(
+                f"dat.compression.sides={compression.sides!r} with zero_optimization.stage=3: "
+                "gradients travel one way only, to the rank that keeps their mean. Remove it."
+            )
+    problems += [
+        f"{key} with {name}, which averages gradients in its own way: remove one of them."
+        for key, is_given in refused.items()
+        if is_given
+    ]
 
 
 def _check_objects(config: dict[str, Any], problems: list[str]) -> None:
@@ -505,7 +591,7 @@ def _resolve_optimizer(
         if name in ADAM_NAMES:
             params.setdefault("weight_decay", adam_weight_decay(name, params))
     if one_bit_name(config, dat):
-        check_one_bit(config, problems)
+        check_one_bit(config, dat, problems)
     elif stage > 0 and name in _WHOLE_LAYER_OPTIMIZERS:
         problems.append(
             f"optimizer.type={name!r} needs whole layers, but "
@@ -572,11 +658,12 @@ def _check_one_bit_params(kind: str, params: dict[str, Any], problems: list[str]
             problems.append(f"optimizer.params.{error}")
 
 
-def check_one_bit(config: Mapping[str, Any], problems: list[str]) -> None:
+def check_one_bit(config: Mapping[str, Any], dat: DatConfig, problems: list[str]) -> None:
     """Refuse what cannot be combined with an optimizer with compressed communication.
 
     Args:
         config: DeepSpeed's part of a config with such an optimizer.
+        dat: Our section.
         problems: Receives one message per problem found.
     """
     stage = config["zero_optimization"]["stage"]
@@ -592,6 +679,12 @@ def check_one_bit(config: Mapping[str, Any], problems: list[str]) -> None:
             "torch_autocast.dtype='float16' with an optimizer that compresses its momentum: each "
             "rank's loss scaler would skip steps by itself, and ranks would fall out of step. "
             "Write torch_autocast.dtype='bfloat16'."
+        )
+    if dat.compression.name != "none":
+        problems.append(
+            f"dat.compression.name={dat.compression.name!r} with an optimizer that compresses its "
+            "momentum: gradients travel only while the variance is measured, which a codec's noise "
+            "would raise. Write dat.compression.name='none', or another optimizer."
         )
 
 

@@ -22,6 +22,7 @@ Norm = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
 InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
 ObjectiveName = Literal["at", "dat", "trades", "mart", "alp", "hat"]
+CodecName = Literal["none", "int8", "int4", "qsgd", "natural", "topk", "sign"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 
@@ -306,9 +307,30 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
-    """Compressed communication."""
+    """Compressed gradients; see ``docs/compression.md``. A key the codec does not take is refused.
 
-    name: Literal["none"] = "none"
+    With one rank nothing travels, and nothing is compressed.
+    """
+
+    name: CodecName = "none"
+    sides: Literal["single", "double"] | None = None
+    """Encode what ranks send to be averaged (``single``; the mean comes back in float32), or the
+    mean as well (``double``). Default: ``double``; under ZeRO-3 gradients travel one way only."""
+    block_size: int | None = _at_least(0, None)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket. Default: 64
+    for ``int8``, ``int4`` and ``qsgd``, 1024 for ``topk`` and ``sign``."""
+    levels: int | None = _checked(None, "an integer in [1, 127]", lambda v: 1 <= v <= 127)
+    """``qsgd``: levels of a magnitude; 1 takes 2 bits, up to 7 take 4, up to 127 take 8. Default
+    127."""
+    ratio: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """``topk``: share of entries sent. Default 0.01."""
+    scale: Literal["mean", "rms"] | None = None
+    """``sign``: mean of a block's magnitudes (default), or their root mean square."""
+    error_feedback: bool | None = None
+    """Add what encoding lost to the next step's gradient, on both sides. Default: true for ``topk``
+    and ``sign``, which need it, else false."""
+    bucket_mb: float | None = _above(0, None)
+    """Below ZeRO-3: megabytes of float32 gradients encoded at once. Default 64."""
 
 
 @dataclass(frozen=True, kw_only=True)

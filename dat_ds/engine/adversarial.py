@@ -26,6 +26,7 @@ from dat_ds.attacks import (
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.data import BatchPlan, DistributedLoader
 from dat_ds.engine import hooks
+from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
 from dat_ds.engine.traffic import Traffic, listen, stop_listening
@@ -54,7 +55,8 @@ class AdversarialEngine:
         run: The resolved run config.
         ranks: The processes of the run.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
-        compressed: The optimizer, where it averages over ranks by itself.
+        averaging_optimizer: The optimizer, where it averages over ranks by itself.
+        compression: Averages gradients through a codec; None where they are not compressed.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class AdversarialEngine:
         total_steps: int | None = None,
         helper: nn.Module | None = None,
         loader: DistributedLoader | None = None,
-        compressed: CompressedOptimizer | None = None,
+        averaging_optimizer: CompressedOptimizer | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
@@ -80,7 +82,7 @@ class AdversarialEngine:
         self._total_steps = total_steps
         self._helper = helper
         self._loader = loader
-        self.compressed = compressed
+        self.averaging_optimizer = averaging_optimizer
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
         casts_itself = isinstance(self.module, PixelModel)
@@ -100,6 +102,7 @@ class AdversarialEngine:
                 "dat.weight_perturbation under ZeRO-3 needs all parameters on the device at once, "
                 f"{needed:.2f} GiB: write dat.engine.resident_parameters_gib={math.ceil(needed)}."
             )
+        self.compression = attach_compression(engine, run, ranks)
         self._perturbed = contextlib.ExitStack()
         self._traffic = Traffic()
         listen(self._traffic)
@@ -127,7 +130,7 @@ class AdversarialEngine:
     @property
     def replicas_differ(self) -> bool:
         """Whether ranks hold weights of their own: 0/1 Adam's, once its variance is frozen."""
-        optimizer = self.compressed
+        optimizer = self.averaging_optimizer
         return (
             optimizer is not None
             and optimizer.steps_locally
@@ -181,8 +184,12 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
-        if self.compressed is not None:
-            hooks.reduce_in_backward(self.deepspeed, self.compressed.needs_averaged_gradients)
+        if self.averaging_optimizer is not None:
+            hooks.reduce_in_backward(
+                self.deepspeed, self.averaging_optimizer.needs_averaged_gradients
+            )
+        if self.compression is not None:
+            self.compression.start(self.global_steps * self.accumulation + self.micro_step)
         with self._traffic.counting("backward"), self._perturbed:
             self.deepspeed.backward(loss)
 
@@ -316,7 +323,7 @@ class AdversarialEngine:
 
     def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
         means = metrics.means(sums, ranks)
-        own_skips = 0 if self.compressed is None else self.compressed.num_skipped
+        own_skips = 0 if self.averaging_optimizer is None else self.averaging_optimizer.num_skipped
         return {
             **means,
             **metrics.local(),

@@ -110,11 +110,11 @@ def initialize(
         gradient_accumulation_steps=accumulation,
     )
     check_deepspeed(run.deepspeed)
-    compressed = optimizer if isinstance(optimizer, CompressedOptimizer) else None
-    if compressed is not None:
+    averaging = optimizer if isinstance(optimizer, CompressedOptimizer) else None
+    if averaging is not None:
         _check_compressed(run)
         settings.pop("optimizer", None)
-    with contextlib.nullcontext() if compressed is None else compressed.paused():
+    with contextlib.nullcontext() if averaging is None else averaging.paused():
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -137,7 +137,7 @@ def initialize(
         total_steps=None if schedule is None else schedule.total_steps,
         helper=helper,
         loader=loader,
-        compressed=compressed,
+        averaging_optimizer=averaging,
     )
     return adversarial, optimizer, loader, scheduler
 
@@ -156,7 +156,7 @@ def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | N
 
 def _check_compressed(run: RunConfig) -> None:
     problems: list[str] = []
-    check_one_bit(run.deepspeed, problems)
+    check_one_bit(run.deepspeed, run.dat, problems)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -5,7 +5,7 @@
     latest            name of the newest complete checkpoint
     step-00000120/    DeepSpeed's files (parameters, optimizer, schedule, loss scale), and
       rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA,
-                      errors of compression
+                      error feedback
       state.json      step, ranks, config, best validation so far
       model.safetensors, model.json    the model alone, for dat_ds.models.load
     best/             model.safetensors, model.json of the best validation
@@ -217,8 +217,10 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "buffers": {name: b.detach().cpu() for name, b in engine.module.named_buffers()},
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
     }
-    if engine.compressed is not None:
-        state["optimizer"] = engine.compressed.rank_state_dict()
+    if engine.averaging_optimizer is not None:
+        state["optimizer"] = engine.averaging_optimizer.rank_state_dict()
+    if engine.compression is not None:
+        state["compression"] = engine.compression.state_dict()
     if engine.ranks.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(engine.ranks.device)
     return state
@@ -238,9 +240,11 @@ def _restore_rank_state(
         buffer.copy_(state["buffers"][name])
     if ema is not None and state["ema"] is not None:
         ema.load_state_dict(state["ema"])
-    if engine.compressed is not None:
-        engine.compressed.load_rank_state_dict(state["optimizer"])
+    if engine.averaging_optimizer is not None:
+        engine.averaging_optimizer.load_rank_state_dict(state["optimizer"])
         hooks.copy_master_weights(engine.deepspeed)
+    if engine.compression is not None:
+        engine.compression.load_state_dict(state["compression"])
     torch.set_rng_state(state["rng_cpu"])
     if "rng_cuda" in state and engine.ranks.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng_cuda"], engine.ranks.device)

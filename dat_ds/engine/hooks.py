@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import deepspeed
 import deepspeed.comm.comm
@@ -77,6 +78,54 @@ def copy_master_weights(engine: DeepSpeedEngine) -> None:
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             torch._foreach_copy_(halves, masters)
+
+
+def gradient_scale(engine: DeepSpeedEngine) -> float:
+    """The factor on all gradients right now, under ``fp16`` or float16 autocast; else 1."""
+    scaler = engine.torch_autocast_z0_gradscaler or getattr(
+        engine.optimizer, "torch_autocast_gradscaler", None
+    )
+    return loss_scale(engine) if scaler is None else float(scaler.get_scale())
+
+
+AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+
+def replace_gradient_averaging(
+    engine: DeepSpeedEngine,
+    average: Callable[[str, Tensor], Tensor],
+    scatter: Callable[[str, Sequence[Tensor]], list[Tensor]],
+) -> None:
+    """Let others average gradients over the ranks, in DeepSpeed's place and at its time.
+
+    Args:
+        engine: With ``reduce_scatter`` off at ZeRO stages 1 and 2, and on at stage 3.
+        average: Stages 0 to 2: a name of the bucket, and its flat gradients in any dtype, to their
+            mean. The name stands for the parameters in it (at stage 0 for their number).
+        scatter: Stage 3: likewise a name and the gradients of some parameters, to this rank's
+            share of the mean of each, ``ceil(numel / ranks)`` entries.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+
+    def allreduce_bucket(bucket: list[Tensor], group: Any, ranks: Any = None) -> Tensor:
+        flat: Tensor = engine.flatten(bucket)
+        return flat.copy_(average(str(flat.numel()), flat))
+
+    def reduce_in_place(flat: Tensor, dtype: torch.dtype) -> Tensor:
+        places = [place[:2] for place in optimizer.ipg_buckets[dtype].params]
+        return flat.copy_(average(str(places), flat))
+
+    def average_scatter(parameters: list[Any], dtype: torch.dtype) -> list[Tensor]:
+        shares = scatter(str([order[id(p)] for p in parameters]), [p.grad for p in parameters])
+        return [share.to(optimizer.gradient_accumulation_dtype) for share in shares]
+
+    if stage == 0:
+        engine.allreduce_bucket = allreduce_bucket
+    elif stage < 3:
+        optimizer.gradient_reduction_w_predivide = reduce_in_place
+    else:
+        order = {id(p): i for i, p in enumerate(engine.module.parameters())}
+        setattr(optimizer, AVERAGE_SCATTER, average_scatter)
 
 
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0

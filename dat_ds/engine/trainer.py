@@ -466,7 +466,7 @@ class Trainer:
 
     def all_events(self) -> list[dict[str, Any]]:
         """What the guard did and what happened to the optimizer's variance."""
-        optimizer = self.engine.compressed
+        optimizer = self.engine.averaging_optimizer
         return [*self.events, *([] if optimizer is None else optimizer.events)]
 
     def seconds(self) -> float:
