@@ -31,8 +31,8 @@ class ZeroOneAdam(CompressedOptimizer):
     That interval starts at 1 and doubles every ``local_step_scaler`` steps, up to
     ``local_step_clipper``. Between two agreements replicas differ.
 
-    A rank whose gradient is not finite leaves out that local step by itself; in the steps before
-    ``var_freeze_step`` all ranks skip it together.
+    A local step is no collective: a rank whose gradient is not finite leaves the gradient out and
+    goes on along its momentum. In the steps up to ``var_freeze_step`` all ranks skip together.
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
     follow it, with ``block_size=0`` and ``scale="rms"``. It adds the decay to ``u``, and with it
@@ -184,14 +184,13 @@ class ZeroOneAdam(CompressedOptimizer):
             beta1, new = group["betas"][0], gradient[part]
             momentum[part].mul_(kept(beta1, usable)).add_(new, alpha=1 - beta1)
             of_momentum, _ = self._corrections(group, self._num_measurements)
-            torch.mul(momentum[part], usable / of_momentum, out=new)
+            torch.div(momentum[part], of_momentum, out=new)
             moved[part].add_(new, alpha=group["lr"])
             self._rate_sums[i] += group["lr"] / of_momentum
             self._decays[i] *= 1 - group["lr"] * group["weight_decay"]
         self._mask(gradient)
         gradient.div_(self._buffers["denominator"])
         self._add_decay(flat)
-        gradient.mul_(usable)
         self._move(flat)
         self._steps_apart += 1
         # (A rate of zero moved nothing that they could agree on.)
