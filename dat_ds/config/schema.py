@@ -245,9 +245,12 @@ class OptimizerConfig:
     stability_threshold: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
     """``one_bit_adam``, ``one_bit_lamb``: ratio of the variance's norms, ``1 / (1 - beta2)`` steps
     apart, from which on it counts as stable. Default 0.96."""
+    preconditioned: bool | None = None
+    """Of the same three: compress the momentum divided by the root of the variance. Default true;
+    false is what the papers and DeepSpeed do, and diverges where variances differ much."""
     block_size: int | None = _at_least(0, None)
-    """Of the same three: entries of the momentum that share a scale; 0 is one for all, as in
-    DeepSpeed, with which an early freeze diverges. Default 1024."""
+    """Of the same three: entries that share a scale; 0 is one for all, as in DeepSpeed. Default
+    1024."""
     scale: Literal["mean", "rms"] | None = None
     """Of the same three: what a scale is, of magnitudes. Default ``mean``; DeepSpeed: ``rms``."""
     max_coeff: float | None = _above(0, None)

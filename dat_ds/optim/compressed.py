@@ -4,8 +4,9 @@ Shapes: ``N`` parameters in all, laid end to end in flat float32 buffers, group 
 ranks.
 
 How data flow. The engine averages gradients over ranks while the variance is measured, and stops
-once it is frozen. From then on a rank's gradient goes into its copy of the momentum; the flat
-momentum, plus what earlier rounds lost of it, is cut into ``n`` chunks of signs and block scales
+once it is frozen. From then on a rank's gradient goes into its copy of the momentum. The flat
+momentum, divided by the root of the variance so that every coordinate is of the same size, plus
+what earlier rounds lost of it, is cut into ``n`` chunks of signs and block scales
 (:class:`dat_ds.compression.CompressedAllReduce`): every rank averages one chunk, compresses that
 again with an error of its own, and hands it to all. Every rank decodes the same bytes, so momentum
 and weights stay equal bit for bit. Three collectives a step: one float that says whether all
@@ -106,8 +107,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         params: Parameters or groups.
         defaults: Options of the groups: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         bias_correction: Divide momentum and variance by ``1 - beta^t``, as Adam does.
+        preconditioned: What is compressed is ``m / (sqrt(v) + eps)``: as the frozen root is the same
+            on all ranks, its mean is that of ``m``, but the error is then of each coordinate's own
+            size. False compresses ``m``, as the papers do: a coordinate whose variance is much
+            smaller than its block's is then thrown about by the sign of the others.
         block_size: Entries that share a scale; 0 for one scale per momentum, and one per chunk of
-            the average, with which an early freeze diverges.
+            the average.
         scale: Magnitude that a block's signs stand for: ``"mean"`` of magnitudes, or ``"rms"``.
 
     Attributes:
@@ -126,12 +131,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         bias_correction: bool,
+        preconditioned: bool,
         block_size: int,
         scale: Scale,
     ) -> None:
         _check_options(defaults)
         super().__init__(params, defaults)
-        self.bias_correction = bias_correction
+        self.bias_correction, self.preconditioned = bias_correction, preconditioned
         self.num_steps = 0
         self.events: list[dict[str, Any]] = []
         self.is_frozen = False
@@ -235,13 +241,28 @@ class CompressedOptimizer(torch.optim.Optimizer):
         is_alone = not dist.is_available() or not dist.is_initialized()
         return 1 if is_alone else dist.get_world_size()
 
-    def _average(self, flat: Tensor) -> None:
-        """Replace ``flat`` by its compressed mean over ranks, with error feedback; a collective."""
+    def _average(self, flat: Tensor, denominator: Tensor) -> None:
+        """Replace ``flat`` by its compressed mean over ranks, with error feedback; a collective.
+
+        Args:
+            flat: ``(N,)``.
+            denominator: ``sqrt(v) + eps``, equal on all ranks.
+        """
         if self._count_ranks() == 1:
             return
         if self._exchange is None:
             self._exchange = self._make_exchange(flat)
-        flat.copy_(self._exchange(flat, self.num_steps))
+        if self.preconditioned:
+            mean = self._exchange(flat.div_(denominator), self.num_steps)
+            torch.mul(mean, denominator, out=flat)
+        else:
+            flat.copy_(self._exchange(flat, self.num_steps))
+
+    def _average_frozen(self, flat: Tensor) -> None:
+        """:meth:`_average` with the frozen variance."""
+        self._mask(flat)
+        self._average(flat, self._buffers["denominator"])
+        self._mask(flat)
 
     def _make_exchange(self, like: Tensor) -> CompressedAllReduce:
         return CompressedAllReduce(like.numel(), self._codec, kind="momentum", device=like.device)

@@ -133,7 +133,7 @@ class OneBitAdam(FreezingOptimizer):
         p <- p - lr (m / (sqrt(v) + eps) + weight_decay p)
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``block_size=0`` and ``scale="rms"``.
+    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``.
 
     Args:
         params: Parameters or groups.
@@ -143,6 +143,7 @@ class OneBitAdam(FreezingOptimizer):
         eps: Added to the root of the variance.
         weight_decay: Decoupled.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`.
+        preconditioned: As there.
         block_size: As there.
         scale: As there.
         stability_threshold: See :class:`FreezingOptimizer`.
@@ -157,6 +158,7 @@ class OneBitAdam(FreezingOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
+        preconditioned: bool = True,
         block_size: int = 1024,
         scale: Scale = "mean",
         stability_threshold: float = 0.96,
@@ -168,6 +170,7 @@ class OneBitAdam(FreezingOptimizer):
             freeze_step=freeze_step,
             stability_threshold=stability_threshold,
             bias_correction=bias_correction,
+            preconditioned=preconditioned,
             block_size=block_size,
             scale=scale,
         )
@@ -176,8 +179,7 @@ class OneBitAdam(FreezingOptimizer):
         usable = self._usable(gradient, everywhere=self.is_frozen)
         self._take_in(flat, gradient, usable)
         if self.is_frozen:
-            self._average(self._buffers["momentum"])
-            self._mask(self._buffers["momentum"])
+            self._average_frozen(self._buffers["momentum"])
         self._precondition(flat, out=gradient)
         self._add_decay(flat)
         gradient.mul_(usable)

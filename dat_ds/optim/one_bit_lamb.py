@@ -22,14 +22,14 @@ class OneBitLamb(FreezingOptimizer):
 
     Then, with ``v`` and ``a`` frozen, the momentum is averaged as in 1-bit Adam, every layer
     multiplied by ``s = (mean root mean square of layers) / (its own)`` on the way, so that layers
-    can share scales. The gradient that the new momentum implies keeps a fresh variance ``w``, and
+    can share scales (which the preconditioned momentum does not need). The gradient that the new momentum implies keeps a fresh variance ``w``, and
     ``c = a r`` with the layer's
 
         r = max sqrt(v) / sqrt(w)    within [factor_min, factor_max], and within
                                      ``factor_threshold`` of the step before, relatively
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``block_size=0`` and ``scale="rms"``. As there, ``weight_decay`` draws ``r``
+    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. As there, ``weight_decay`` draws ``r``
     towards 1 by its share in ``|u|``.
 
     Args:
@@ -46,6 +46,7 @@ class OneBitLamb(FreezingOptimizer):
         factor_min: Smallest ``r``.
         factor_threshold: Relative change of ``r`` per step.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`.
+        preconditioned: As there.
         block_size: As there.
         scale: As there.
         stability_threshold: See :class:`~dat_ds.optim.one_bit_adam.FreezingOptimizer`.
@@ -68,6 +69,7 @@ class OneBitLamb(FreezingOptimizer):
         factor_min: float = 0.5,
         factor_threshold: float = 0.1,
         bias_correction: bool = True,
+        preconditioned: bool = True,
         block_size: int = 1024,
         scale: Scale = "mean",
         stability_threshold: float = 0.96,
@@ -87,6 +89,7 @@ class OneBitLamb(FreezingOptimizer):
             freeze_step=freeze_step,
             stability_threshold=stability_threshold,
             bias_correction=bias_correction,
+            preconditioned=preconditioned,
             block_size=block_size,
             scale=scale,
         )
@@ -114,9 +117,8 @@ class OneBitLamb(FreezingOptimizer):
         if before is not None:
             views = flat.views(momentum)
             torch._foreach_mul_(views, list(self._layers["scaling"].unbind()))
-            self._average(momentum)
+            self._average_frozen(momentum)
             torch._foreach_div_(views, list(self._layers["scaling"].unbind()))
-            self._mask(momentum)
             self._refresh_variance(flat, momentum, before, usable)
         self._precondition(flat, out=gradient)
         directions = self._work_views
@@ -184,6 +186,7 @@ class OneBitLamb(FreezingOptimizer):
         momentum = flat.views(self._buffers["momentum"])
         sizes = torch.tensor([max(1, m.numel()) for m in momentum], device=self._work.device)
         scales = norms(momentum) / sizes.sqrt()
-        # (A layer without any momentum stays as it is.)
-        self._layers["scaling"] = torch.where(scales > 0, scales.mean() / scales, 1.0)
+        # (A layer without any momentum stays as it is; preconditioned ones are of one size already.)
+        scales_layers = (scales > 0) & (not self.preconditioned)
+        self._layers["scaling"] = torch.where(scales_layers, scales.mean() / scales, 1.0)
         super()._freeze(flat, ratio, chosen_by)

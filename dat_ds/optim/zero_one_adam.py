@@ -35,7 +35,7 @@ class ZeroOneAdam(CompressedOptimizer):
     goes on along its momentum. In the steps up to ``var_freeze_step`` all ranks skip together.
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``block_size=0`` and ``scale="rms"``. It adds the decay to ``u``, and with it
+    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. It adds the decay to ``u``, and with it
     to the momentum; here the decay stays apart.
 
     Args:
@@ -51,6 +51,7 @@ class ZeroOneAdam(CompressedOptimizer):
         local_step_clipper: The paper's H, its largest value.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`; of the variance,
             by the number of its measurements.
+        preconditioned: As there.
         block_size: As there.
         scale: As there.
     """
@@ -80,6 +81,7 @@ class ZeroOneAdam(CompressedOptimizer):
         local_step_scaler: int = 32_678,
         local_step_clipper: int = 16,
         bias_correction: bool = True,
+        preconditioned: bool = True,
         block_size: int = 1024,
         scale: Scale = "mean",
     ) -> None:
@@ -97,6 +99,7 @@ class ZeroOneAdam(CompressedOptimizer):
             params,
             defaults,
             bias_correction=bias_correction,
+            preconditioned=preconditioned,
             block_size=block_size,
             scale=scale,
         )
@@ -140,15 +143,20 @@ class ZeroOneAdam(CompressedOptimizer):
                 beta2, new = group["betas"][1], gradient[part]
                 variance[part].mul_(kept(beta2, usable)).addcmul_(new, new, value=1 - beta2)
             self._num_measurements += 1
-        else:
-            self._average(gradient)
-            gradient.mul_(variance > 0)  # as _mask does
+        denominator = torch.empty_like(variance)
         for part, group in zip(flat.parts, self.param_groups, strict=True):
-            beta1 = group["betas"][0]
-            momentum[part].mul_(kept(beta1, usable)).add_(gradient[part], alpha=1 - beta1)
-            of_momentum, of_variance = self._corrections(group, self._num_measurements)
-            denominator = (variance[part] / of_variance).sqrt_().add_(group["eps"])
-            torch.div(momentum[part], denominator.mul_(of_momentum), out=gradient[part])
+            _, of_variance = self._corrections(group, self._num_measurements)
+            torch.div(variance[part], of_variance, out=denominator[part])
+            denominator[part].sqrt_().add_(group["eps"])
+        if not measures:
+            has_variance = variance > 0  # as _mask does
+            self._average(gradient.mul_(has_variance), denominator)
+            gradient.mul_(has_variance)
+        for part, group in zip(flat.parts, self.param_groups, strict=True):
+            beta1, new = group["betas"][0], gradient[part]
+            momentum[part].mul_(kept(beta1, usable)).add_(new, alpha=1 - beta1)
+            of_momentum, _ = self._corrections(group, self._num_measurements)
+            torch.div(momentum[part], denominator[part].mul_(of_momentum), out=new)
         self._add_decay(flat)
         gradient.mul_(usable)
         self._move(flat)
@@ -204,8 +212,7 @@ class ZeroOneAdam(CompressedOptimizer):
     def _agree(self, flat: FlatParameters) -> None:
         """Make momentum and weights the same on all ranks; a collective."""
         moved, anchor = self._buffers["moved"], self._buffers["anchor"]
-        self._average(moved)
-        self._mask(moved)
+        self._average_frozen(moved)
         for i, part in enumerate(flat.parts):
             torch.div(moved[part], self._rate_sums[i], out=self._buffers["momentum"][part])
             anchor[part].mul_(self._decays[i])

@@ -170,7 +170,12 @@ def train_ours() -> dict[str, Tensor]:
         else:
             options["var_freeze_step"] += 1  # theirs measures the variance once more
         optimizer = OPTIMIZERS[names.get(name, "zero_one_adam")](
-            model.parameters(), bias_correction=False, block_size=0, scale="rms", **options
+            model.parameters(),
+            bias_correction=False,
+            preconditioned=False,
+            block_size=0,
+            scale="rms",
+            **options,
         )
         if name == "ZeroOneAdam":
             optimizer.num_steps = 1  # its intervals are multiples of the step's number
