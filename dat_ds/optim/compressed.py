@@ -107,10 +107,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         params: Parameters or groups.
         defaults: Options of the groups: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         bias_correction: Divide momentum and variance by ``1 - beta^t``, as Adam does.
-        preconditioned: What is compressed is ``m / (sqrt(v) + eps)``: as the frozen root is the same
-            on all ranks, its mean is that of ``m``, but the error is then of each coordinate's own
+        preconditioned: What is compressed is ``m / (sqrt(v) + eps)``: as the root is the same on
+            all ranks, its mean is that of ``m``, but what is lost is then of each coordinate's own
             size. False compresses ``m``, as the papers do: a coordinate whose variance is much
-            smaller than its block's is then thrown about by the sign of the others.
+            smaller than its block's is then thrown about by the scale of the others.
         block_size: Entries that share a scale; 0 for one scale per momentum, and one per chunk of
             the average.
         scale: Magnitude that a block's signs stand for: ``"mean"`` of magnitudes, or ``"rms"``.

@@ -20,17 +20,17 @@ class OneBitLamb(FreezingOptimizer):
 
         p <- p - lr c u,        a <- coeff_beta a + (1 - coeff_beta) c
 
-    Then, with ``v`` and ``a`` frozen, the momentum is averaged as in 1-bit Adam, every layer
-    multiplied by ``s = (mean root mean square of layers) / (its own)`` on the way, so that layers
-    can share scales (which the preconditioned momentum does not need). The gradient that the new momentum implies keeps a fresh variance ``w``, and
-    ``c = a r`` with the layer's
+    Then, with ``v`` and ``a`` frozen, the momentum is averaged as in 1-bit Adam. One that is not
+    preconditioned is multiplied by ``s = (mean root mean square of layers) / (its own)`` on the
+    way, layer by layer, so that layers can share scales. The gradient that the new momentum implies
+    keeps a fresh variance ``w``, and ``c = a r`` with the layer's
 
         r = max sqrt(v) / sqrt(w)    within [factor_min, factor_max], and within
                                      ``factor_threshold`` of the step before, relatively
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. As there, ``weight_decay`` draws ``r``
-    towards 1 by its share in ``|u|``.
+    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. As there,
+    ``weight_decay`` draws ``r`` towards 1 by its share in ``|u|``.
 
     Args:
         params: Parameters or groups; every tensor is a layer.
@@ -186,7 +186,7 @@ class OneBitLamb(FreezingOptimizer):
         momentum = flat.views(self._buffers["momentum"])
         sizes = torch.tensor([max(1, m.numel()) for m in momentum], device=self._work.device)
         scales = norms(momentum) / sizes.sqrt()
-        # (A layer without any momentum stays as it is; preconditioned ones are of one size already.)
+        # (A layer without any momentum stays as it is.)
         scales_layers = (scales > 0) & (not self.preconditioned)
         self._layers["scaling"] = torch.where(scales_layers, scales.mean() / scales, 1.0)
         super()._freeze(flat, ratio, chosen_by)

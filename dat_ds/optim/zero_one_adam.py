@@ -35,8 +35,8 @@ class ZeroOneAdam(CompressedOptimizer):
     goes on along its momentum. In the steps up to ``var_freeze_step`` all ranks skip together.
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. It adds the decay to ``u``, and with it
-    to the momentum; here the decay stays apart.
+    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. It adds the
+    decay to ``u``, and with it to the momentum; here the decay stays apart.
 
     Args:
         params: Parameters or groups.
