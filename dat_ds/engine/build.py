@@ -28,10 +28,12 @@ from dat_ds.config import (
     DatConfig,
     RunConfig,
     adapt_to_device,
+    check_layerwise,
     load_config,
     resolve_batch,
 )
 from dat_ds.data import DistributedLoader
+from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
@@ -39,7 +41,7 @@ from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.objectives import Objective, build_objective
-from dat_ds.optim import Schedule, build_optimizer
+from dat_ds.optim import LayerwiseOptimizer, Schedule, build_optimizer
 
 logger = logging.getLogger("dat_ds")
 
@@ -106,6 +108,13 @@ def initialize(
         gradient_accumulation_steps=accumulation,
     )
     check_deepspeed(run.deepspeed)
+    if isinstance(optimizer, LayerwiseOptimizer):
+        problems: list[str] = []
+        check_layerwise(run.deepspeed, problems)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        optimizer.await_layout()
+    layerwise = optimizer
     engine, optimizer, _, scheduler = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -114,6 +123,8 @@ def initialize(
         config=settings,
         dist_init_required=False,
     )
+    if isinstance(layerwise, LayerwiseOptimizer):
+        hooks.attach_layers(engine, layerwise)
     if attack is None:
         attack = attack_of(run.dat)
     elif not isinstance(attack, Attack):
