@@ -5,6 +5,7 @@ from dat_ds.config.length import Length
 from dat_ds.config.load import load_config
 from dat_ds.config.reconcile import (
     adapt_to_device,
+    check_layerwise,
     check_num_classes,
     check_one_bit,
     one_bit_name,
@@ -20,6 +21,7 @@ __all__ = [
     "Length",
     "RunConfig",
     "adapt_to_device",
+    "check_layerwise",
     "check_num_classes",
     "check_one_bit",
     "load_config",

@@ -47,7 +47,13 @@ from dat_ds.config.schema import (
 )
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import default_attack_loss, objective_options
-from dat_ds.optim import OPTIMIZERS, CompressedOptimizer, optimizer_options
+from dat_ds.optim import (
+    OPTIMIZERS,
+    PRESETS,
+    CompressedOptimizer,
+    build_optimizer,
+    optimizer_options,
+)
 
 _REFUSED_KEYS = {
     "scheduler": "the learning rate follows dat.schedule: move it there",
@@ -90,6 +96,12 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         problems.append(
             f"dat.schedule.warmup_epochs={schedule.warmup_epochs:g} must be below "
             f"dat.schedule.epochs={schedule.epochs:g}, of which it is a part."
+        )
+    if (schedule.scaling == "none") != (schedule.base_batch is None):
+        problems.append(
+            f"dat.schedule.scaling={schedule.scaling!r} and dat.schedule.base_batch="
+            f"{schedule.base_batch} go together: write 'linear' or 'sqrt' and the global batch "
+            "that the learning rate is for, such as 256, or neither."
         )
     if (model.mean is None) != (model.std is None):
         problems.append("dat.model.mean and dat.model.std go together: give both or neither.")
@@ -306,7 +318,8 @@ def _resolve_our_optimizer(dat: DatConfig, problems: list[str]) -> OptimizerConf
     optimizer = dat.optimizer
     if optimizer is None:
         return None
-    taken = optimizer_options(optimizer.name)
+    taken = optimizer_options(optimizer.name, optimizer.preset)
+    refused = len(problems)
     for field in dataclasses.fields(optimizer):
         key, value = field.name, getattr(optimizer, field.name)
         if key != "name" and value is not None and key not in taken:
@@ -315,7 +328,13 @@ def _resolve_our_optimizer(dat: DatConfig, problems: list[str]) -> OptimizerConf
                 f"{optimizer.name!r}: remove it. It takes {', '.join(taken)}."
             )
     chosen = {key: value for key, value in taken.items() if getattr(optimizer, key) is None}
-    return dataclasses.replace(optimizer, **chosen)
+    optimizer = dataclasses.replace(optimizer, **chosen)
+    if len(problems) == refused:
+        try:
+            build_optimizer(nn.Linear(1, 1), dataclasses.asdict(optimizer))
+        except ValueError as error:
+            problems.append(f"dat.optimizer: {error}")
+    return optimizer
 
 
 def _resolve_compression(config: CompressionConfig, problems: list[str]) -> CompressionConfig:
@@ -590,13 +609,20 @@ def _resolve_optimizer(
             _check_one_bit_params(section["type"], params, problems)
         if name in ADAM_NAMES:
             params.setdefault("weight_decay", adam_weight_decay(name, params))
+    if dat.optimizer is not None and dat.optimizer.name in PRESETS:
+        check_layerwise(config, problems)
     if one_bit_name(config, dat):
         check_one_bit(config, dat, problems)
     elif stage > 0 and name in _WHOLE_LAYER_OPTIMIZERS:
         problems.append(
             f"optimizer.type={name!r} needs whole layers, but "
             f"zero_optimization.stage={stage} hands it slices across them, which silently trains "
-            "something else: write stage 0, or 'AdamW' or 'SGD'."
+            "something else: "
+            + (
+                f"write ours, dat.optimizer.name={name!r}, which knows them."
+                if name in PRESETS
+                else "write stage 0, or 'AdamW' or 'SGD'."
+            )
         )
     elif stage > 0 and name not in ADAM_NAMES:
         # Element-wise ones work on any slice (the parity tests run SGD under every stage).
@@ -711,6 +737,33 @@ def notes_on(config: Mapping[str, Any], dat: DatConfig) -> tuple[str, ...]:
             "where no gradient is averaged: once the variance is frozen"
         )
     return tuple(notes)
+
+
+def check_layerwise(config: Mapping[str, Any], problems: list[str]) -> None:
+    """Refuse what cannot be combined with trust ratios of whole layers.
+
+    Args:
+        config: DeepSpeed's part of a config with an optimizer such as ours by the name of LAMB.
+        problems: Receives one message per problem found.
+    """
+    zero = config["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
+    found = {
+        f"zero_optimization.{key}.device='nvme'": "write 'cpu'"
+        for key in ("offload_optimizer", "offload_param")
+        if (zero.get(key) or {}).get("device") == "nvme"
+    }
+    if offload.get("ratio", 1) != 1:
+        found[f"zero_optimization.offload_optimizer.ratio={offload['ratio']}"] = "remove it"
+    if offload.get("super_offload"):
+        found["zero_optimization.offload_optimizer.super_offload=true"] = "remove it"
+    if zero.get("zenflow"):
+        found["zero_optimization.zenflow"] = "remove it"
+    problems += [
+        f"{key} with a layer-wise optimizer: its trust ratios need all shards of a step before any "
+        f"is updated, but this moves them one by one. Instead, {remedy}."
+        for key, remedy in found.items()
+    ]
 
 
 def adapt_to_device(run: RunConfig, device_type: str) -> RunConfig:

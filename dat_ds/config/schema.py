@@ -17,7 +17,10 @@ from dat_ds.config.length import Length
 DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"]
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
 ScheduleName = Literal["constant", "cosine", "step"]
-OptimizerName = Literal["adamw", "sgd", "one_bit_adam", "one_bit_lamb", "zero_one_adam"]
+OptimizerName = Literal[
+    "adamw", "sgd", "lamb", "lars", "one_bit_adam", "one_bit_lamb", "zero_one_adam"
+]
+ScalingName = Literal["none", "linear", "sqrt"]
 Norm = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
 InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
@@ -216,29 +219,44 @@ class GuardConfig:
 class OptimizerConfig:
     """An optimizer of ours, instead of DeepSpeed's ``optimizer`` section.
 
-    Vectors (biases, normalisation weights) are excluded from weight decay, as timm does. A key that
-    the chosen optimizer does not take is refused.
+    See ``docs/optimizers.md``. Vectors (biases, normalisation weights) are excluded from weight
+    decay, as timm does. A key that the chosen optimizer does not take is refused.
     """
 
     name: OptimizerName = "adamw"
+    preset: Literal["modern", "paper"] | None = None
+    """``lamb`` and ``lars``: where the defaults come from. ``modern`` (default) is what timm and
+    NVLAMB do; ``paper`` is DAT's bounded rule on every tensor."""
     lr: float | None = _above(0, None)
-    """Default: 0.1 for ``sgd``, 0.001 for the others."""
+    """Default: 0.1 for ``sgd``, 0.005 for ``lamb``, 1 for ``lars`` (``paper``: 0.01), 0.001 for the
+    others."""
     weight_decay: float | None = _at_least(0, None)
-    """Default: 0.05 for ``adamw``, 0.0005 for ``sgd``, 0 for the others."""
+    """Default: 0.05 for ``adamw``, 0.01 for ``lamb``, 0.0005 for ``sgd`` and ``lars``, 0 for the
+    others."""
     betas: list[float] | None = _checked(
         None,
         "two numbers in [0, 1)",
         lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
     )
-    """All but ``sgd``: default [0.9, 0.999]."""
+    """All but ``sgd`` and ``lars``: default [0.9, 0.999]."""
     eps: float | None = _above(0, None)
-    """All but ``sgd``: default 1e-8."""
+    """All but ``sgd``: default 1e-8, for ``lamb`` 1e-6."""
     momentum: float | None = _fraction(None)
-    """``sgd``: default 0.9."""
+    """``sgd`` and ``lars``: default 0.9."""
     nesterov: bool | None = None
-    """``sgd``: default false."""
+    """``sgd`` and ``lars``: default false."""
     bias_correction: bool | None = None
-    """``one_bit_adam``, ``one_bit_lamb``, ``zero_one_adam``: default true."""
+    """All with ``betas`` but ``adamw``: default true, of ``paper`` false."""
+    lower: float | None = _at_least(0, None)
+    """``lamb`` and ``lars``: lower bound of the weights' norm in the trust ratio. Default 0."""
+    upper: float | None = _above(0, None)
+    """``lamb`` and ``lars``: upper bound of it. Default: none, of ``paper`` 10."""
+    adapt_vectors: bool | None = None
+    """``lamb`` and ``lars``: give vectors a trust ratio too. Default false, of ``paper`` true."""
+    trust_coefficient: float | None = _above(0, None)
+    """``lars``: factor of the trust ratio. Default 0.001, of ``paper`` 1."""
+    scaled: Literal["gradient", "momentum"] | None = None
+    """``lars``: what the trust ratio scales. Default ``gradient``, of ``paper`` ``momentum``."""
     freeze_step: int | None = _at_least(1, None)
     """``one_bit_adam``, ``one_bit_lamb``: steps of the warm-up, which is not compressed. Default:
     until the variance is stable, measured every ``1 / (1 - beta2) / 10`` steps."""
@@ -246,8 +264,9 @@ class OptimizerConfig:
     """``one_bit_adam``, ``one_bit_lamb``: ratio of the variance's norms, ``1 / (1 - beta2)`` steps
     apart, from which on it counts as stable. Default 0.96."""
     preconditioned: bool | None = None
-    """Of the same three: compress the momentum divided by the root of the variance. Default true;
-    false is what the papers and DeepSpeed do, and diverges where variances differ much."""
+    """``one_bit_adam``, ``one_bit_lamb``, ``zero_one_adam``: compress the momentum divided by the
+    root of the variance. Default true; false is what the papers and DeepSpeed do, and diverges
+    where variances differ much."""
     block_size: int | None = _at_least(0, None)
     """Of the same three: entries that share a scale; 0 is one for all, as in DeepSpeed. Default
     1024."""
@@ -279,7 +298,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Length of the run and the learning rate along it, as fractions of the run.
 
-    The peak is the optimizer's ``lr``.
+    The peak is the optimizer's ``lr``, scaled to the global batch if told so.
     """
 
     name: ScheduleName = "cosine"
@@ -296,6 +315,12 @@ class ScheduleConfig:
     """step only."""
     decay_factor: float = _checked(0.1, "a number in (0, 1]", lambda v: 0 < v <= 1)
     """step only: factor at each milestone."""
+    scaling: ScalingName = "none"
+    """The ``lr`` that is written is for a global batch of ``base_batch``: it is multiplied by
+    ``global batch / base_batch`` (``linear``, usual for SGD and LARS) or by its square root
+    (``sqrt``, usual for Adam and LAMB). The global batch is
+    ``micro-batch * accumulation * ranks``."""
+    base_batch: int | None = _at_least(1, None)
     max_steps: int | None = _at_least(1, None)
     """Ends the run (and its schedule) after this many optimizer steps, if that is sooner."""
 

@@ -29,6 +29,7 @@ from dat_ds.config import (
     DatConfig,
     RunConfig,
     adapt_to_device,
+    check_layerwise,
     check_one_bit,
     load_config,
     one_bit_name,
@@ -36,6 +37,7 @@ from dat_ds.config import (
     resolve_batch,
 )
 from dat_ds.data import DistributedLoader
+from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
@@ -43,7 +45,13 @@ from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.objectives import Objective, build_objective
-from dat_ds.optim import OPTIMIZERS, CompressedOptimizer, Schedule, build_optimizer
+from dat_ds.optim import (
+    OPTIMIZERS,
+    CompressedOptimizer,
+    LayerwiseOptimizer,
+    Schedule,
+    build_optimizer,
+)
 
 logger = logging.getLogger("dat_ds")
 
@@ -110,9 +118,12 @@ def initialize(
         gradient_accumulation_steps=accumulation,
     )
     check_deepspeed(run.deepspeed)
-    averaging = optimizer if isinstance(optimizer, CompressedOptimizer) else None
+    _check_optimizer(optimizer, run)
+    ours = optimizer
+    if isinstance(ours, LayerwiseOptimizer):
+        ours.await_layout()
+    averaging = ours if isinstance(ours, CompressedOptimizer) else None
     if averaging is not None:
-        _check_compressed(run)
         settings.pop("optimizer", None)
     with contextlib.nullcontext() if averaging is None else averaging.paused():
         engine, optimizer, _, scheduler = deepspeed.initialize(
@@ -123,6 +134,8 @@ def initialize(
             config=settings,
             dist_init_required=False,
         )
+    if isinstance(ours, LayerwiseOptimizer):
+        hooks.attach_layers(engine, ours)
     if attack is None:
         attack = attack_of(run.dat)
     elif not isinstance(attack, Attack):
@@ -154,9 +167,13 @@ def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | N
     return OPTIMIZERS[name](params, **one_bit_options(run.deepspeed))
 
 
-def _check_compressed(run: RunConfig) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, run: RunConfig) -> None:
+    """Refuse what cannot be combined with an optimizer of ours, also with a caller's own."""
     problems: list[str] = []
-    check_one_bit(run.deepspeed, run.dat, problems)
+    if isinstance(optimizer, LayerwiseOptimizer):
+        check_layerwise(run.deepspeed, problems)
+    if isinstance(optimizer, CompressedOptimizer):
+        check_one_bit(run.deepspeed, run.dat, problems)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dat_ds.optim.lamb import Lamb
+from dat_ds.optim.lars import Lars
 from dat_ds.optim.one_bit_adam import OneBitAdam
 from dat_ds.optim.one_bit_lamb import OneBitLamb
 from dat_ds.optim.zero_one_adam import ZeroOneAdam
@@ -41,21 +43,53 @@ def _sgd(
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
+    "lamb": Lamb,
+    "lars": Lars,
     "one_bit_adam": OneBitAdam,
     "one_bit_lamb": OneBitLamb,
     "zero_one_adam": ZeroOneAdam,
 }
 """Each takes parameter groups and the keys of ``dat.optimizer`` that it names, with defaults."""
 
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "lamb": {
+        "modern": {"adapt_vectors": False},
+        "paper": {"adapt_vectors": True, "bias_correction": False, "upper": 10.0},
+    },
+    "lars": {
+        "modern": {"adapt_vectors": False},
+        "paper": {
+            "adapt_vectors": True,
+            "scaled": "momentum",
+            "trust_coefficient": 1.0,
+            "upper": 10.0,
+            "lr": 0.01,
+        },
+    },
+}
+"""Defaults of the layer-wise optimizers, of which ``modern`` is the first.
 
-def optimizer_options(name: str) -> dict[str, Any]:
-    """Options of an optimizer by name and their defaults, as JSON has them."""
-    parameters = inspect.signature(OPTIMIZERS[name]).parameters
-    return {
+``modern`` is what timm and NVLAMB do; ``paper`` the bounded rule of Zhang et al., UAI 2022, arXiv
+2206.06257, on every tensor. ``adapt_vectors`` says whether vectors have trust ratios.
+"""
+
+
+def optimizer_options(name: str, preset: str | None = None) -> dict[str, Any]:
+    """Options of an optimizer by name and their defaults, as JSON has them.
+
+    Args:
+        name: One of :data:`OPTIMIZERS`.
+        preset: One of :data:`PRESETS`, of an optimizer that has them. Default: its first.
+    """
+    options = {
         key: list(p.default) if isinstance(p.default, tuple) else p.default
-        for key, p in parameters.items()
+        for key, p in inspect.signature(OPTIMIZERS[name]).parameters.items()
         if key != "params"
     }
+    if name in PRESETS:
+        preset = preset or next(iter(PRESETS[name]))
+        options |= {**PRESETS[name][preset], "preset": preset}
+    return options
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -90,7 +124,7 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
     name = options.pop("name")
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name={name!r} is not one of {', '.join(OPTIMIZERS)}.")
-    known = optimizer_options(name)
+    known = optimizer_options(name, options.get("preset"))
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
@@ -98,4 +132,9 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
         )
     options = {**known, **options}
     groups = parameter_groups(model, options["weight_decay"])
+    if name in PRESETS:
+        del options["preset"]
+        adapt_vectors = options.pop("adapt_vectors")
+        for group in groups:
+            group["adapt"] = adapt_vectors or group["params"][0].ndim > 1
     return OPTIMIZERS[name](groups, **options)
