@@ -19,6 +19,8 @@ from dat_ds.config import (
     Length,
     adapt_to_device,
     load_config,
+    one_bit_name,
+    one_bit_options,
     parse_evaluation_attack,
     precision_of,
     resolve_batch,
@@ -26,6 +28,7 @@ from dat_ds.config import (
 )
 from dat_ds.config.deepspeed_keys import (
     FP16_DEFAULTS,
+    ONE_BIT_OPTIMIZERS,
     OPTIMIZER_DEFAULTS,
     SCALAR_DEFAULTS,
     TOP_LEVEL_KEYS,
@@ -42,6 +45,11 @@ ADAMW = {"optimizer": {"type": "AdamW"}}
 def ours(**sections: Any) -> dict[str, Any]:
     """A valid config but for ``sections`` of ``dat``."""
     return {**copy.deepcopy(ADAMW), "dat": sections}
+
+
+def one_bit(kind: str, **params: Any) -> dict[str, Any]:
+    """DeepSpeed's section for an optimizer that it removed."""
+    return {"optimizer": {"type": kind, "params": params}}
 
 
 def problems(config: dict[str, Any], **options: Any) -> list[str]:
@@ -189,9 +197,73 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
             "optimizer.params=[1] must be an object.",
         ),
         (
-            {"optimizer": {"type": "OneBitAdam"}},
-            "optimizer.type='OneBitAdam' is not in DeepSpeed since 0.19.7 and not yet in dat_ds: "
-            "write 'AdamW' or 'SGD'.",
+            {**one_bit("OneBitAdam"), "zero_optimization": {"stage": 1}},
+            "zero_optimization.stage=1 with an optimizer that compresses its momentum: every rank "
+            "needs its own gradient of the whole model, and the errors of compression are as large "
+            "as the shards would save. Write zero_optimization.stage=0, or another optimizer.",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3},
+                "dat": {"optimizer": {"name": "zero_one_adam"}},
+            },
+            "zero_optimization.stage=3 with an optimizer that compresses its momentum: every rank "
+            "needs its own gradient of the whole model, and the errors of compression are as large "
+            "as the shards would save. Write zero_optimization.stage=0, or another optimizer.",
+        ),
+        (
+            {
+                **one_bit("OneBitLamb"),
+                "torch_autocast": {"enabled": True, "dtype": "float16"},
+            },
+            "torch_autocast.dtype='float16' with an optimizer that compresses its momentum: each "
+            "rank's loss scaler would skip steps by itself, and ranks would fall out of step. "
+            "Write torch_autocast.dtype='bfloat16'.",
+        ),
+        (
+            {**one_bit("OneBitAdam"), "dat": {"compression": {"name": "int8"}}},
+            "dat.compression.name='int8' with an optimizer that compresses its momentum: gradients "
+            "travel only while the variance is measured, which a codec's noise would raise. Write "
+            "dat.compression.name='none', or another optimizer.",
+        ),
+        (
+            one_bit("OneBitAdam", max_grad_norm=0.5),
+            "optimizer.params.max_grad_norm=0.5 is refused, as DeepSpeed does: write "
+            '"gradient_clipping": 0.5 at the top level.',
+        ),
+        (
+            one_bit("ZeroOneAdam", amsgrad=True),
+            "optimizer.params.amsgrad=True is refused: there is no such variant. Remove it.",
+        ),
+        (
+            one_bit("OneBitAdam", eps_inside_sqrt=True),
+            "optimizer.params.eps_inside_sqrt=True is refused: DeepSpeed never read it: eps is "
+            "added to the root. Remove it.",
+        ),
+        (
+            one_bit("OneBitAdam", freeze_steps=10),
+            "optimizer.params.freeze_steps=10 is no parameter of 'OneBitAdam' (did you mean "
+            "'freeze_step'?): remove it. It takes lr, freeze_step, betas, eps, weight_decay, "
+            "bias_correction, preconditioned, block_size, scale, stability_threshold, "
+            "eps_inside_sqrt, amsgrad, cuda_aware, comm_backend_name.",
+        ),
+        (
+            one_bit("ZeroOneAdam", var_freeze_step=0),
+            "optimizer.params.var_freeze_step=0 is not valid: write a number of at least 1.",
+        ),
+        (
+            one_bit("OneBitAdam", lr="0.1"),
+            "optimizer.params.lr='0.1' must be a finite number.",
+        ),
+        (
+            one_bit("OneBitLamb", min_coeff=20.0),
+            "optimizer.params.min_coeff=20.0 must lie in [0, max_coeff=10.0].",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "one_bit_adam", "var_freeze_step": 5}}},
+            "dat.optimizer.var_freeze_step=5 is no setting of the optimizer 'one_bit_adam': remove "
+            "it. It takes lr, freeze_step, betas, eps, weight_decay, bias_correction, "
+            "preconditioned, block_size, scale, stability_threshold.",
         ),
         (
             {**ADAMW, "fp16": {"enabled": True}},
@@ -567,6 +639,41 @@ def test_what_the_user_writes_is_not_overwritten_by_a_default():
     assert run.deepspeed["optimizer"]["params"]["lr"] == 3.0
     assert run.deepspeed["optimizer"]["params"]["weight_decay"] == 0.1
     assert run.zero_stage == 3
+
+
+@pytest.mark.parametrize("kind", ONE_BIT_OPTIMIZERS)
+def test_deepspeeds_removed_optimizers_are_ours_with_its_defaults_and_a_note(kind):
+    name, defaults = ONE_BIT_OPTIMIZERS[kind]
+    run = load_config({**one_bit(kind, lr=0.5), "gradient_clipping": 0})
+    assert run.deepspeed["optimizer"]["params"] == {**defaults, "lr": 0.5}
+    assert one_bit_name(run.deepspeed) == name
+    assert set(one_bit_options(run.deepspeed)) < set(optimizer_options(name))
+    assert run.notes == (
+        f"optimizer.type={kind!r} is dat_ds's own {name!r}: DeepSpeed removed its optimizer in "
+        "0.19.7",
+    )
+
+
+def test_what_is_not_used_of_their_parameters_and_local_clipping_are_said():
+    run = load_config(one_bit("OneBitAdam", cuda_aware=True, comm_backend_name="mpi"))
+    _, unused, clipping = run.notes
+    assert unused == (
+        "optimizer.params.cuda_aware and comm_backend_name are not used: collectives are those of "
+        "torch.distributed"
+    )
+    assert clipping == (
+        "gradient_clipping=1.0 acts on each rank's own gradient where no gradient is averaged: "
+        "once the variance is frozen"
+    )
+    ours_alone = load_config({"dat": {"optimizer": {"name": "one_bit_lamb"}}})
+    assert ours_alone.notes == (clipping,)
+
+
+@pytest.mark.parametrize("written", ["auto", None])
+def test_an_automatic_freeze_is_null_in_the_resolved_config(written):
+    run = load_config(one_bit("OneBitAdam", freeze_step=written))
+    assert run.deepspeed["optimizer"]["params"]["freeze_step"] is None
+    assert load_config(run.to_dict()) == run
 
 
 def test_an_optimizer_of_ours_is_allowed_under_zero():
