@@ -188,6 +188,44 @@ def look_at_traffic() -> dict[str, Any]:
     }
 
 
+def look_at_reduction(precision: str) -> dict[str, Any]:
+    """One step with gradients of each rank's own, one without; then a NaN on one rank alone."""
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 0, **tiny.PRECISIONS[precision])
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    report: dict[Any, Any] = {}
+    for enabled in (False, True):
+        hooks.reduce_in_backward(engine.deepspeed, enabled)
+        engine.backward(engine(x, y))
+        gradients = [p.grad.flatten() for p in engine.module.parameters()]
+        report[enabled] = torch.cat(gradients).clone()
+        engine.step()
+        report["sent", enabled] = "gradients" in engine.metrics["bytes_sent"]
+    hooks.reduce_in_backward(engine.deepspeed, False)
+    engine.backward(engine(x, y) * (float("nan") if engine.ranks.rank else 1.0))
+    engine.step()
+    report["skipped"] = engine.deepspeed.skipped_steps
+    engine.close()
+    return report
+
+
+def look_at_master_weights() -> dict[str, Any]:
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 0, **tiny.PRECISIONS["bf16"])
+    masters = [p for group in engine.deepspeed.optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        torch._foreach_add_(masters, 0.5)
+    hooks.copy_master_weights(engine.deepspeed)
+    report = {
+        "halves": [p.detach().clone() for p in engine.module.parameters()],
+        "masters": [p.detach().clone() for p in masters],
+    }
+    engine.close()
+    return report
+
+
 def look_at_fp16() -> dict[str, Any]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -236,6 +274,9 @@ def look() -> dict[Any, Any]:
     for gib in (4.0, 0.0):
         reports["attack fails", gib] = train_with("attack fails", gib)
     reports["released"] = train_with("forward without backward")
+    for precision in ("float32", "bf16"):
+        reports["reduction", precision] = look_at_reduction(precision)
+    reports["masters"] = look_at_master_weights()
     reports["fp16"] = look_at_fp16()
     return reports
 
@@ -256,6 +297,25 @@ def test_skip_shared_memory_op_replaces_what_deepspeed_calls(reports: dict[Any, 
 
 def test_supports_fp16_says_what_deepspeed_accepts(reports: dict[Any, Any]) -> None:
     assert reports["fp16"] == {"unsupported": False, "supported": True}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_reduce_in_backward_says_whether_gradients_are_averaged(
+    by_rank: list[dict[Any, Any]], precision: str
+) -> None:
+    mine, other = (reports["reduction", precision] for reports in by_rank)
+    assert torch.equal(mine[True], other[True])
+    assert not torch.allclose(mine[False], other[False])
+    assert (mine["sent", False], mine["sent", True]) == (False, True)
+    # DeepSpeed looks for overflow in 16 bits alone, and then asks all ranks.
+    assert mine["skipped"] == other["skipped"] == (precision == "bf16")
+
+
+def test_copy_master_weights_makes_the_model_follow_them(reports: dict[Any, Any]) -> None:
+    pairs = list(zip(reports["masters"]["halves"], reports["masters"]["masters"], strict=True))
+    assert all(half.dtype == torch.bfloat16 for half, _ in pairs)
+    assert all(master.dtype == torch.float32 for _, master in pairs)
+    assert all(torch.equal(half, master.to(torch.bfloat16)) for half, master in pairs)
 
 
 def test_accelerator_device_is_the_engines(reports: dict[Any, Any]) -> None:
