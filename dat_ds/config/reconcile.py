@@ -464,7 +464,7 @@ def resolve_deepspeed(
             f"gradient_allreduce_op={config['gradient_allreduce_op']!r} is refused: losses are "
             "weighted for the mean over ranks. Remove it."
         )
-    _check_precision(config, stage, problems)
+    _check_precision(config, problems)
     if dat.objective.grad_align and precision_of(config) == "fp16":
         problems.append(
             f"dat.objective.grad_align={dat.objective.grad_align:g} with fp16.enabled: it needs "
@@ -548,7 +548,7 @@ def precision_of(config: Mapping[str, Any]) -> str:
     return "fp16" if _enabled(config, "fp16") else "float32"
 
 
-def _check_precision(config: dict[str, Any], stage: int, problems: list[str]) -> None:
+def _check_precision(config: dict[str, Any], problems: list[str]) -> None:
     keys = ("bf16", "bfloat16", "fp16", "torch_autocast")
     enabled = [key for key in keys if _enabled(config, key)]
     if len(enabled) > 1:
@@ -561,12 +561,6 @@ def _check_precision(config: dict[str, Any], stage: int, problems: list[str]) ->
             problems.append(
                 "fp16.auto_cast=true is refused: it would round the pixels before normalisation. "
                 "Remove it; the model casts after normalising."
-            )
-        if stage == 0:
-            problems.append(
-                "fp16.enabled with zero_optimization.stage=0 is refused: this DeepSpeed divides "
-                "the update by a loss scale that it never applied. Write zero_optimization.stage=1 "
-                "(same results, less memory), or bf16 or torch_autocast instead of fp16."
             )
 
 

@@ -190,8 +190,9 @@ class AdversarialEngine:
             )
         if self.compression is not None:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
+        scale = hooks.missing_loss_scale(self.deepspeed)
         with self._traffic.counting("backward"), self._perturbed:
-            self.deepspeed.backward(loss)
+            self.deepspeed.backward(loss if scale == 1 else loss.float() * scale)
 
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""

@@ -18,6 +18,7 @@ import deepspeed.comm.comm
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -69,8 +70,16 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def loss_scale(engine: DeepSpeedEngine) -> float:
-    """The factor that DeepSpeed puts on a float16 loss right now; 1 in other precisions."""
+    """The factor on a float16 loss right now; 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def missing_loss_scale(engine: DeepSpeedEngine) -> float:
+    """What to multiply a loss by, because ``backward`` does not although ``step`` divides by it.
+
+    DeepSpeed 0.19.8 scales float16 losses under ZeRO 1 to 3, and forgets to at ZeRO-0.
+    """
+    return 1.0 if isinstance(engine.optimizer, ZeROOptimizer) else loss_scale(engine)
 
 
 def reduce_in_backward(engine: DeepSpeedEngine, enabled: bool) -> None:

@@ -242,6 +242,25 @@ def look_at_fp16() -> dict[str, Any]:
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     allow_fp16()
     report["supported"] = hooks.supports_fp16()
+    for stage in (0, 1):
+        section = {"enabled": True, "initial_scale_power": 10}
+        engine = start(tiny.vit(), stage, fp16=section)
+        report["scale", stage] = hooks.missing_loss_scale(engine.deepspeed)
+        x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+        if stage == 0:
+            loss = engine(x, y)
+            (expected,) = torch.autograd.grad(loss, engine.module.head.bias, retain_graph=True)
+            hooks.reduce_in_backward(engine.deepspeed, False)
+            engine.deepspeed.backward(loss)  # not ours, which scales
+            report["left out"] = torch.allclose(engine.module.head.bias.grad, expected, rtol=0.01)
+            engine.module.zero_grad()
+            engine.close()
+            engine = start(tiny.vit(), stage, fp16=section)
+        for _ in range(3):
+            engine.backward(engine(x, y))
+            engine.step()
+        report["end", stage] = hooks.full_state_dict(engine.deepspeed)
+        engine.close()
     return report
 
 
@@ -296,7 +315,20 @@ def test_skip_shared_memory_op_replaces_what_deepspeed_calls(reports: dict[Any, 
 
 
 def test_supports_fp16_says_what_deepspeed_accepts(reports: dict[Any, Any]) -> None:
-    assert reports["fp16"] == {"unsupported": False, "supported": True}
+    report = reports["fp16"]
+    assert (report["unsupported"], report["supported"]) == (False, True)
+
+
+def test_deepspeed_leaves_out_the_loss_scale_at_stage_0_and_we_put_it_in(
+    reports: dict[Any, Any],
+) -> None:
+    report, begin = reports["fp16"], tiny.vit().state_dict()
+    assert report["left out"]
+    assert (report["scale", 0], report["scale", 1]) == (2**10, 1)
+    ends = (report["end", 0], report["end", 1])
+    assert max(float((ends[0][k] - begin[k]).abs().max()) for k in begin) > 0.01
+    # Half a step of float16 near 1, where stage 1 averages in another order.
+    assert max(float((ends[0][k] - ends[1][k]).abs().max()) for k in begin) < 1e-3
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tests.distributed import tiny
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import allow_fp16, run_ranks
 from tests.parity.record_one_bit_reference import CASES, RECORD, RECORDED_EVERY, train_ours
 
 RANKS, BATCH, FREEZE, STEPS, SAVED = 2, 4, 3, 10, 7
@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 AGREED = {"ZeroOneAdam": (4, 5, 6, 8)}
 PRECISIONS: dict[str, dict[str, Any]] = {
     **{name: tiny.PRECISIONS[name] for name in ("float32", "bf16", "autocast")},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
     "accumulated and clipped": {"gradient_accumulation_steps": 2, "gradient_clipping": 0.1},
 }
 RUNS = list(itertools.product(OPTIMIZERS, PRECISIONS))
@@ -226,6 +227,7 @@ def on_two_ranks(folder: str) -> dict[Any, Any]:
     from dat_ds.engine.distributed import setup_ranks
 
     setup_ranks()
+    allow_fp16()
     reports: dict[Any, Any] = {
         run: train_and_resume(*run, Path(folder) / "-".join(run)) for run in RUNS
     }

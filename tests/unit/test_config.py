@@ -266,12 +266,6 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
             "preconditioned, block_size, scale, stability_threshold.",
         ),
         (
-            {**ADAMW, "fp16": {"enabled": True}},
-            "fp16.enabled with zero_optimization.stage=0 is refused: this DeepSpeed divides the "
-            "update by a loss scale that it never applied. Write zero_optimization.stage=1 "
-            "(same results, less memory), or bf16 or torch_autocast instead of fp16.",
-        ),
-        (
             {**ADAMW, "fp16": True},
             'fp16=True must be an object, such as "fp16": {"enabled": true}.',
         ),
@@ -319,7 +313,7 @@ def test_every_refused_key_is_one_of_deepspeeds_and_says_why(key):
 def test_all_problems_are_reported_at_once():
     config = {
         "gradiant_clipping": 1,
-        "fp16": {"enabled": True},
+        "fp16": {"enabled": True, "auto_cast": True},
         "zero_optimization": {"stage": 0, "reduce_bucket_size": "auto"},
         "dat": {
             "threat_model": {"eps": 8},
@@ -332,7 +326,7 @@ def test_all_problems_are_reported_at_once():
     assert len(found) == 10
     for part in [
         "gradiant_clipping",
-        "fp16.enabled",
+        "fp16.auto_cast",
         "reduce_bucket_size='auto'",
         "dat.threat_model.eps=8",
         "dat.attack.stpes (did you mean 'steps'?)",
