@@ -125,6 +125,8 @@ def initialize(
     averaging = ours if isinstance(ours, CompressedOptimizer) else None
     if averaging is not None:
         settings.pop("optimizer", None)
+        if ranks.is_main and schedule is not None:
+            _warn_of_late_freeze(averaging, schedule.total_steps)
     with contextlib.nullcontext() if averaging is None else averaging.paused():
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
@@ -176,6 +178,18 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, run: RunConfig) ->
         check_one_bit(run.deepspeed, run.dat, problems)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _warn_of_late_freeze(optimizer: CompressedOptimizer, total_steps: int) -> None:
+    if optimizer.earliest_freeze >= total_steps:
+        logger.warning(
+            "The variance of %s is frozen after step %d at the earliest, and the run has %d: "
+            "momentum is never compressed. Write a smaller freeze_step (0/1 Adam: var_freeze_step) "
+            "or, for the rule that chooses it, a smaller beta2.",
+            type(optimizer).__name__,
+            optimizer.earliest_freeze,
+            total_steps,
+        )
 
 
 def _refuse_shares_of_the_run(dat: DatConfig) -> None:

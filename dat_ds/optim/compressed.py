@@ -167,6 +167,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return True
 
     @property
+    @abstractmethod
+    def earliest_freeze(self) -> int:
+        """Step after which the variance is frozen, at the earliest."""
+
+    @property
     def num_skipped(self) -> int:
         """Steps skipped for a non-finite gradient; waits for the device."""
         return int(self._num_skipped)

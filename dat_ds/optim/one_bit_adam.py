@@ -43,6 +43,11 @@ class FreezingOptimizer(CompressedOptimizer):
         self._stability = VarianceStability(defaults["betas"][1], stability_threshold)
 
     @property
+    def earliest_freeze(self) -> int:
+        """As in the base class; the rule needs norms as old as its lag."""
+        return self._stability.lag + 1 if self.freeze_step is None else self.freeze_step
+
+    @property
     def _stability_state(self) -> dict[str, Any]:
         return self._stability.state_dict()
 

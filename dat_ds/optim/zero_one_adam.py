@@ -119,6 +119,11 @@ class ZeroOneAdam(CompressedOptimizer):
         return not self.is_frozen and (self.num_steps + 1) % self._var_interval == 0
 
     @property
+    def earliest_freeze(self) -> int:
+        """As in the base class."""
+        return self.var_freeze_step
+
+    @property
     def replicas_agree(self) -> bool:
         """As in the base class: not after a local step."""
         return self._steps_apart == 0 or self._count_ranks() == 1

@@ -65,15 +65,22 @@ def weights_of(engine: Any) -> Tensor:
 
 def train_and_resume(name: str, precision: str, folder: Path) -> dict[str, Any]:
     """A run past the freeze, and its end again in a new engine that loads what was saved."""
+    from dat_ds.engine import hooks
     from dat_ds.engine.checkpoint import Checkpoints
+    from dat_ds.optim import WeightEma
+
+    def average_of(engine: Any) -> WeightEma:
+        return WeightEma(lambda: hooks.held_weights(engine.deepspeed), 0.5)
 
     sections = {**section(name), **PRECISIONS[precision]}
     engine, checkpoints = start(**sections), Checkpoints(folder, keep=1)
+    ema = average_of(engine)
     weights, sent, reduces = [weights_of(engine)], [], []
     for step in range(STEPS):
         if step == SAVED:
-            checkpoints.save(engine, None, {}, engine.module.state_dict())
+            checkpoints.save(engine, ema, {}, engine.module.state_dict())
         step_on(engine, step)
+        ema.update()
         weights.append(weights_of(engine))
         sent.append(dict(engine.metrics["bytes_sent"]))
         reduces.append(engine.deepspeed.enable_backward_allreduce)
@@ -81,17 +88,21 @@ def train_and_resume(name: str, precision: str, folder: Path) -> dict[str, Any]:
     assert latest is not None
     # In a new engine, and in the used one, as the guard's roll-back does.
     resumed = {"new": start(seed=1, **sections), "used": engine}
-    ends = {}
+    ends, averages = {}, [ema.state_dict()["averages"]]
     for place, again in resumed.items():
-        checkpoints.load(latest, again, None)
+        again_ema = average_of(again)
+        checkpoints.load(latest, again, again_ema)
         for step in range(SAVED, STEPS):
             step_on(again, step)
+            again_ema.update()
         ends[place] = weights_of(again)
+        averages.append(again_ema.state_dict()["averages"])
     report = {
         "weights": weights,
         "sent": sent,
         "reduces": reduces,
         "ends": ends,
+        "averages": averages,
         "skipped": engine.metrics["skipped_steps"],
         "events": engine.averaging_optimizer.events,
         "differ": engine.replicas_differ,
@@ -155,6 +166,33 @@ def train_without_quantisation() -> dict[str, Any]:
     return report
 
 
+def export_between_agreements(folder: Path) -> dict[str, Tensor]:
+    """0/1 Adam's weights where replicas differ: its own, while exported, and afterwards."""
+    import dat_ds
+    from dat_ds.engine.trainer import Trainer
+
+    logging = {"tensorboard": False, "progress": False}
+    schedule = {"name": "constant", "max_steps": STEPS}
+    engine, _, loader, _ = dat_ds.initialize(
+        model=tiny.vit(),
+        config=tiny.config(
+            0, **section("ZeroOneAdam"), dat={"logging": logging, "schedule": schedule}
+        ),
+        training_data=TensorDataset(*tiny.images(RANKS * BATCH)),
+    )
+    for _ in range(SAVED):
+        for x, y in loader:
+            engine.backward(engine(x, y))
+            engine.step()
+    trainer = Trainer(engine, loader, TensorDataset(*tiny.images(0)), folder)
+    report = {"own": weights_of(engine)}
+    with trainer.exported_weights():
+        report["exported"] = weights_of(engine)
+    report["after"] = weights_of(engine)
+    engine.close()
+    return report
+
+
 def perceptron() -> nn.Module:
     torch.manual_seed(0)
     sizes = [3 * tiny.SIZE**2, 64, 64, tiny.CLASSES]
@@ -200,7 +238,8 @@ def learn() -> dict[str, float]:
     return {
         "vit, AdamW": final_loss(tiny.vit(), lambda p: torch.optim.AdamW(p, 0.003)),
         "vit, OneBitAdam": final_loss(tiny.vit(), lambda p: OneBitAdam(p, 0.003, 40)),
-        "vit, OneBitLamb": final_loss(tiny.vit(), lambda p: OneBitLamb(p, 0.01, 40)),
+        "vit, LAMB": final_loss(tiny.vit(), lambda p: OneBitLamb(p, 0.02, 1000)),
+        "vit, OneBitLamb": final_loss(tiny.vit(), lambda p: OneBitLamb(p, 0.02, 40)),
         "vit, ZeroOneAdam": final_loss(
             tiny.vit(), lambda p: ZeroOneAdam(p, 0.003, var_freeze_step=40, **local)
         ),
@@ -235,6 +274,7 @@ def on_two_ranks(folder: str) -> dict[Any, Any]:
     for name in OPTIMIZERS:
         reports["bad", name] = train_with_one_bad_gradient(name, "float32")
     reports["exact"] = train_without_quantisation()
+    reports["export"] = export_between_agreements(Path(folder) / "export")
     reports["rule"] = freeze_by_the_rule()
     reports["losses"] = learn()
     reports["reference"] = train_ours()
@@ -266,6 +306,9 @@ def test_a_resume_past_the_freeze_is_bit_exact_on_every_rank(
     for reports in by_rank:
         for end in reports[run]["ends"].values():
             assert torch.equal(end, reports[run]["weights"][-1])
+        expected, *averages = reports[run]["averages"]
+        for average in averages:
+            assert all(torch.equal(a, b) for a, b in zip(average, expected, strict=True))
 
 
 @pytest.mark.parametrize("run", RUNS, ids="-".join)
@@ -339,7 +382,20 @@ def test_without_quantisation_it_is_preconditioned_momentum_of_the_global_batch(
     assert len(sizes) > 1, "batches are uneven"
     end = torch.cat([p.detach().reshape(-1) for p in params])
     assert step > FREEZE
-    assert (mine["end"] - end).abs().max() < 1e-4
+    # Where a gradient is as small as eps, its rounding shows.
+    way = end - torch.cat([p.reshape(-1) for p in tiny.vit().parameters()]).detach()
+    assert (mine["end"] - end).abs().max() < 0.1 * LR
+    assert (mine["end"] - end).norm() < 1e-3 * way.norm()
+
+
+def test_what_is_exported_of_replicas_that_differ_is_their_mean(
+    by_rank: list[dict[Any, Any]],
+) -> None:
+    mine, other = (reports["export"] for reports in by_rank)
+    assert not torch.equal(mine["own"], other["own"])
+    assert torch.equal(mine["exported"], (mine["own"] + other["own"]) / 2)
+    assert torch.equal(mine["exported"], other["exported"])
+    assert torch.equal(mine["after"], mine["own"])
 
 
 def test_a_stable_variance_is_frozen_by_the_rule_on_all_ranks_together(
@@ -354,12 +410,15 @@ def test_a_stable_variance_is_frozen_by_the_rule_on_all_ranks_together(
     assert torch.equal(mine["weights"], other["weights"])
 
 
-def test_they_learn_what_adamw_learns_past_their_freeze(by_rank: list[dict[Any, Any]]) -> None:
+def test_they_learn_what_adamw_and_lamb_learn_past_their_freeze(
+    by_rank: list[dict[Any, Any]],
+) -> None:
     losses = by_rank[0]["losses"]
     start_loss = math.log(tiny.CLASSES)
-    assert losses["vit, AdamW"] < 0.6 * start_loss
     for name in OPTIMIZERS:
-        assert losses[f"vit, {name}"] < 1.15 * losses["vit, AdamW"], name
+        reference = losses["vit, LAMB" if name == "OneBitLamb" else "vit, AdamW"]
+        assert reference < 0.65 * start_loss
+        assert losses[f"vit, {name}"] < 1.1 * reference, name
 
 
 def test_an_early_freeze_needs_the_preconditioned_momentum(by_rank: list[dict[Any, Any]]) -> None:
