@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from dat_ds.compression.codecs import WholeSign
 from dat_ds.optim import (
     CompressedOptimizer,
     OneBitAdam,
@@ -380,3 +381,39 @@ def test_a_freeze_while_the_variance_moves_is_warned_of(caplog: pytest.LogCaptur
     assert "variance frozen after step 20 (by freeze_step" in caplog.text
     assert "freeze_step=20 may be too early" in caplog.text
     assert caplog.text.count("variance frozen") == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "step"),
+    [
+        (OneBitAdam(weights(), freeze_step=7), 7),
+        (OneBitLamb(weights(), betas=(0.9, 0.99)), 101),
+        (ZeroOneAdam(weights(), var_freeze_step=5), 5),
+    ],
+    ids=["given", "rule", "0/1"],
+)
+def test_a_run_that_ends_before_the_freeze_is_warned_of(
+    optimizer: CompressedOptimizer, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dat_ds.engine.build import _warn_of_late_freeze
+
+    assert optimizer.earliest_freeze == step
+    _warn_of_late_freeze(optimizer, total_steps=step + 1)
+    assert not caplog.text
+    _warn_of_late_freeze(optimizer, total_steps=step)
+    assert f"frozen after step {step} at the earliest, and the run has {step}" in caplog.text
+
+
+# ---- one scale for all
+
+
+@pytest.mark.parametrize("numel", [12, 10])
+@pytest.mark.parametrize("scale", ["mean", "rms"])
+def test_one_scale_is_of_all_rows_without_their_padding(scale: str, numel: int) -> None:
+    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.pad(tensor, (0, 12 - numel)).view(3, 4)
+    codec = WholeSign(scale=scale)  # type: ignore[arg-type]
+    valid = codec.valid_counts(torch.arange(12).view(3, 4) < numel)
+    decoded = codec.decode_rows(codec.encode_rows(rows, valid=valid), 4)
+    magnitude = tensor.abs().mean() if scale == "mean" else tensor.norm() / math.sqrt(numel)
+    assert_close(decoded.flatten()[:numel], magnitude * tensor.sign(), rtol=1e-6, atol=0)
