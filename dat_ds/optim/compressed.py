@@ -353,7 +353,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return {"ranks": self._count_ranks(), "exchange": exchange}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`rank_state_dict`, after :meth:`load_state_dict`.
+        """Go on from :meth:`rank_state_dict`, after :meth:`load_state_dict`; a collective.
 
         Of another number of ranks, the errors cannot be this rank's: they start from zero, with a
         warning.
