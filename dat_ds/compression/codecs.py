@@ -82,7 +82,10 @@ class Codec(ABC):
 
     @abstractmethod
     def variance_bound(self, numel: int) -> float:
-        """``w`` with ``E|decode(encode(t)) - t|^2 <= w |t|^2`` for ``numel`` finite entries."""
+        """``w`` with ``E|decode(encode(t)) - t|^2 <= w |t|^2`` for ``numel`` finite entries.
+
+        Entries below ``2^-126`` may add as much as their own size.
+        """
 
     @abstractmethod
     def encode_rows(
@@ -171,9 +174,11 @@ class StochasticRounding(BlockCodec):
 
     def variance_bound(self, numel: int) -> float:
         """``min((B - 1) / (4 s^2), sqrt(B - 1) / (2 s))`` with ``s`` the largest level."""
-        # An entry's variance is at most step^2 / 4 and at most |t| step; the largest is exact.
+        # An entry's variance is at most step^2 / 4 and at most |t| step; the largest is exact, but
+        # that its level may miss an integer by float32's last bit, which one noise in 2^16 sees.
         others, levels = self.block_of(numel) - 1, self.max_level
-        return min(others / (4 * levels**2), math.sqrt(others) / (2 * levels))
+        bound = min(others / (4 * levels**2), math.sqrt(others) / (2 * levels))
+        return bound + 1 / (_NOISE_STEPS * levels**2)
 
     def encode_rows(
         self, rows: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None

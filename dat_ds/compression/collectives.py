@@ -342,4 +342,5 @@ class CompressedReduceScatter(_Exchange):
             F.pad(tensor.reshape(-1), (0, share * ranks - tensor.numel()), value=fill)
             for tensor, share in zip(tensors, self._shares, strict=True)
         ]
-        return torch.cat([piece.view(ranks, -1) for piece in pieces], dim=1)
+        rows = [piece.view(ranks, len(piece) // ranks) for piece in pieces]
+        return torch.cat(rows, dim=1)

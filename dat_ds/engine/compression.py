@@ -49,13 +49,15 @@ class GradientCompression:
         self._exchanges: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
         self._seen: Counter[str] = Counter()
-        self._step, self._scale = 0, 1.0
+        self._step, self._scale, self._saved_scale = 0, 1.0, 1.0
         self._knows_buckets = False
         hooks.replace_gradient_averaging(engine, self._average, self._scatter)
 
     def start(self, micro_step: int) -> None:
         """Prepare for the backward of a micro-step, counted from the start of the run."""
         self._knows_buckets = bool(self._exchanges or self._saved)
+        if self._exchanges:
+            self._saved.clear()  # of buckets that the first backward did not bring back
         self._step = micro_step
         self._seen.clear()
         if self._config.error_feedback:
@@ -66,12 +68,12 @@ class GradientCompression:
 
     def state_dict(self) -> dict[str, Any]:
         """Error feedback of this rank, and the scale of the gradients that it belongs to."""
-        states = {name: exchange.state_dict() for name, exchange in self._exchanges.items()}
-        return {"scale": self._scale, "buckets": self._saved | states}
+        buckets = {key: exchange.state_dict() for key, exchange in self._exchanges.items()}
+        return {"scale": self._scale, "buckets": self._saved | buckets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of the same rank."""
-        self._scale = float(state["scale"])
+        self._scale = self._saved_scale = float(state["scale"])
         self._saved = dict(state["buckets"])
         self._exchanges.clear()
 
@@ -108,6 +110,7 @@ class GradientCompression:
         saved = self._saved.pop(key, None)
         if saved is not None:
             exchange.load_state_dict(saved, like.device)
+            exchange.rescale_errors(self._scale / self._saved_scale)
         elif feedback and self._knows_buckets:
             logger.warning(
                 "dat.compression: DeepSpeed made a bucket of other parameters than before; its "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
-from tests.distributed.test_collectives import GATHERS, Collectives
+from tests.distributed.test_collectives import GATHERS, REDUCTIONS, Collectives
 
 STAGES, BATCH, SMALL = (0, 1, 2, 3), 4, 100
 PREFETCHES = (0, 50)
@@ -157,11 +157,71 @@ def train_with(disturbance: str, resident_gib: float = 4.0) -> dict[str, Any]:
     return report
 
 
+def look_at_averaging(stage: int, own: bool) -> dict[str, Any]:
+    """Three steps, averaged by DeepSpeed or, in its place, by plain collectives."""
+    from dat_ds.engine import hooks
+
+    zero = {} if stage in (0, 3) else {"reduce_scatter": not own}
+    engine = start(tiny.vit(), stage, zero_optimization={**zero, "reduce_bucket_size": 1500})
+    names: list[list[str]] = []
+
+    def average(name: str, flat: Tensor) -> Tensor:
+        names[-1].append(name)
+        mean = flat.to(torch.float32)
+        dist.all_reduce(mean)
+        return mean / 2
+
+    def scatter(name: str, gradients: Any) -> list[Tensor]:
+        names[-1].append(name)
+        shares = []
+        for gradient in gradients:
+            mean = gradient.flatten().clone()
+            dist.all_reduce(mean)
+            share = -(-mean.numel() // 2)
+            shares.append((mean / 2)[engine.ranks.rank * share :][:share])
+        return shares
+
+    if own:
+        hooks.replace_gradient_averaging(engine.deepspeed, average, scatter)
+    calls = []
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    for _ in range(3):
+        names.append([])
+        loss = engine(x, y)
+        with Collectives() as seen:
+            engine.backward(loss)
+        calls.append(seen.count("attack", REDUCTIONS))
+        engine.step()
+    state = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return {"names": names, "reductions": calls, "state": state}
+
+
+def look_at_scale() -> dict[str, Any]:
+    """The scale of gradients against what an unscaled backward gives."""
+    from dat_ds.engine import hooks
+
+    report = {}
+    float16 = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    fp16 = {"fp16": {"enabled": True, "loss_scale": 64}}
+    cases = {"fp16": (1, fp16), "bf16": (1, tiny.PRECISIONS["bf16"]), "float32": (0, {})}
+    for name, (stage, sections) in {**cases, "autocast 0": (0, float16)}.items():
+        engine = start(tiny.vit(), stage, **sections)
+        report[name] = hooks.gradient_scale(engine.deepspeed)
+        engine.close()
+    for stage in (1, 3):
+        engine = start(tiny.vit(), stage, **float16)
+        report[f"autocast {stage}"] = hooks.gradient_scale(engine.deepspeed)
+        scale = float(engine.deepspeed.optimizer.torch_autocast_gradscaler.get_scale())
+        report[f"scaler {stage}"] = scale
+        engine.close()
+    return report
+
+
 def look_at_traffic() -> dict[str, Any]:
     from dat_ds.engine import traffic
 
-    methods = ("allreduce", "_allgather_base", "_reduce_scatter_base", "broadcast", "allgather")
-    before = {m: vars(dist.ProcessGroup)[m] for m in methods}
+    before = dict(vars(dist.ProcessGroup))
     counter = traffic.Traffic()
     traffic.listen(counter)
     ones = torch.ones(6)  # 24 bytes
@@ -171,6 +231,7 @@ def look_at_traffic() -> dict[str, Any]:
         "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.empty(3), ones),
         "all_gather": lambda: dist.all_gather([torch.empty(6), torch.empty(6)], ones),
         "broadcast": lambda: dist.broadcast(ones.clone(), src=0),
+        "all_to_all_single": lambda: dist.all_to_all_single(torch.empty(6), ones),
     }
     counts = {}
     for name, call in collectives.items():
@@ -184,7 +245,7 @@ def look_at_traffic() -> dict[str, Any]:
     return {
         "counts": counts,
         "after stopping": counter.take(),
-        "restored": all(vars(dist.ProcessGroup)[m] is before[m] for m in methods),
+        "restored": all(vars(dist.ProcessGroup)[m] is before[m] for m in before),
     }
 
 
@@ -297,7 +358,10 @@ def look() -> dict[Any, Any]:
     for precision in ("float32", "bf16"):
         reports["reduction", precision] = look_at_reduction(precision)
     reports["masters"] = look_at_master_weights()
+    for stage, own in itertools.product(STAGES, (True, False)):
+        reports["averaging", stage, own] = look_at_averaging(stage, own)
     reports["fp16"] = look_at_fp16()
+    reports["scale"] = look_at_scale()
     return reports
 
 
@@ -454,6 +518,30 @@ def test_release_parameters_partitions_what_a_forward_left_gathered(
     assert all(torch.equal(report["state"][k], v) for k, v in reference["state"].items())
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_replaced_averaging_is_all_that_reduces_gradients(
+    reports: dict[Any, Any], stage: int
+) -> None:
+    ours, theirs = (reports["averaging", stage, own] for own in (True, False))
+    assert all(
+        torch.allclose(ours["state"][k], v, rtol=0, atol=1e-6) for k, v in theirs["state"].items()
+    )
+    # One name per bucket, the same names in every step, and no reduction besides.
+    first, *later = ours["names"]
+    assert len(set(first)) == len(first) >= (1 if stage == 0 else 2)
+    assert later == [first, first]
+    per_step = len(list(tiny.vit().parameters())) if stage == 3 else len(first)
+    assert ours["reductions"] == [per_step] * 3
+
+
+def test_gradient_scale_is_deepspeeds(reports: dict[Any, Any]) -> None:
+    scale = reports["scale"]
+    assert scale["fp16"] == 64
+    assert scale["bf16"] == scale["float32"] == 1
+    assert scale["autocast 0"] == scale["autocast 1"] == scale["autocast 3"] == 2.0**16
+    assert scale["scaler 1"] == scale["scaler 3"] == 2.0**16
+
+
 def test_torch_routes_collectives_through_the_process_group(reports: dict[Any, Any]) -> None:
     # Two ranks and 24 bytes: see the formulas of Traffic.
     assert reports["traffic"]["counts"] == {
@@ -462,6 +550,7 @@ def test_torch_routes_collectives_through_the_process_group(reports: dict[Any, A
         "reduce_scatter_tensor": ({"gradients": 12}, {"gradients": 1}),
         "all_gather": ({"parameters": 24}, {"parameters": 1}),
         "broadcast": ({"parameters": 24}, {"parameters": 1}),
+        "all_to_all_single": ({"gradients": 12}, {"gradients": 1}),
     }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dat_ds.attacks import ATTACKS, INNER_LOSSES, NORMS
+from dat_ds.compression import CODECS, codec_options
 from dat_ds.config import (
     Length,
     adapt_to_device,
@@ -523,7 +524,100 @@ def test_a_combination_without_sense_is_refused_with_the_reason(sections, messag
     assert problem.startswith(message), problem
 
 
+@pytest.mark.parametrize(
+    ("compression", "message"),
+    [
+        (
+            {"name": "int9"},
+            "dat.compression.name='int9' is not valid (did you mean 'int8'?). Write one of ",
+        ),
+        (
+            {"sides": "single"},
+            "dat.compression.sides='single' is no setting of 'none': remove it. Write a codec.",
+        ),
+        (
+            {"name": "int8", "levels": 7},
+            "dat.compression.levels=7 is no setting of 'int8': remove it. "
+            "It takes block_size, sides, error_feedback, bucket_mb.",
+        ),
+        (
+            {"name": "natural", "block_size": 64},
+            "dat.compression.block_size=64 is no setting of 'natural': remove it. "
+            "It takes sides, error_feedback, bucket_mb.",
+        ),
+        ({"name": "qsgd", "levels": 128}, "dat.compression.levels=128 is not valid: "),
+        ({"name": "topk", "ratio": 0}, "dat.compression.ratio=0.0 is not valid: "),
+        (
+            {"name": "sign", "error_feedback": False},
+            "dat.compression.error_feedback=false: 'sign' is biased, and training with ",
+        ),
+        (
+            {"name": "qsgd", "levels": 1, "error_feedback": True},
+            "dat.compression.error_feedback=true: what 'qsgd' loses may be longer than the "
+            "gradient (squared, up to 8 times) and would grow from step to step. ",
+        ),
+    ],
+)
+def test_compression_without_sense_is_refused_with_the_reason(compression, message):
+    (problem,) = problems(ours(compression=compression))
+    assert problem.startswith(message), problem
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "named"),
+    [
+        (0, {"communication_data_type": "bf16"}, "communication_data_type"),
+        (0, {"prescale_gradients": True}, "prescale_gradients"),
+        (1, {"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        (0, {"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        (1, {"zero_optimization": {"reduce_scatter": True}}, "zero_optimization.reduce_scatter"),
+        (3, {"zero_optimization": {"reduce_scatter": False}}, "zero_optimization.reduce_scatter"),
+        (
+            2,
+            {"zero_optimization": {"contiguous_gradients": False}},
+            "zero_optimization.contiguous_gradients",
+        ),
+        (
+            3,
+            {"zero_optimization": {"zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients",
+        ),
+        (
+            2,
+            {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
+            "zero_optimization.zenflow",
+        ),
+    ],
+)
+def test_deepspeed_keys_that_compression_would_ignore_are_refused(stage, keys, named):
+    config = {**ours(compression={"name": "int8"}), **copy.deepcopy(keys)}
+    config["zero_optimization"] = {"stage": stage, **keys.get("zero_optimization", {})}
+    (problem,) = problems(config)
+    assert problem.startswith(f"{named} with dat.compression.name='int8', which averages ")
+    del config["dat"]["compression"]
+    load_config(config)
+
+
 # ---- resolution
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", get_args(schema.CodecName))
+def test_compression_is_written_out_with_the_codec_s_defaults(name, stage):
+    config = {**ours(compression={"name": name}), "zero_optimization": {"stage": stage}}
+    run = load_config(config)
+    written = run.to_dict()
+    assert load_config(written) == run
+    section = {k: v for k, v in written["dat"]["compression"].items() if v is not None}
+    assert ("reduce_scatter" in written["zero_optimization"]) == (
+        name != "none" and stage in (1, 2)
+    )
+    if name == "none":
+        assert section == {"name": "none"}
+    else:
+        biased = name in ("topk", "sign")
+        general = {"name": name, "error_feedback": biased, "bucket_mb": 64.0}
+        assert section == {**codec_options(name), **general}
 
 
 def test_the_names_in_the_schema_are_those_that_can_be_built():
@@ -531,6 +625,7 @@ def test_the_names_in_the_schema_are_those_that_can_be_built():
     assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
     assert get_args(schema.OptimizerName) == tuple(OPTIMIZERS)
     assert get_args(schema.Norm) == NORMS
+    assert get_args(schema.CodecName) == ("none", *CODECS)
     assert set(get_args(schema.InnerLossName)) == {*INNER_LOSSES, "dlr-targeted"}
 
 
