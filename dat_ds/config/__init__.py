@@ -9,6 +9,7 @@ from dat_ds.config.reconcile import (
     check_num_classes,
     precision_of,
     resolve_batch,
+    scale_learning_rate,
 )
 from dat_ds.config.schema import DatConfig, RunConfig, plain
 
@@ -25,4 +26,5 @@ __all__ = [
     "plain",
     "precision_of",
     "resolve_batch",
+    "scale_learning_rate",
 ]

@@ -10,7 +10,7 @@ from dat_ds.optim.build import (
 from dat_ds.optim.ema import WeightEma
 from dat_ds.optim.lamb import Lamb
 from dat_ds.optim.lars import Lars
-from dat_ds.optim.schedule import Schedule
+from dat_ds.optim.schedule import Schedule, lr_scale, usual_scaling
 from dat_ds.optim.trust_ratio import PADDING, LayerwiseOptimizer, Layout, Segments
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "Segments",
     "WeightEma",
     "build_optimizer",
+    "lr_scale",
     "optimizer_options",
     "parameter_groups",
+    "usual_scaling",
 ]
