@@ -12,6 +12,7 @@ from dat_ds.config.reconcile import (
     one_bit_options,
     precision_of,
     resolve_batch,
+    scale_learning_rate,
 )
 from dat_ds.config.schema import DatConfig, RunConfig, plain
 
@@ -31,4 +32,5 @@ __all__ = [
     "plain",
     "precision_of",
     "resolve_batch",
+    "scale_learning_rate",
 ]

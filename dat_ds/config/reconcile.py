@@ -52,6 +52,7 @@ from dat_ds.optim import (
     PRESETS,
     CompressedOptimizer,
     build_optimizer,
+    lr_scale,
     optimizer_options,
 )
 
@@ -603,6 +604,12 @@ def _resolve_optimizer(
             _check_one_bit_params(section["type"], params, problems)
         if name in ADAM_NAMES:
             params.setdefault("weight_decay", adam_weight_decay(name, params))
+    if dat.schedule.scaling != "none":
+        scaling = f"dat.schedule.scaling={dat.schedule.scaling!r}"
+        if client_optimizer:
+            problems.append(f"{scaling} with initialize(optimizer=...): scale its own lr instead.")
+        elif isinstance(section, dict) and "lr" not in section.get("params", {}):
+            problems.append(f"{scaling} has no learning rate to scale: write optimizer.params.lr.")
     if dat.optimizer is not None and dat.optimizer.name in PRESETS:
         check_layerwise(config, problems)
     if one_bit_name(config, dat):
@@ -787,6 +794,40 @@ def adapt_to_device(run: RunConfig, device_type: str) -> RunConfig:
         config["zero_force_ds_cpu_optimizer"] = False
         notes.append("zero_force_ds_cpu_optimizer=false: offloaded states are updated by torch")
     return dataclasses.replace(run, deepspeed=config, notes=(*run.notes, *notes))
+
+
+def scale_learning_rate(run: RunConfig, global_batch: int) -> tuple[RunConfig, str]:
+    """Scale the learning rate to the global batch, as ``dat.schedule.scaling`` says.
+
+    Args:
+        run: A resolved run; the learning rate is our optimizer's or DeepSpeed's.
+        global_batch: Images per optimizer step.
+
+    Returns:
+        The run to build the optimizer from, and what was done, in words; none where nothing was.
+    """
+    schedule = run.dat.schedule
+    if schedule.scaling == "none":
+        return run, ""
+    assert schedule.base_batch is not None
+    factor = lr_scale(schedule.scaling, global_batch, schedule.base_batch)
+    config, ours = copy.deepcopy(run.deepspeed), run.dat.optimizer
+    if ours is not None:
+        assert ours.lr is not None
+        lr = ours.lr
+        ours = dataclasses.replace(ours, lr=lr * factor)
+    else:
+        params = config["optimizer"]["params"]
+        lr = params["lr"]
+        for key in ("lr", "muon_lr", "adam_lr"):
+            if key in params:
+                params[key] *= factor
+    words = (
+        f"Learning rate {lr * factor:.6g} = {lr:g} x {factor:.4g}, scaled "
+        f"({schedule.scaling}) from a global batch of {schedule.base_batch} to {global_batch}."
+    )
+    dat = dataclasses.replace(run.dat, optimizer=ours)
+    return dataclasses.replace(run, deepspeed=config, dat=dat), words
 
 
 def resolve_batch(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:

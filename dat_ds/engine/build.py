@@ -35,6 +35,7 @@ from dat_ds.config import (
     one_bit_name,
     one_bit_options,
     resolve_batch,
+    scale_learning_rate,
 )
 from dat_ds.data import DistributedLoader
 from dat_ds.engine import hooks
@@ -51,6 +52,7 @@ from dat_ds.optim import (
     LayerwiseOptimizer,
     Schedule,
     build_optimizer,
+    usual_scaling,
 )
 
 logger = logging.getLogger("dat_ds")
@@ -109,11 +111,16 @@ def initialize(
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)
+    global_batch = micro_batch * accumulation * ranks.count
+    scaled, words = scale_learning_rate(run, global_batch)
+    if words and ranks.is_main:
+        logger.info("%s", words)
+        _warn_of_unusual_scaling(run)
     if optimizer is None:
-        optimizer = _optimizer_of(model, run)
-    settings = {k: copy.deepcopy(v) for k, v in run.deepspeed.items() if k not in MONITOR_KEYS}
+        optimizer = _optimizer_of(model, scaled)
+    settings = {k: copy.deepcopy(v) for k, v in scaled.deepspeed.items() if k not in MONITOR_KEYS}
     settings.update(
-        train_batch_size=micro_batch * accumulation * ranks.count,
+        train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
     )
@@ -204,6 +211,19 @@ def _refuse_shares_of_the_run(dat: DatConfig) -> None:
         raise ConfigError(
             f"{' and '.join(given)} needs the length of the run: pass training_data, or write "
             "dat.schedule.max_steps."
+        )
+
+
+def _warn_of_unusual_scaling(run: RunConfig) -> None:
+    ours, scaling = run.dat.optimizer, run.dat.schedule.scaling
+    name = run.deepspeed["optimizer"]["type"] if ours is None else ours.name
+    usual = usual_scaling(name)
+    if usual not in (None, scaling):
+        logger.warning(
+            "dat.schedule.scaling=%r is unusual for %s, whose learning rate goes by %r.",
+            scaling,
+            name,
+            usual,
         )
 
 

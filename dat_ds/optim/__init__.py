@@ -13,7 +13,7 @@ from dat_ds.optim.lamb import Lamb
 from dat_ds.optim.lars import Lars
 from dat_ds.optim.one_bit_adam import OneBitAdam
 from dat_ds.optim.one_bit_lamb import OneBitLamb
-from dat_ds.optim.schedule import Schedule
+from dat_ds.optim.schedule import Schedule, lr_scale, usual_scaling
 from dat_ds.optim.stability import VarianceStability
 from dat_ds.optim.trust_ratio import PADDING, LayerwiseOptimizer, Layout, Segments
 from dat_ds.optim.zero_one_adam import ZeroOneAdam
@@ -35,6 +35,8 @@ __all__ = [
     "WeightEma",
     "ZeroOneAdam",
     "build_optimizer",
+    "lr_scale",
     "optimizer_options",
     "parameter_groups",
+    "usual_scaling",
 ]

@@ -89,7 +89,7 @@ class Lars(LayerwiseOptimizer):
     ) -> Tensor:
         if group["scaled"] == "gradient":
             norms = norms + group["weight_decay"] * weight_norms
-        return bounded * group["trust_coefficient"] / (norms + group["eps"])
+        return bounded.mul(group["trust_coefficient"]).div(norms + group["eps"])
 
     def _move(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
         if group["scaled"] == "gradient":

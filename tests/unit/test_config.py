@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import pickle
+import typing
 from typing import Any, get_args
 
 import pytest
@@ -25,6 +26,7 @@ from dat_ds.config import (
     parse_evaluation_attack,
     precision_of,
     resolve_batch,
+    scale_learning_rate,
     schema,
 )
 from dat_ds.config.deepspeed_keys import (
@@ -38,9 +40,10 @@ from dat_ds.config.deepspeed_keys import (
 from dat_ds.config.reconcile import _REFUSED_KEYS
 from dat_ds.errors import ConfigError, UserError
 from dat_ds.objectives import OBJECTIVES
-from dat_ds.optim import OPTIMIZERS, optimizer_options
+from dat_ds.optim import OPTIMIZERS, PRESETS, optimizer_options
 
 ADAMW = {"optimizer": {"type": "AdamW"}}
+NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 
 
 def ours(**sections: Any) -> dict[str, Any]:
@@ -139,6 +142,55 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (
             {"dat": {"optimizer": {"betas": [0.9]}}},
             "dat.optimizer.betas=[0.9] is not valid: write two numbers in [0, 1).",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "adamw", "preset": "paper"}}},
+            "dat.optimizer.preset='paper' is no setting of the optimizer 'adamw': remove it. It "
+            "takes lr, weight_decay, betas, eps.",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "lamb", "lower": 2, "upper": 1}}},
+            "dat.optimizer: upper=1.0 must be above 0 and at least lower=2.0.",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "sgd", "momentum": 0, "nesterov": True}}},
+            "dat.optimizer: Nesterov momentum requires a momentum and zero dampening",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "lamb"}}, "zero_optimization": NVME},
+            "zero_optimization.offload_optimizer.device='nvme' with a layer-wise optimizer: its "
+            "trust ratios need all shards of a step before any is updated, but this moves them "
+            "one by one. Instead, write 'cpu'.",
+        ),
+        (
+            {
+                "dat": {"optimizer": {"name": "lars"}},
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}},
+            },
+            "zero_optimization.offload_optimizer.ratio=0.5 with a layer-wise optimizer: ",
+        ),
+        (
+            {"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": 2}},
+            "optimizer.type='lamb' needs whole layers, but zero_optimization.stage=2 hands it "
+            "slices across them, which silently trains something else: write ours, "
+            "dat.optimizer.name='lamb', which knows them.",
+        ),
+        (
+            ours(schedule={"scaling": "sqrt"}),
+            "dat.schedule.scaling='sqrt' and dat.schedule.base_batch=None go together: write "
+            "'linear' or 'sqrt' and the global batch that the learning rate is for, such as 256, "
+            "or neither.",
+        ),
+        (
+            ours(schedule={"base_batch": 256}),
+            "dat.schedule.scaling='none' and dat.schedule.base_batch=256 go together: ",
+        ),
+        (
+            {
+                "optimizer": {"type": "RMSprop"},
+                "dat": {"schedule": {"scaling": "sqrt", "base_batch": 256}},
+            },
+            "dat.schedule.scaling='sqrt' has no learning rate to scale: write optimizer.params.lr.",
         ),
         (ours(ema={"decay": math.inf}), "dat.ema.decay=inf must be a finite number."),
         (ours(ema={"decay": 1}), "dat.ema.decay=1.0 is not valid: write a number in [0, 1)."),
@@ -343,6 +395,13 @@ def test_all_problems_are_reported_at_once():
 def test_a_config_error_is_a_user_error_and_a_value_error():
     assert issubclass(ConfigError, UserError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_client_optimizer_scales_its_own_learning_rate():
+    config = {"dat": {"schedule": {"scaling": "linear", "base_batch": 256}}}
+    assert problems(config, client_optimizer=True) == [
+        "dat.schedule.scaling='linear' with initialize(optimizer=...): scale its own lr instead."
+    ]
 
 
 def test_a_client_optimizer_stands_in_for_the_configs_and_excludes_it():
@@ -624,6 +683,9 @@ def test_the_names_in_the_schema_are_those_that_can_be_built():
     assert set(get_args(schema.AttackName)) == {*ATTACKS, "none"}
     assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
     assert get_args(schema.OptimizerName) == tuple(OPTIMIZERS)
+    for presets in PRESETS.values():
+        hint = typing.get_type_hints(schema.OptimizerConfig)["preset"]
+        assert get_args(get_args(hint)[0]) == tuple(presets)
     assert get_args(schema.Norm) == NORMS
     assert get_args(schema.CodecName) == ("none", *CODECS)
     assert set(get_args(schema.InnerLossName)) == {*INNER_LOSSES, "dlr-targeted"}
@@ -796,6 +858,8 @@ ROUND_TRIPS = [
     ours(threat_model={"norm": "l2", "eps": "128/255"}, objective={"name": "dat"}),
     ours(model={"mean": [0.5], "std": [0.2], "options": {"a": {"b": 1}}}, output_dir="x"),
     {"dat": {"optimizer": {"name": "sgd"}}, "zero_optimization": True},
+    {"dat": {"optimizer": {"name": "lamb"}}},
+    {"dat": {"optimizer": {"name": "lars", "preset": "paper", "upper": 5}}},
     {**ADAMW, "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     {**ADAMW, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4},
 ]
@@ -890,6 +954,33 @@ def test_batch_sizes_that_do_not_agree_are_refused(sizes, message):
     with pytest.raises(ConfigError) as caught:
         resolve_batch(load_config({**ADAMW, **sizes}).deepspeed, 2)
     assert str(caught.value) == message
+
+
+# ---- learning rate
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+def test_the_learning_rate_is_scaled_to_the_global_batch_in_either_section(scaling, factor):
+    schedule = {"scaling": scaling, "base_batch": 256}
+    run = load_config({"dat": {"optimizer": {"name": "lamb", "lr": 0.5}, "schedule": schedule}})
+    scaled, words = scale_learning_rate(run, 1024)
+    assert scaled.dat.optimizer.lr == 0.5 * factor
+    assert words == (
+        f"Learning rate {0.5 * factor:g} = 0.5 x {factor:g}, scaled ({scaling}) from a global "
+        "batch of 256 to 1024."
+    )
+    params = {"lr": 0.5, "muon_lr": 3.0, "momentum": 0.9}
+    config = {"optimizer": {"type": "Muon", "params": params}, "dat": {"schedule": schedule}}
+    run = load_config(config)
+    scaled, _ = scale_learning_rate(run, 1024)
+    expected = {"lr": 0.5 * factor, "muon_lr": 3.0 * factor, "momentum": 0.9}
+    assert scaled.deepspeed["optimizer"]["params"] == expected
+    assert run.deepspeed["optimizer"]["params"] == params, "what is saved is what was written"
+
+
+def test_without_scaling_the_learning_rate_is_what_was_written():
+    run = load_config(ADAMW)
+    assert scale_learning_rate(run, 1024) == (run, "")
 
 
 # ---- devices
