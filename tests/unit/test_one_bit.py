@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from dat_ds.compression.codecs import WholeSign
 from dat_ds.optim import (
     CompressedOptimizer,
+    Lamb,
     OneBitAdam,
     OneBitLamb,
     VarianceStability,
@@ -112,6 +113,15 @@ def test_before_the_freeze_one_bit_lamb_is_lamb(bounds: tuple[float, float]) -> 
     # The optimizer's order is by group.
     expected = torch.tensor([ratios[0], ratios[2], ratios[1]])
     assert_close(optimizer.trust_ratios, expected, rtol=1e-5, atol=0)
+
+
+def test_before_the_freeze_one_bit_lamb_is_our_lamb() -> None:
+    mine, theirs = weights(), weights()
+    unbounded = {"freeze_step": 100, "min_coeff": 0.0, "max_coeff": 1e9}
+    train(build("one_bit_lamb", mine, **unbounded), mine, 0, STEPS)
+    train(Lamb(groups(theirs), lr=LR, betas=BETAS, eps=EPS), theirs, 0, STEPS)
+    for p, q in zip(mine, theirs, strict=True):
+        assert_close(p, q, rtol=0, atol=2e-6)
 
 
 # ---- after it, without a quantisation error (one rank sends nothing)
