@@ -238,6 +238,12 @@ def accelerator_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def basic_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer that ZeRO or the mixed precision drives: the one that was passed in."""
+    basic: torch.optim.Optimizer = engine.basic_optimizer
+    return basic
+
+
 def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> None:
     """Tell ``optimizer``, which ``engine`` drives, where the layers lie in what it is handed.
 

@@ -287,6 +287,56 @@ def look_at_master_weights() -> dict[str, Any]:
     return report
 
 
+LAYERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "0": (0, {}),
+    "0, bf16": (0, tiny.PRECISIONS["bf16"]),
+    "1": (1, {}),
+    "2, bf16": (2, tiny.PRECISIONS["bf16"]),
+    "2, round robin, bf16": (
+        2,
+        {**tiny.PRECISIONS["bf16"], "zero_optimization": {"round_robin_gradients": True}},
+    ),
+    "2, aligned": (2, {"zero_optimization": {"parameter_alignment": True}}),
+    "3, bf16": (3, tiny.PRECISIONS["bf16"]),
+    "3, sub-groups, bf16": (
+        3,
+        {**tiny.PRECISIONS["bf16"], "zero_optimization": {"sub_group_size": SMALL}},
+    ),
+    "1, BF16_Optimizer": (
+        1,
+        {**tiny.PRECISIONS["bf16"], "data_types": {"grad_accum_dtype": "fp32"}},
+    ),
+}
+
+
+def look_at_layers(stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Pieces of layers in this rank's master weights after a step, and the model's weights."""
+    from dat_ds.engine import hooks
+
+    sections = {**sections, "dat": {"optimizer": {"name": "lamb"}}}
+    config = tiny.config(stage, **sections)
+    del config["optimizer"]
+    import dat_ds
+
+    engine = dat_ds.initialize(model=tiny.vit(), config=config)[0]
+    report: dict[str, Any] = {"start": hooks.full_state_dict(engine.deepspeed)}
+    loss = engine(*tiny.images(BATCH, seed=engine.ranks.rank))
+    engine.backward(loss)
+    engine.step()
+    layout = engine.deepspeed.basic_optimizer.layout
+    report["pieces"] = {
+        layout.names[layer]: piece.detach().clone()
+        for flat, segments in layout.segments.items()
+        for layer, piece in zip(segments.layers, segments.cut(flat), strict=True)
+        if layer >= 0
+    }
+    report["names"] = layout.names
+    report["groups"] = len(layout.segments)
+    report["state"] = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return report
+
+
 def look_at_fp16() -> dict[str, Any]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -360,6 +410,8 @@ def look() -> dict[Any, Any]:
     reports["masters"] = look_at_master_weights()
     for stage, own in itertools.product(STAGES, (True, False)):
         reports["averaging", stage, own] = look_at_averaging(stage, own)
+    for name, case in LAYERS.items():
+        reports["layers", name] = look_at_layers(*case)
     reports["fp16"] = look_at_fp16()
     reports["scale"] = look_at_scale()
     return reports
@@ -540,6 +592,41 @@ def test_gradient_scale_is_deepspeeds(reports: dict[Any, Any]) -> None:
     assert scale["bf16"] == scale["float32"] == 1
     assert scale["autocast 0"] == scale["autocast 1"] == scale["autocast 3"] == 2.0**16
     assert scale["scaler 1"] == scale["scaler 3"] == 2.0**16
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_attach_layers_finds_every_layer_in_the_master_weights(
+    by_rank: list[dict[Any, Any]], name: str
+) -> None:
+    # After a step: every group of master weights has reached the model, the earlier ones too.
+    first, second = (reports["layers", name] for reports in by_rank)
+    parameters = dict(tiny.vit().named_parameters())
+    assert first["names"] == second["names"]
+    assert sorted(first["names"]) == sorted(parameters)
+    for layer in parameters:
+        pieces = [r["pieces"][layer].flatten() for r in (first, second) if layer in r["pieces"]]
+        whole = pieces[0] if name.startswith("0") else torch.cat(pieces)
+        state = first["state"][layer]
+        assert torch.equal(whole.to(state.dtype).view_as(state), state), layer
+        assert not torch.equal(first["start"][layer], state), layer
+
+
+def test_the_cases_of_attach_layers_cut_layers_and_have_several_groups(
+    by_rank: list[dict[Any, Any]],
+) -> None:
+    for name in LAYERS:
+        first, second = (reports["layers", name] for reports in by_rank)
+        if not name.startswith("0"):
+            assert first["pieces"].keys() & second["pieces"].keys(), name
+            assert first["groups"] > 1, name
+    assert by_rank[0]["layers", "3, sub-groups, bf16"]["groups"] > 4
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_deepspeeds_own_first_step_moves_nothing(reports: dict[Any, Any], name: str) -> None:
+    for key, value in tiny.vit().state_dict().items():
+        state = reports["layers", name]["start"][key]
+        assert torch.equal(state, value.to(state.dtype)), key
 
 
 def test_torch_routes_collectives_through_the_process_group(reports: dict[Any, Any]) -> None:
