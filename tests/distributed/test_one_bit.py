@@ -32,6 +32,7 @@ AGREED = {"ZeroOneAdam": (4, 5, 6, 8)}
 PRECISIONS: dict[str, dict[str, Any]] = {
     **{name: tiny.PRECISIONS[name] for name in ("float32", "bf16", "autocast")},
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+    "awp": {"dat": {"weight_perturbation": {"name": "awp", "scope": "local"}}},
     "accumulated and clipped": {"gradient_accumulation_steps": 2, "gradient_clipping": 0.1},
 }
 RUNS = list(itertools.product(OPTIMIZERS, PRECISIONS))
