@@ -44,7 +44,8 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
     """Train a few steps naturally under each way to shard, and by hand; a collective.
 
     Args:
-        run: Its model and optimizer; images are random, the ZeRO section is replaced.
+        run: Its model, without dropout, and optimizer; images are random, and the ZeRO section is
+            replaced.
         output: JSON file for the numbers, written by rank 0.
 
     Returns:
@@ -64,7 +65,10 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
     from dat_ds.engine.run import natural_twin_of
 
     run = natural_twin_of(run)
-    dat = dataclasses.replace(run.dat, schedule=ScheduleConfig(name="constant"))
+    without_dropout = dataclasses.replace(run.dat.model, drop_rate=None, drop_path_rate=None)
+    dat = dataclasses.replace(
+        run.dat, model=without_dropout, schedule=ScheduleConfig(name="constant")
+    )
     run = dataclasses.replace(run, dat=dat)
     ranks, model, batches = model_and_batches(run, STEPS)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -79,17 +79,17 @@ class Lamb(LayerwiseOptimizer):
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with both corrections moved to the scalars.
+        corrected = group["bias_correction"]
+        steps = [state["step"] for state in states]
+        roots = [(1 - beta2**t) ** 0.5 if corrected else 1.0 for t in steps]
+        factors = [
+            r / (1 - beta1**t) if corrected else 1.0 for t, r in zip(steps, roots, strict=True)
+        ]
         denominators = torch._foreach_sqrt(second)
-        if group["bias_correction"]:
-            steps = [state["step"] for state in states]
-            torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
-            torch._foreach_add_(denominators, group["eps"])
-            torch._foreach_mul_(denominators, [1 - beta1**t for t in steps])
-        else:
-            torch._foreach_add_(denominators, group["eps"])
-        directions = list(torch._foreach_div(first, denominators))
-        if group["weight_decay"]:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
+        torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
+        directions = list(torch._foreach_mul(params, group["weight_decay"]))
+        torch._foreach_addcdiv_(directions, first, denominators, factors)
         return directions, directions
 
     def _ratio(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BLOCK = 2**15
 PADDING = -1
 """In the place of a layer's number: elements that belong to none."""
 
@@ -185,9 +186,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 for p, tensor in zip(params, tensors, strict=True)
                 for piece in layout.segments[p].cut(tensor)
             ]
-            # In float64: float32 sums of millions of squares are wrong in the fifth digit.
-            norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float64))
-            self._squares_on(norms.device).index_copy_(1, layers, norms.square().view(2, -1))
+            squares = _squared_norms(pieces).view(2, -1)
+            self._squares_on(squares.device).index_copy_(1, layers, squares)
         self._updates.append(_Update(group, params, directions, layers))
 
     @torch.no_grad()
@@ -265,6 +265,20 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             shape = (2, len(self.layout.names) + 1)
             self._squares = torch.zeros(shape, dtype=torch.float64, device=device)
         return self._squares
+
+
+def _squared_norms(pieces: Sequence[Tensor]) -> Tensor:
+    """Squared l2 norm of each of ``pieces``, float64 and exact to float32's rounding.
+
+    A CPU's float32 sum of millions of squares is wrong in the fifth digit, and in float64 it copies
+    the pieces first; so it sums blocks in float32 and those in float64.
+    """
+    if pieces[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(list(pieces), 2, torch.float64)).square_()
+    blocks = [torch.split(piece.flatten(), _BLOCK) for piece in pieces]
+    norms = torch._foreach_norm([b for blocks_ in blocks for b in blocks_], 2, torch.float32)
+    lengths = torch.tensor([len(blocks_) for blocks_ in blocks])
+    return torch.segment_reduce(torch.stack(norms).double().square_(), "sum", lengths=lengths)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
