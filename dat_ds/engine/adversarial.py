@@ -42,6 +42,7 @@ from dat_ds.evaluation import Task
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
 from dat_ds.objectives import Objective, helper_images
+from dat_ds.optim import CompressedOptimizer
 
 
 class AdversarialEngine:
@@ -61,6 +62,7 @@ class AdversarialEngine:
         ranks: The processes of the run.
         reference: The model as it was at the start, frozen, where the objective needs it.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        averaging_optimizer: The optimizer, where it averages over ranks by itself.
         compression: Averages gradients through a codec; None where they are not compressed.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
@@ -77,6 +79,7 @@ class AdversarialEngine:
         helper: nn.Module | None = None,
         reference: nn.Module | None = None,
         loader: DistributedLoader | None = None,
+        averaging_optimizer: CompressedOptimizer | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
@@ -91,6 +94,7 @@ class AdversarialEngine:
         self._helper = helper
         self.reference = reference
         self._loader = loader
+        self.averaging_optimizer = averaging_optimizer
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
         casts_itself = isinstance(self.module, PixelModel)
@@ -134,6 +138,17 @@ class AdversarialEngine:
     def progress(self) -> float:
         """Share of the run's optimizer steps that are done, in [0, 1]; 0 without a known length."""
         return min(1.0, self.global_steps / self._total_steps) if self._total_steps else 0.0
+
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether ranks hold weights of their own: 0/1 Adam's, once its variance is frozen."""
+        optimizer = self.averaging_optimizer
+        return (
+            optimizer is not None
+            and optimizer.steps_locally
+            and optimizer.is_frozen
+            and self.ranks.count > 1
+        )
 
     @property
     def accumulation(self) -> int:
@@ -190,10 +205,15 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
+        if self.averaging_optimizer is not None:
+            hooks.reduce_in_backward(
+                self.deepspeed, self.averaging_optimizer.needs_averaged_gradients
+            )
         if self.compression is not None:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
+        scale = hooks.missing_loss_scale(self.deepspeed)
         with self._phase("backward"), self._perturbed:
-            self.deepspeed.backward(loss)
+            self.deepspeed.backward(loss if scale == 1 else loss.float() * scale)
         if self.compression is not None and self.micro_step == self.accumulation - 1:
             self.compression.check_done()
         if self._replayed is not None:
@@ -330,7 +350,7 @@ class AdversarialEngine:
         The objective's terms (``loss`` and others), accuracies as fractions, ``seconds_attack`` and
         ``seconds_update``, ``bytes_sent`` by kind, ``attack_zero_share`` (of gradient entries),
         ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
-        ``skipped_steps``: how many steps DeepSpeed has dropped so far for non-finite gradients.
+        ``skipped_steps``: how many steps were dropped so far for non-finite gradients.
         """
         return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
 
@@ -342,11 +362,12 @@ class AdversarialEngine:
 
     def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
         means = metrics.means(sums, ranks)
+        own_skips = 0 if self.averaging_optimizer is None else self.averaging_optimizer.num_skipped
         return {
             **means,
             **metrics.local(),
             "bytes_sent": dict(metrics.bytes_sent),
-            "skipped_steps": int(self.deepspeed.skipped_steps),
+            "skipped_steps": int(self.deepspeed.skipped_steps) + own_skips,
         }
 
     def close(self) -> None:
