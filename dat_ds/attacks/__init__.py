@@ -8,12 +8,14 @@ from dat_ds.attacks.build import (
     REQUIRED,
     Attack,
     CallableAttack,
+    FreeAttack,
     UserAttack,
     attack_options,
     build_attack,
     parse_length,
 )
-from dat_ds.attacks.gradient import InputGradient
+from dat_ds.attacks.free import FreePerturbation
+from dat_ds.attacks.gradient import InputGradient, finite_samples
 from dat_ds.attacks.losses import (
     INNER_LOSSES,
     MIN_CLASSES,
@@ -39,6 +41,7 @@ from dat_ds.attacks.pgd import (
 )
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
 from dat_ds.attacks.threat import NORMS, ThreatModel
+from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
 
 __all__ = [
     "ATTACKS",
@@ -51,6 +54,8 @@ __all__ = [
     "AlignmentProbes",
     "Attack",
     "CallableAttack",
+    "FreeAttack",
+    "FreePerturbation",
     "InnerLoss",
     "InputGradient",
     "SampleGenerator",
@@ -64,15 +69,18 @@ __all__ = [
     "cross_entropy",
     "cw_margin",
     "dlr",
+    "dropped_tokens",
     "fat",
     "fgsm",
     "fgsm_rs",
     "fgsm_step_size",
+    "finite_samples",
     "kl_divergence",
     "mim",
     "multi_norm",
     "n_fgsm",
     "parse_length",
+    "patch_tokens",
     "pgd",
     "preserved_buffers",
     "project_l1",

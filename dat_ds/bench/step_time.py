@@ -11,7 +11,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class PlainSteps:
 
 
 def time_in_turn(
-    parts: dict[str, Callable[[], None]], repetitions: int, device: torch.device
+    parts: Mapping[str, Callable[[], object]], repetitions: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each part in each round, after warming up; every round runs every part once."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}

@@ -89,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = _add_command(commands, "bench", _bench, "measure what the project claims")
     bench.add_argument(
         "table",
-        choices=["attack", "trust-ratios"],
-        help="time of a step against its parts; LAMB's and LARS's ratios under every ZeRO stage",
+        choices=["attack", "compression", "trust-ratios"],
+        help="time of a step against its parts; codecs and bytes; LAMB's and LARS's ratios under "
+        "every ZeRO stage",
     )
     _add_config(bench)
     bench.add_argument("--repetitions", type=int, default=20, help="timed steps of each (>= 5)")
@@ -172,9 +173,11 @@ def _bench(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
         if table := bench_trust_ratios(run, output=options.output):
             print(table)
         return 0
+    from dat_ds.bench.compression import bench_compression
     from dat_ds.bench.step_time import bench_attack
 
-    print(bench_attack(run, repetitions=options.repetitions, output=options.output))
+    bench = {"attack": bench_attack, "compression": bench_compression}[options.table]
+    print(bench(run, repetitions=options.repetitions, output=options.output))
     return 0
 
 

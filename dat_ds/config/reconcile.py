@@ -46,7 +46,7 @@ from dat_ds.config.schema import (
     WeightPerturbationConfig,
 )
 from dat_ds.errors import ConfigError
-from dat_ds.objectives import default_attack_loss, objective_options
+from dat_ds.objectives import default_attack_loss, objective_options, uses_unlabelled
 from dat_ds.optim import (
     OPTIMIZERS,
     PRESETS,
@@ -128,6 +128,7 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         optimizer=_resolve_our_optimizer(dat, problems),
         compression=_resolve_compression(dat.compression, problems),
     )
+    _check_labels(resolved, problems)
     if num_classes is not None:
         check_num_classes(resolved, num_classes, problems)
     return resolved
@@ -152,8 +153,8 @@ def _resolve_attack(dat: DatConfig, problems: list[str]) -> AttackConfig:
         key, value = field.name, getattr(attack, field.name)
         if key in ("name", *ATTACK_SETTINGS) or key in taken or value is None:
             continue
-        if (key, value) == ("steps", 1):
-            continue  # what a resolved single-step attack says
+        if (key, value) in (("steps", 1), ("model_mode", "eval")):
+            continue  # what a resolved attack that takes no such key says
         problems.append(
             f"dat.attack.{key}={value!r} is no setting of the attack {attack.name!r}: remove it. "
             f"It takes {', '.join([*taken, *ATTACK_SETTINGS])}."
@@ -208,6 +209,12 @@ def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> 
                 "dat.attack.random_start=true or dat.attack.loss='ce'."
             )
         )
+    for key in ("resolution", "keep_tokens"):
+        if name == "free" and getattr(attack, key) is not None:
+            problems.append(
+                f"dat.attack.{key}={getattr(attack, key)!r} makes the attack cheaper than the "
+                "update, of which dat.attack.name='free' is a part: remove it."
+            )
     if attack.steps_from is not None and "steps" not in attack_options(name):
         problems.append(
             f"dat.attack.steps_from={attack.steps_from} makes no sense for {name!r}, which takes "
@@ -215,6 +222,65 @@ def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> 
         )
     if name == "multi_norm":
         _check_other_norms(attack.other_norms, norm, problems)
+
+
+def _check_labels(dat: DatConfig, problems: list[str]) -> None:
+    """Refuse labels that are missing, or mixed, where attack or objective need them."""
+    data, attack, objective = dat.data, dat.attack, dat.objective
+    if data.mixes:
+        key = "mixup" if data.mixup else "cutmix"
+        mixes = f"dat.data.{key}={getattr(data, key):g} makes labels probabilities, but "
+        if attack.loss in ("cw", "dlr", "dlr-targeted"):
+            problems.append(
+                f"{mixes}dat.attack.loss={attack.loss!r} needs a true class: write 'ce' or 'kl', "
+                f"or remove dat.data.{key}."
+            )
+        if objective.name == "mart":
+            problems.append(
+                f"{mixes}dat.objective.name='mart' needs a true class: write 'trades', or remove "
+                f"dat.data.{key}."
+            )
+        if data.has_unlabelled:
+            problems.append(f"{mixes}unlabelled images have none to mix: remove dat.data.{key}.")
+    if data.drop_unlabelled and data.labelled_fraction == 1:
+        problems.append(
+            "dat.data.drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction, "
+            "such as 0.1, or remove it."
+        )
+    if not data.has_unlabelled:
+        for path, value, default in (
+            ("data.pseudo_labels", data.pseudo_labels, None),
+            ("data.labelled_repeats", data.labelled_repeats, 1),
+            ("objective.unlabelled_weight", objective.unlabelled_weight, 1.0),
+        ):
+            if value != default:
+                problems.append(
+                    f"dat.{path}={value!r} concerns unlabelled images, but there are none: write "
+                    "dat.data.labelled_fraction or dat.data.unlabelled_path, or remove it."
+                )
+    elif data.pseudo_labels is None:
+        where = (
+            f"dat.data.unlabelled_path={data.unlabelled_path!r}"
+            if data.unlabelled_path is not None
+            else f"dat.data.labelled_fraction={data.labelled_fraction:g}"
+        )
+        if objective.grad_align:
+            problems.append(
+                f"{where}: dat.objective.grad_align={objective.grad_align:g} needs labels: write "
+                "dat.data.pseudo_labels, or remove it."
+            )
+        remedy = "Write dat.data.pseudo_labels='runs/natural' (a model that labels them)"
+        if not uses_unlabelled(objective.name):
+            problems.append(
+                f"{where}: dat.objective.name={objective.name!r} has no use for images without "
+                f"labels. {remedy}, or dat.objective.name='trades', or leave them out "
+                "(dat.data.drop_unlabelled=true)."
+            )
+        elif attack.name in ("apgd", "fat") or attack.loss not in (None, "kl"):
+            problems.append(
+                f"{where}: dat.attack.name={attack.name!r} with loss {attack.loss!r} needs labels. "
+                f"{remedy}, or dat.attack.name='pgd' with dat.attack.loss='kl'."
+            )
 
 
 def _starts_at_random(attack: AttackConfig) -> bool:
@@ -301,16 +367,15 @@ def _resolve_weight_perturbation(dat: DatConfig, problems: list[str]) -> WeightP
 
 def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
     action, attack = dat.guard.action, dat.attack.name
-    if attack in ("none", "multi_norm") and action not in (None, "none"):
+    has_probe = attack not in ("none", "multi_norm", "free")
+    if not has_probe and action not in (None, "none"):
         problems.append(
-            f"dat.guard.action={action!r} compares attacks within one ball, which "
-            f"dat.attack.name={attack!r} does not train against: remove it."
+            f"dat.guard.action={action!r} compares the training attack with a stronger one in the "
+            f"same ball, which dat.attack.name={attack!r} does not allow: remove it."
         )
     if action is None:
-        single_step = attack != "none" and (
-            "steps" not in attack_options(attack) or dat.attack.steps == 1
-        )
-        action = "rollback" if single_step and attack != "multi_norm" else "none"
+        single_step = has_probe and ("steps" not in attack_options(attack) or dat.attack.steps == 1)
+        action = "rollback" if single_step else "none"
     return dataclasses.replace(dat.guard, action=action)
 
 
@@ -473,17 +538,17 @@ def resolve_deepspeed(
         )
     _resolve_optimizer(config, dat, stage, client_optimizer, problems)
     if dat.compression.name != "none":
-        _resolve_reductions(config, dat.compression, stage, problems)
+        _resolve_reductions(config, dat, stage, problems)
     return config
 
 
 def _resolve_reductions(
-    config: dict[str, Any], compression: CompressionConfig, stage: int, problems: list[str]
+    config: dict[str, Any], dat: DatConfig, stage: int, problems: list[str]
 ) -> None:
     """Set how DeepSpeed reduces gradients to what compression replaces; refuse the rest."""
     zero = config["zero_optimization"]
     zero = zero if isinstance(zero, dict) else {}
-    name = f"dat.compression.name={compression.name!r}"
+    name = f"dat.compression.name={dat.compression.name!r}"
     refused = {
         "communication_data_type": config.get("communication_data_type") is not None,
         "prescale_gradients": config["prescale_gradients"],
@@ -500,16 +565,31 @@ def _resolve_reductions(
         zero["reduce_scatter"] = False
     elif stage == 3:
         refused["zero_optimization.reduce_scatter"] = not zero.get("reduce_scatter", True)
-        if compression.sides is not None:
-            problems.append(
-                f"dat.compression.sides={compression.sides!r} with zero_optimization.stage=3: "
-                "gradients travel one way only, to the rank that keeps their mean. Remove it."
-            )
+        if dat.compression.sides == "double":
+            _check_parameter_half(dat, zero, problems)
     problems += [
         f"{key} with {name}, which averages gradients in its own way: remove one of them."
         for key, is_given in refused.items()
         if is_given
     ]
+
+
+def _check_parameter_half(dat: DatConfig, zero: Mapping[str, Any], problems: list[str]) -> None:
+    """Refuse what parameters that travel as int8 would spoil, or what sends them otherwise."""
+    sides = "dat.compression.sides='double' with zero_optimization.stage=3"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key):
+            problems.append(f"zero_optimization.{key} with {sides}: remove one of them.")
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        problems.append(
+            f"zero_optimization.zero_hpz_partition_size with {sides}: parameters would come from "
+            "secondary shards. Remove one of them."
+        )
+    if dat.weight_perturbation.name != "none":
+        problems.append(
+            f"dat.weight_perturbation.name={dat.weight_perturbation.name!r} with {sides}: rounding "
+            "parameters for the way moves them as far as the perturbation. Write 'single'."
+        )
 
 
 def _check_objects(config: dict[str, Any], problems: list[str]) -> None:

@@ -22,7 +22,9 @@ OptimizerName = Literal[
 ]
 ScalingName = Literal["none", "linear", "sqrt"]
 Norm = Literal["linf", "l2", "l1"]
-AttackName = Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "none"]
+AttackName = Literal[
+    "pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "free", "none"
+]
 InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted"]
 ObjectiveName = Literal["at", "dat", "trades", "mart", "alp", "hat"]
 CodecName = Literal["none", "int8", "int4", "qsgd", "natural", "topk", "sign"]
@@ -86,6 +88,21 @@ class DataConfig:
     name: DatasetName = "digits"
     path: str | None = None
     augment: Augmentation = "none"
+    mixup: float = _at_least(0, 0.0)
+    """Alpha of mixup: labels become probabilities. 0 for none."""
+    cutmix: float = _at_least(0, 0.0)
+    """Alpha of CutMix; with ``mixup`` too, each image gets one of them."""
+    labelled_fraction: float = _checked(1.0, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """Part of the training images that keep their labels; the others count as unlabelled."""
+    drop_unlabelled: bool = False
+    """Leave those others out."""
+    unlabelled_path: str | None = None
+    """Further unlabelled training images: a folder of image files, or an npz file with
+    ``images``."""
+    labelled_repeats: int = _at_least(1, 1)
+    """How often each labelled image occurs in an epoch beside the unlabelled ones."""
+    pseudo_labels: str | None = None
+    """Run folder or checkpoint of a model that labels the unlabelled images before training."""
     validation_fraction: float = _fraction(0.1)
     """Share of the training images held out for choosing the best checkpoint."""
     img_size: int | None = _above(0, None)
@@ -98,6 +115,17 @@ class DataConfig:
     num_workers: int = _at_least(0, 0)
     pin_memory: bool | None = None
     """Default: on where there is an accelerator."""
+
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether some training images have no true label."""
+        hides = self.labelled_fraction < 1 and not self.drop_unlabelled
+        return hides or self.unlabelled_path is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels are probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +149,8 @@ class AttackConfig:
     steps: int | None = _at_least(1, None)
     """Gradient steps. Default 10 (Madry et al. 2018 use 7, DAT's release 10)."""
     step_size: Length | None = _at_least(0, None)
-    """Default: eps / 4; of the single-step attacks eps, and 1.25 eps from a random start."""
+    """Default: eps / 4; of ``free`` and the single-step attacks eps, and 1.25 eps from a random
+    start."""
     random_start: bool | None = None
     """Default: true for ``pgd``, ``apgd``, ``fat``, ``multi_norm``; false for ``fgsm``, ``mim``."""
     restarts: int | None = _at_least(1, None)
@@ -141,9 +170,14 @@ class AttackConfig:
     """``multi_norm``: radius of each further ball by norm, such as ``{"l2": 0.5, "l1": 12}``."""
     combine: Literal["worst", "average"] | None = None
     """``multi_norm``: train on each image's worst ball (default), or on all of them."""
+    replays: int | None = _at_least(1, None)
+    """``free``: optimizer steps in a row on the same batch. Default 4."""
     resolution: int | None = _above(0, None)
     """Size in pixels at which the model sees images during the attack; the update is at full size.
     The model must accept it (a ViT: ``dat.model.options.dynamic_img_size``)."""
+    keep_tokens: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """Part of the patches that a vision transformer sees during the attack, drawn anew in every
+    forward; the update sees all."""
     eps_warmup: float = _fraction(0.0)
     """Share of the run over which eps and the step size rise linearly from 0."""
     steps_from: int | None = _at_least(1, None)
@@ -167,6 +201,8 @@ class ObjectiveConfig:
     """``hat``: run folder or checkpoint of a naturally trained model that labels helper images."""
     label_smoothing: float | None = _fraction(None)
     """Default 0."""
+    unlabelled_weight: float = _at_least(0, 1.0)
+    """Weight of every image whose label is missing or a pseudo-label, in all terms."""
     grad_align: float = _at_least(0, 0.0)
     """Weight of GradAlign's regulariser against catastrophic overfitting; 0.2 in its paper for
     CIFAR-10 at eps 8/255. Costs 16 forwards' time a step, under every ZeRO stage."""
@@ -342,8 +378,9 @@ class CompressionConfig:
 
     name: CodecName = "none"
     sides: Literal["single", "double"] | None = None
-    """Encode what ranks send to be averaged (``single``; the mean comes back in float32), or the
-    mean as well (``double``). Default: ``double``; under ZeRO-3 gradients travel one way only."""
+    """Encode what ranks send to be averaged (``single``), or what comes back as well (``double``):
+    the mean or, under ZeRO-3, the parameters, as ``int8``. Default: ``double`` below ZeRO-3,
+    ``single`` under it."""
     block_size: int | None = _at_least(0, None)
     """Entries that share a scale; 0 makes one block of each rank's share of a bucket. Default: 64
     for ``int8``, ``int4`` and ``qsgd``, 1024 for ``topk`` and ``sign``."""

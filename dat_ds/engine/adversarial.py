@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +18,22 @@ from torch import Tensor, nn
 from dat_ds.attacks import (
     AlignmentProbes,
     Attack,
+    FreeAttack,
+    FreePerturbation,
     InputGradient,
     SampleGenerator,
     alignment_probes,
     attack_mode,
+    finite_samples,
     preserved_buffers,
 )
 from dat_ds.config import RunConfig, precision_of
-from dat_ds.data import BatchPlan, DistributedLoader
+from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
-from dat_ds.engine.traffic import Traffic, listen, stop_listening
+from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
@@ -57,6 +61,7 @@ class AdversarialEngine:
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
         averaging_optimizer: The optimizer, where it averages over ranks by itself.
         compression: Averages gradients through a codec; None where they are not compressed.
+        free: What free adversarial training carries from step to step; None for other attacks.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class AdversarialEngine:
         self.run = run
         self.ranks = ranks
         self._attack = attack
+        self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
+        self._replayed: tuple[Tensor, Tensor] | None = None
         self._objective = objective
         self._total_steps = total_steps
         self._helper = helper
@@ -150,7 +157,8 @@ class AdversarialEngine:
             x: Images in pixel units [0, 1], floating point, any device. May hold no image at all
                 (a rank that the last batch of an epoch left out); such a rank computes along with
                 weight 0, so that all ranks do the same number of forwards.
-            y: Class indices ``(B,)``.
+            y: Class indices ``(B,)``, or what is known of them (see
+                :mod:`dat_ds.data.unlabelled`); or probabilities ``(B, K)``.
             plan: Place and weight of this micro-batch in the global batch. Default: the loader's
                 plan of the batch it handed out last, which weights uneven batches so that ranks
                 average to the mean over the global batch; batches that did not come from it have
@@ -162,22 +170,27 @@ class AdversarialEngine:
         self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
         x, y, num_images = self._prepare(x, y)
+        y, labelled, weights = self._read_labels(y)
         metrics = self._pending
         metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
+        if self.free is not None:
+            x_adv.requires_grad_()
+            self._replayed = (x, x_adv) if num_images else None
         probes = self._alignment_probes(x, y, first_index)
         metrics.timer.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
-        self._perturb_weights(x, x_adv, y, probes, weight)
-        with self._traffic.counting("forward"), keep, self._restored_on_error():
-            terms, logits_adv, logits = self._outer_loss(self.deepspeed, x, x_adv, y, probes)
+        self._perturb_weights(x, x_adv, y, probes, weights, weight)
+        with self._phase("forward"), keep, self._restored_on_error():
+            terms, logits_adv, logits = self._outer_loss(
+                self.deepspeed, x, x_adv, y, probes, weights
+            )
         natural_logits = logits_adv if self._attack is None else logits
         if num_images and natural_logits is not None:
-            metrics.add_natural(_num_correct(natural_logits, y), num_images)
+            metrics.add_natural(*_num_correct(natural_logits, y, labelled))
         if num_images and self._attack is not None:
-            views = len(x_adv) // len(x)
-            metrics.add_robust(_num_correct(logits_adv, y.repeat(views)), views * num_images)
+            metrics.add_robust(*_num_correct(logits_adv, y, labelled))
         metrics.add_terms(terms, weight / self.accumulation)
         loss = terms["loss"]
         return loss if weight == 1.0 else loss * weight
@@ -191,13 +204,20 @@ class AdversarialEngine:
         if self.compression is not None:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
         scale = hooks.missing_loss_scale(self.deepspeed)
-        with self._traffic.counting("backward"), self._perturbed:
+        with self._phase("backward"), self._perturbed:
             self.deepspeed.backward(loss if scale == 1 else loss.float() * scale)
+        if self.compression is not None and self.micro_step == self.accumulation - 1:
+            self.compression.check_done()
+        if self._replayed is not None:
+            self._pending.timer.enter("attack")
+            self._ascend_with(*self._replayed)
+            self._replayed = None
+            self._pending.timer.enter("update")
 
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
         completes = self.micro_step == self.accumulation - 1
-        with self._traffic.counting("step"), hooks.named_loss_scale_error():
+        with self._phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
         self._pending.timer.leave()
         if completes:
@@ -228,10 +248,12 @@ class AdversarialEngine:
             return x
         attack = self._attack.at(self.progress)
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
+        if self.free is not None:
+            return self.free.images(x, self.micro_step, attack.threat, generator)
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
@@ -251,7 +273,7 @@ class AdversarialEngine:
         )
         try:
             with resident, attack_mode(self.module, model_mode), self._autocast():  # type: ignore[arg-type]
-                yield lambda x: self._forward(self.module, x, training=model_mode == "train")
+                yield _FrozenModel(self.module, self._forward, model_mode == "train")
         except BaseException:
             # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.
             hooks.release_parameters(self.deepspeed)
@@ -265,6 +287,7 @@ class AdversarialEngine:
     def use_attack(self, attack: Attack) -> None:
         """Train with another attack from the next micro-step on."""
         self._attack = attack
+        self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
 
     def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:
         """Accuracy over all ranks' images under ``attack``, in eval mode; a collective.
@@ -283,7 +306,7 @@ class AdversarialEngine:
         with self.frozen() as model:
             x_adv = attack(model, x, y, generator, gradient=self._input_gradient())
             with torch.no_grad():
-                num_correct = _num_correct(model(x_adv), y)
+                num_correct, _ = _num_correct(model(x_adv), y)
         counts = torch.tensor([float(num_correct) if num_images else 0.0, float(num_images)])
         correct, total = self.ranks.sum(counts.double()).tolist()
         return float(correct / total) if total else 0.0
@@ -298,10 +321,11 @@ class AdversarialEngine:
         if self._last is None or has_natural:
             return
         x, y, num_images = self._prepare(x, y)
+        y, labelled, _ = self._read_labels(y)
         with self.frozen() as model, torch.no_grad():
             logits = model(x)
         if num_images:
-            self._last.add_natural(_num_correct(logits, y), num_images)
+            self._last.add_natural(*_num_correct(logits, y, labelled))
 
     # ---- metrics
 
@@ -339,6 +363,15 @@ class AdversarialEngine:
 
     # ---- internals
 
+    @contextlib.contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        """A part of training, whose traffic is counted, and compressed where it is asked for."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._traffic.counting(phase))
+            if self.compression is not None:
+                stack.enter_context(self.compression.training_pass())
+            yield
+
     def _input_gradient(self) -> InputGradient:
         # float16 alone overflows, under DeepSpeed's own casts or under autocast.
         overflows = self._precision == "fp16" or (
@@ -373,6 +406,20 @@ class AdversarialEngine:
             x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:])
         return x, y, num_images
 
+    def _read_labels(self, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Classes, which of them are true ``(B,)``, and each sample's weight ``(B,)``.
+
+        The latter two are None where they are 1 throughout.
+        """
+        data, unlabelled_weight = self.run.dat.data, self.run.dat.objective.unlabelled_weight
+        if y.is_floating_point() or not data.has_unlabelled:
+            return y, None, None
+        labelled = y >= 0
+        weights = None
+        if unlabelled_weight != 1:
+            weights = torch.where(labelled, 1.0, unlabelled_weight)
+        return classes_of(y), labelled, weights
+
     def _check_pixels(self, x: Tensor) -> None:
         threat = self.run.dat.threat_model
         low, high = float(x.min()), float(x.max())
@@ -391,6 +438,7 @@ class AdversarialEngine:
         x_adv: Tensor,
         y: Tensor,
         probes: AlignmentProbes | None,
+        weights: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """The objective's terms, the adversarial and, where needed, the natural logits.
 
@@ -403,7 +451,7 @@ class AdversarialEngine:
         if objective.needs_helper_logits:
             threat = self.run.dat.threat_model
             kinds["helper"] = helper_images(
-                x.repeat(views, 1, 1, 1), x_adv, threat.lower, threat.upper
+                x.repeat(views, 1, 1, 1), x_adv.detach(), threat.lower, threat.upper
             )
         if probes is not None:
             kinds["alignment"] = probes.images
@@ -423,6 +471,9 @@ class AdversarialEngine:
         if views > 1:
             repeated = None if logits is None else logits.repeat(views, 1)
             y_adv = y.repeat(views, *[1] * (y.ndim - 1))
+            weights = None if weights is None else weights.repeat(views)
+        if weights is not None:
+            extra["weights"] = weights
         terms = objective(logits_adv, y_adv, repeated, **extra)
         if probes is not None:
             penalty = probes.penalty(by_kind["alignment"], y)
@@ -437,11 +488,28 @@ class AdversarialEngine:
         # A stream of its own: the attack's random start is another draw.
         generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
         threat, mode = self._attack.threat, self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             return alignment_probes(model, x, y, threat=threat, generator=generator)
 
+    def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
+        """Move free training's perturbation up the gradient that the backward left at ``x_adv``."""
+        attack = self.attack_in_use
+        assert self.free is not None
+        assert isinstance(attack, FreeAttack)
+        gradient = x_adv.grad
+        if gradient is None:
+            raise RuntimeError("The loss given to backward does not depend on the last images.")
+        gradient = self._pending.gradient.count(gradient, finite_samples(gradient))
+        self.free.ascend(x, x_adv, gradient, self.micro_step, attack.threat, attack.step_size)
+
     def _perturb_weights(
-        self, x: Tensor, x_adv: Tensor, y: Tensor, probes: AlignmentProbes | None, weight: float
+        self,
+        x: Tensor,
+        x_adv: Tensor,
+        y: Tensor,
+        probes: AlignmentProbes | None,
+        weights: Tensor | None,
+        weight: float,
     ) -> None:
         """Move the weights up the outer loss, until the end of :meth:`backward`."""
         perturbation = self.weight_perturbation
@@ -449,11 +517,11 @@ class AdversarialEngine:
             return
 
         def outer_loss() -> Tensor:
-            terms, *_ = self._outer_loss(self.module, x, x_adv, y, probes)
+            terms, *_ = self._outer_loss(self.module, x, x_adv, y, probes, weights)
             return terms["loss"] * weight
 
         scale = hooks.loss_scale(self.deepspeed)
-        with self._traffic.counting("backward"), self._restored_on_error():
+        with self._phase("backward"), self._restored_on_error():
             if self.keeps_parameters_resident:
                 self._perturbed.enter_context(hooks.resident_parameters(self.deepspeed))
             with self._autocast():
@@ -494,6 +562,18 @@ class AdversarialEngine:
         return model(x)
 
 
+@dataclass(frozen=True)
+class _FrozenModel:
+    """What :meth:`AdversarialEngine.frozen` gives: the module, called as the engine calls it."""
+
+    module: nn.Module
+    forward: Callable[..., Tensor]
+    training: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(self.module, x, training=self.training)
+
+
 def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:
     settings = run.dat.weight_perturbation
     if settings.name == "none":
@@ -503,5 +583,18 @@ def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:
 
 
 @torch.no_grad()
-def _num_correct(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(dim=1) == y).sum()
+def _num_correct(
+    logits: Tensor, y: Tensor, labelled: Tensor | None = None
+) -> tuple[Tensor, Tensor | int]:
+    """Correct images and how many count: those whose true class is known.
+
+    Args:
+        logits: Logits of one or several views of the images ``(n B, K)``.
+        y: Class indices ``(B,)``, or probabilities ``(B, K)``, of which the likeliest counts.
+        labelled: Which images count ``(B,)``; None for all.
+    """
+    classes = y.argmax(dim=1) if y.is_floating_point() else y
+    correct = logits.argmax(dim=1).view(-1, len(y)) == classes
+    if labelled is None:
+        return correct.sum(), correct.numel()
+    return (correct & labelled).sum(), labelled.sum() * len(correct)

@@ -20,10 +20,12 @@ from torch.utils.data import Dataset
 from dat_ds.attacks import (
     Attack,
     CallableAttack,
+    FreeAttack,
     ThreatModel,
     UserAttack,
     attack_options,
     build_attack,
+    patch_tokens,
 )
 from dat_ds.config import (
     DatConfig,
@@ -101,13 +103,25 @@ def initialize(
     if ranks.is_main:
         for note in run.notes:
             logger.info("Note: %s", note)
+    if attack is None:
+        attack = attack_of(run.dat)
+    elif not isinstance(attack, Attack):
+        name = getattr(attack, "__name__", "callable")
+        attack = CallableAttack(name, threat_of(run.dat), function=attack)
+    if attack is not None and attack.keep_tokens is not None and patch_tokens(model) is None:
+        raise ConfigError(
+            f"dat.attack.keep_tokens={attack.keep_tokens:g} needs a vision transformer: timm's "
+            f"VisionTransformer, or Hugging Face's ViT, DeiT or DINOv2, not this model "
+            f"({run.dat.model.name}). Remove it, or write dat.attack.resolution."
+        )
     helper = None
     if run.dat.objective.helper_model is not None:
         with ranks.together():
             helper = load(run.dat.objective.helper_model, map_location=ranks.device)
     loader = None
     if training_data is not None:
-        loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation)
+        replays = attack.replays if isinstance(attack, FreeAttack) else 1
+        loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation, replays)
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)
@@ -145,11 +159,6 @@ def initialize(
         )
     if isinstance(ours, LayerwiseOptimizer):
         hooks.attach_layers(engine, ours)
-    if attack is None:
-        attack = attack_of(run.dat)
-    elif not isinstance(attack, Attack):
-        name = getattr(attack, "__name__", "callable")
-        attack = CallableAttack(name, threat_of(run.dat), function=attack)
     adversarial = AdversarialEngine(
         engine,
         run=run,
@@ -238,15 +247,20 @@ def attack_of(dat: DatConfig) -> Attack | None:
     if dat.attack.name == "none":
         return None
     options = dataclasses.asdict(dat.attack)
-    if "steps" not in attack_options(dat.attack.name):
-        del options["steps"]  # written out as 1
+    for key in {"steps", "model_mode"} - set(attack_options(dat.attack.name)):
+        del options[key]  # written out though it takes none
     return build_attack({**options, "threat_model": threat_of(dat)})
 
 
 def objective_of(dat: DatConfig) -> Objective:
     """The objective of a run."""
     options = dataclasses.asdict(dat.objective)
-    for key in ("helper_model", "grad_align", "batch_norm"):  # the engine's part
+    for key in (
+        "helper_model",
+        "unlabelled_weight",
+        "grad_align",
+        "batch_norm",
+    ):  # the engine's part
         del options[key]
     return build_objective(options)
 
@@ -274,7 +288,12 @@ def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | No
 
 
 def _build_loader(
-    data: Dataset[Any], dat: DatConfig, ranks: Ranks, micro_batch: int, accumulation: int
+    data: Dataset[Any],
+    dat: DatConfig,
+    ranks: Ranks,
+    micro_batch: int,
+    accumulation: int,
+    replays: int,
 ) -> DistributedLoader:
     pin_memory = dat.data.pin_memory
     return DistributedLoader(
@@ -286,4 +305,5 @@ def _build_loader(
         seed=dat.seed,
         num_workers=dat.data.num_workers,
         pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
+        replays=replays,
     )

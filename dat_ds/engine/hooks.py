@@ -22,11 +22,12 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from dat_ds.errors import NumericsError
+from dat_ds.errors import NumericsError, UserError
 from dat_ds.optim import PADDING, LayerwiseOptimizer, Layout, Segments
 
 _SHARDED = (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
@@ -107,7 +108,7 @@ def gradient_scale(engine: DeepSpeedEngine) -> float:
     return loss_scale(engine) if scaler is None else float(scaler.get_scale())
 
 
-AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+_AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 
 
 def replace_gradient_averaging(
@@ -123,6 +124,9 @@ def replace_gradient_averaging(
             mean. The name stands for the parameters in it (at stage 0 for their number).
         scatter: Stage 3: likewise a name and the gradients of some parameters, to this rank's
             share of the mean of each, ``ceil(numel / ranks)`` entries.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
 
@@ -139,12 +143,90 @@ def replace_gradient_averaging(
         return [share.to(optimizer.gradient_accumulation_dtype) for share in shares]
 
     if stage == 0:
-        engine.allreduce_bucket = allreduce_bucket
+        _replace(engine, "allreduce_bucket", allreduce_bucket)
     elif stage < 3:
-        optimizer.gradient_reduction_w_predivide = reduce_in_place
+        _replace(optimizer, "gradient_reduction_w_predivide", reduce_in_place)
     else:
         order = {id(p): i for i, p in enumerate(engine.module.parameters())}
-        setattr(optimizer, AVERAGE_SCATTER, average_scatter)
+        _replace(optimizer, _AVERAGE_SCATTER, average_scatter)
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put ``function`` in the place of a method of one object."""
+    if not hasattr(owner, name):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, in whose "
+            "place dat.compression works: install deepspeed>=0.19.8,<0.20."
+        )
+    setattr(owner, name, function)
+
+
+class _GatheredParameters:
+    """Parameters whose values are known, in the place of DeepSpeed's handle of a gather."""
+
+    def __init__(self, parameters: list[Any], values: list[Tensor]) -> None:
+        self._pending = list(zip(parameters, values, strict=True))
+        accelerator = get_accelerator()
+        self._event = None if accelerator.is_synchronized_device() else accelerator.Event()
+        if self._event is not None:
+            self._event.record()  # on the stream of gathers, which is not the one that waits
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Hand the values over to the stream that computes."""
+        if self._event is not None and self._pending:
+            get_accelerator().current_stream().wait_event(self._event)
+        for parameter, value in self._pending:
+            if self._event is not None:
+                value.record_stream(get_accelerator().current_stream())
+            parameter.data = value
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self._pending.clear()
+
+
+def replace_parameter_gathers(
+    engine: DeepSpeedEngine,
+    gather: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor] | None],
+) -> None:
+    """Let others gather ZeRO-3 parameters for forward and backward passes.
+
+    Gathers outside the passes, as for exporting the model, stay DeepSpeed's.
+
+    Args:
+        engine: At ZeRO stage 3, without secondary shards (``zero_hpz_partition_size``).
+        gather: From this rank's shard of each parameter, flat and without padding, and the entries
+            of a shard with it, to each whole parameter, flat, with the padding at its end; None
+            leaves the gather to DeepSpeed.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
+    """
+
+    def replaced(original: Any) -> Callable[..., Any]:
+        def all_gather(parameters: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
+            ordered = sorted(parameters, key=lambda p: p.ds_id)
+            shards = [_own_entries(p).to(engine.device) for p in ordered]
+            whole = gather(shards, [p.ds_tensor.ds_numel for p in ordered])
+            if whole is None:
+                return original(ordered, safe_mode=safe_mode, quantize=quantize)
+            values = []
+            for parameter, flat in zip(ordered, whole, strict=True):
+                value = flat[: parameter.ds_numel].view(parameter.ds_shape)
+                values.append(value.to(parameter.ds_tensor.dtype))
+                parameter.ds_status = ZeroParamStatus.INFLIGHT
+            return _GatheredParameters(ordered, values)
+
+        return all_gather
+
+    name = "all_gather_coalesced"
+    for parameter in engine.module.parameters():
+        _replace(parameter, name, replaced(getattr(parameter, name, None)))
+
+
+def _own_entries(parameter: Any) -> Tensor:
+    """This rank's ZeRO-3 shard of a parameter, without the padding, which is uninitialised."""
+    shard: Tensor = parameter.ds_tensor
+    start = dist.get_rank(parameter.ds_process_group) * shard.ds_numel  # type: ignore[attr-defined]
+    return shard[: max(0, parameter.ds_numel - start)]
 
 
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0

@@ -15,8 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from dat_ds.config import RunConfig, adapt_to_device, check_num_classes, plain
-from dat_ds.config.schema import AttackConfig, ObjectiveConfig, WeightPerturbationConfig
-from dat_ds.data import DataSplits, build_data
+from dat_ds.config.schema import (
+    AttackConfig,
+    DataConfig,
+    ObjectiveConfig,
+    WeightPerturbationConfig,
+)
+from dat_ds.data import DataSplits, build_data, evaluation_batches
 from dat_ds.engine.build import initialize, threat_of
 from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.engine.distributed import Ranks, setup_ranks
@@ -98,10 +103,21 @@ def natural_twin_of(run: RunConfig) -> RunConfig:
         objective=ObjectiveConfig(
             natural_weight=0.0, label_smoothing=run.dat.objective.label_smoothing
         ),
+        data=_labelled_only(run.dat.data),
         weight_perturbation=WeightPerturbationConfig(),
         evaluation=dataclasses.replace(run.dat.evaluation, natural_twin=False),
     )
     return dataclasses.replace(run, dat=dat, notes=())
+
+
+def _labelled_only(data: DataConfig) -> DataConfig:
+    """The same data without the images that natural training could not use."""
+    if not data.has_unlabelled or data.pseudo_labels is not None:
+        return data
+    hides = data.labelled_fraction < 1
+    return dataclasses.replace(
+        data, drop_unlabelled=hides, unlabelled_path=None, labelled_repeats=1
+    )
 
 
 def build_data_of(run: RunConfig) -> DataSplits:
@@ -117,6 +133,12 @@ def build_data_of(run: RunConfig) -> DataSplits:
         num_train=config.num_train,
         num_test=config.num_test,
         image_shape=cast("tuple[int, int, int] | None", config.image_shape),
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        labelled_fraction=config.labelled_fraction,
+        drop_unlabelled=config.drop_unlabelled,
+        unlabelled_path=config.unlabelled_path,
+        labelled_repeats=config.labelled_repeats,
         seed=run.dat.seed,
     )
 
@@ -212,6 +234,8 @@ def _train_one(
         checkpoint = _find_checkpoint(output, resume)
         if ranks.is_main:
             _make_folder(output)
+    if splits.mixture is not None and run.dat.data.pseudo_labels is not None:
+        splits.mixture.label(_pseudo_labels(splits.mixture.unlabelled, run, ranks))
     engine, _, loader, _ = initialize(
         model=model, config=run, training_data=splits.train, ranks=ranks
     )
@@ -257,6 +281,28 @@ def _train_one(
         if ranks.is_main:
             write_json(output / "record.json", record)
     return record
+
+
+def _pseudo_labels(images: Dataset[Any], run: RunConfig, ranks: Ranks) -> Tensor:
+    """The class that ``dat.data.pseudo_labels`` gives each image, int64; a collective."""
+    path = str(run.dat.data.pseudo_labels)
+    with ranks.together():
+        labeller = load(path, map_location=ranks.device)
+    own: list[tuple[int, int]] = []
+    batches = evaluation_batches(
+        images,
+        batch_size=run.dat.evaluation.batch_size,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        num_workers=run.dat.data.num_workers,
+    )
+    with ranks.together(), torch.no_grad():
+        for x, _, indices in batches:
+            if indices:
+                own += zip(indices, labeller(x.to(ranks.device)).argmax(1).tolist(), strict=True)
+    shards = cast("list[list[tuple[int, int]]]", ranks.gather(own))
+    classes = dict(pair for shard in shards for pair in shard)
+    return torch.tensor([classes[i] for i in range(len(classes))])
 
 
 def _choose_output(run: RunConfig, resume: str) -> str:
@@ -314,10 +360,11 @@ def _announce(
 ) -> None:
     dat = run.dat
     logger.info(
-        "%s on %s: %d training images, %d rank(s), ZeRO-%d, %d steps of %d images; %s, %s eps %s",
+        "%s on %s: %d training images%s, %d rank(s), ZeRO-%d, %d steps of %d images; %s, %s eps %s",
         dat.model.name,
         splits.name,
         len(splits.train),  # type: ignore[arg-type]
+        _unlabelled_words(splits, dat.data),
         ranks.count,
         run.zero_stage,
         trainer.total_steps,
@@ -327,6 +374,13 @@ def _announce(
         dat.threat_model.eps,
     )
     logger.info("Run folder: %s", output)
+
+
+def _unlabelled_words(splits: DataSplits, data: DataConfig) -> str:
+    if splits.mixture is None:
+        return ""
+    kind = "without labels" if data.pseudo_labels is None else "with pseudo-labels"
+    return f" ({splits.mixture.num_unlabelled} of them {kind})"
 
 
 def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:

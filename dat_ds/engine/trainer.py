@@ -306,7 +306,8 @@ class Trainer:
     def _images_in_step(self, step: int) -> int:
         """Images of the global batch that optimizer step ``step``, counted from 1, trained on."""
         sampler = self.loader.sampler
-        done = (step - 1) % self.loader.steps_per_epoch * sampler.global_batch
+        batches_done = (step - 1) % self.loader.steps_per_epoch // sampler.replays
+        done = batches_done * sampler.global_batch
         return min(sampler.global_batch, sampler.num_samples - done)
 
     def _skips_overflows(self) -> bool:

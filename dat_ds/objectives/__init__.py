@@ -7,6 +7,7 @@ from dat_ds.objectives.build import (
     build_objective,
     default_attack_loss,
     objective_options,
+    uses_unlabelled,
 )
 from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades, helper_images
 
@@ -23,4 +24,5 @@ __all__ = [
     "default_attack_loss",
     "helper_images",
     "objective_options",
+    "uses_unlabelled",
 ]

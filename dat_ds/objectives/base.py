@@ -16,20 +16,23 @@ from torch import Tensor
 class Objective(ABC):
     """A robust objective: logits in, named scalar terms out.
 
-    Every term is a sum over this rank's samples divided by their number ``B``, in float32 (float64
-    for float64 logits). A sample with ``y = -1`` has no label: supervised terms pass over it, and
-    are divided by ``B`` all the same, so that micro-batches and ranks average to the global batch.
+    Every term is a weighted sum over this rank's samples divided by their number ``B``, in float32
+    (float64 for float64 logits). A sample with ``y = -1`` has no label: supervised terms pass over
+    it, and are divided by ``B`` all the same, so that micro-batches and ranks average to the global
+    batch.
 
     Attributes:
         name: Its name in ``dat.objective``.
         default_attack_loss: Inner loss that its attack maximises unless told otherwise.
         needs_helper_logits: Whether the forward pass must hold helper images; see
             :class:`dat_ds.objectives.Hat`.
+        uses_unlabelled: Whether a sample without a label adds to the loss.
     """
 
     name: ClassVar[str]
     default_attack_loss: ClassVar[str] = "ce"
     needs_helper_logits: ClassVar[bool] = False
+    uses_unlabelled: ClassVar[bool] = False
 
     @property
     def needs_natural_logits(self) -> bool:
@@ -45,6 +48,7 @@ class Objective(ABC):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss and its terms.
 
@@ -57,6 +61,7 @@ class Objective(ABC):
             logits_helper: Logits of the helper images ``(B, K)``; needed where
                 :attr:`needs_helper_logits`.
             y_helper: Class indices of the helper images ``(B,)``; likewise.
+            weights: Weight of each sample in every term ``(B,)``; None for 1.
 
         Returns:
             ``loss`` (with gradient) and detached terms such as ``robust_loss``.
@@ -76,8 +81,13 @@ def accurate(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_i w_i v_i / B`` of values ``(B,)``, with weights ``(B,)`` or 1."""
+    return values.mean() if weights is None else (values * weights).mean()
+
+
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy over ``B``; unlabelled samples contribute 0.
+    """Cross-entropy of each sample ``(B,)``; 0 for unlabelled ones.
 
     Args:
         logits: Shape ``(B, K)``, float32 or float64.
@@ -85,10 +95,9 @@ def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Te
         label_smoothing: Probability mass spread over all classes.
     """
     target = y.to(logits.dtype) if y.is_floating_point() else y
-    total = F.cross_entropy(
-        logits, target, label_smoothing=label_smoothing, ignore_index=-1, reduction="sum"
+    return F.cross_entropy(
+        logits, target, label_smoothing=label_smoothing, ignore_index=-1, reduction="none"
     )
-    return total / len(logits)
 
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ def default_attack_loss(name: str) -> str:
     return OBJECTIVES[name].default_attack_loss
 
 
+def uses_unlabelled(name: str) -> bool:
+    """Whether images without a label add to the loss of an objective."""
+    return OBJECTIVES[name].uses_unlabelled
+
+
 def build_objective(config: Mapping[str, Any]) -> Objective:
     """Build an objective from the keys of ``dat.objective``.
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dat_ds.attacks import ATTACKS
 from dat_ds.config import load_config
+from dat_ds.data import UNLABELLED, pseudo_label
 from dat_ds.objectives import OBJECTIVES
 from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
@@ -24,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fat": {"extra_steps": 1},
 }
 STAGES = [0, 1, 2, 3]
+NAMES = [*ATTACKS, "free"]
 EXTRAS: dict[str, dict[str, Any]] = {
     "grad_align": {"attack": {"name": "fgsm"}, "objective": {"grad_align": 0.2}},
     "grad_align_split": {
@@ -34,17 +37,28 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "attack": {"steps": 3, "step_size": 0.04, "steps_from": 1, "eps_warmup": 0.5},
         "schedule": {"name": "constant", "max_steps": 3},
     },
+    "free_accumulated": {
+        "gradient_accumulation_steps": 2,
+        "attack": {"name": "free"},
+        "objective": {"name": "trades"},
+    },
+    "unlabelled": {
+        "data": {"labelled_fraction": 0.5},
+        "objective": {"name": "trades", "unlabelled_weight": 0.5},
+    },
+    "mixed": {"data": {"mixup": 0.2}, "objective": {"name": "trades"}},
+    "keep_tokens": {"model": "vit", "attack": {"steps": 2, "keep_tokens": 0.5}},
     "resolution": {"attack": {"steps": 2, "resolution": 4}},
     "split": {"objective": {"name": "dat", "batch_norm": "split"}},
     "awp": {"weight_perturbation": {"name": "awp"}},
     "sam": {"objective": {"name": "trades"}, "weight_perturbation": {"name": "sam"}},
 }
-CASES = list(itertools.product(ATTACKS, OBJECTIVES, STAGES))
+CASES = list(itertools.product(NAMES, OBJECTIVES, STAGES))
 
 
 def settings(attack: str, objective: str, stage: int, helper: str) -> dict[str, Any]:
     options = {"name": attack, **OPTIONS.get(attack, {})}
-    if attack not in ("fgsm", "fgsm_rs", "n_fgsm"):
+    if attack not in ("fgsm", "fgsm_rs", "n_fgsm", "free"):
         options["steps"] = 2
     section: dict[str, Any] = {"name": objective}
     if objective == "hat":
@@ -59,8 +73,14 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def step_on(engine: Any, step: int) -> None:
-    engine.backward(engine(*batch(step, engine.ranks.rank)))
-    engine.step()
+    for micro_step in range(engine.accumulation):
+        x, y = batch(10 * micro_step + step, engine.ranks.rank)
+        if engine.run.dat.data.has_unlabelled:
+            y[::2] = torch.tensor([UNLABELLED, pseudo_label(y[2])])
+        if engine.run.dat.data.mixes:
+            y = 0.7 * F.one_hot(y, tiny.CLASSES) + 0.3 * F.one_hot(y.flip(0), tiny.CLASSES)
+        engine.backward(engine(x, y))
+        engine.step()
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
@@ -105,8 +125,12 @@ def every_case(folder: str) -> dict[Any, Any]:
         place = Path(folder) / str(number)
         outcomes[case] = train_and_resume(settings(*case, helper), "vit", place)
     for case in itertools.product(EXTRAS, STAGES):
-        config = tiny.config(case[1], dat=EXTRAS[case[0]])
-        outcomes[case] = train_and_resume(config, "cnn", Path(folder) / "-".join(map(str, case)))
+        dat = dict(EXTRAS[case[0]])
+        accumulation = dat.pop("gradient_accumulation_steps", 1)
+        model = dat.pop("model", "cnn")
+        config = tiny.config(case[1], gradient_accumulation_steps=accumulation, dat=dat)
+        place = Path(folder) / "-".join(map(str, case))
+        outcomes[case] = train_and_resume(config, model, place)
     return outcomes
 
 
@@ -138,7 +162,7 @@ def outcomes() -> dict[Any, Any]:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", NAMES)
 def test_it_trains_and_resumes_bit_for_bit(
     outcomes: dict[Any, Any], attack: str, objective: str, stage: int
 ) -> None:
@@ -166,7 +190,7 @@ def check(outcome: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", NAMES)
 def test_it_prints_itself(attack: str, objective: str, tmp_path: Path) -> None:
     run = load_config(settings(attack, objective, 2, str(tmp_path)))
     assert load_config(run.to_dict()).to_dict() == run.to_dict()

@@ -197,6 +197,37 @@ def look_at_averaging(stage: int, own: bool) -> dict[str, Any]:
     return {"names": names, "reductions": calls, "state": state}
 
 
+def look_at_gathers(own: bool) -> dict[str, Any]:
+    """Three steps at stage 3, parameters gathered by DeepSpeed or exactly in its place."""
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 3, dat={"engine": {"resident_parameters_gib": 0.0}})
+    gathered: list[int] = []
+    outside = [False]
+
+    def gather(shards: Any, sizes: Any) -> list[Tensor] | None:
+        if outside[0]:
+            return None
+        whole = []
+        for shard, size in zip(shards, sizes, strict=True):
+            padded = nn.functional.pad(shard, (0, size - shard.numel()))
+            whole.append(padded.new_empty(2 * size))
+            dist.all_gather_into_tensor(whole[-1], padded)
+            gathered.append(size)
+        return whole
+
+    if own:
+        hooks.replace_parameter_gathers(engine.deepspeed, gather)
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    for outside[0] in (False, True, False):
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+    state = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return {"state": state, "entries": sum(gathered)}
+
+
 def look_at_scale() -> dict[str, Any]:
     """The scale of gradients against what an unscaled backward gives."""
     from dat_ds.engine import hooks
@@ -412,6 +443,8 @@ def look() -> dict[Any, Any]:
         reports["averaging", stage, own] = look_at_averaging(stage, own)
     for name, case in LAYERS.items():
         reports["layers", name] = look_at_layers(*case)
+    for own in (True, False):
+        reports["gathers", own] = look_at_gathers(own)
     reports["fp16"] = look_at_fp16()
     reports["scale"] = look_at_scale()
     return reports
@@ -584,6 +617,22 @@ def test_replaced_averaging_is_all_that_reduces_gradients(
     assert later == [first, first]
     per_step = len(list(tiny.vit().parameters())) if stage == 3 else len(first)
     assert ours["reductions"] == [per_step] * 3
+
+
+def test_replaced_gathers_are_what_the_passes_of_stage_3_see(reports: dict[Any, Any]) -> None:
+    ours, theirs = (reports["gathers", own] for own in (True, False))
+    assert all(torch.equal(ours["state"][k], v) for k, v in theirs["state"].items())
+    # Two of three steps; in each at least one forward and one backward of the update.
+    assert ours["entries"] >= 2 * 2 * NUMEL / 2
+    assert theirs["entries"] == 0
+
+
+def test_a_method_that_moved_is_an_error_with_its_name() -> None:
+    from dat_ds.engine import hooks
+    from dat_ds.errors import UserError
+
+    with pytest.raises(UserError, match=r"has no Tied\.allreduce_bucket, in whose place"):
+        hooks._replace(Tied(), "allreduce_bucket", lambda: None)
 
 
 def test_gradient_scale_is_deepspeeds(reports: dict[Any, Any]) -> None:

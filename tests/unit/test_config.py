@@ -116,7 +116,7 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
             ours(attack={"name": "pdg"}),
             "dat.attack.name='pdg' is not valid (did you mean 'pgd'?). "
             "Write one of 'pgd', 'fgsm', 'fgsm_rs', 'n_fgsm', 'mim', 'apgd', "
-            "'fat', 'multi_norm', 'none'.",
+            "'fat', 'multi_norm', 'free', 'none'.",
         ),
         (ours(attack={"steps": 2.5}), "dat.attack.steps=2.5 must be an integer."),
         (ours(attack={"steps": True}), "dat.attack.steps=True must be an integer."),
@@ -128,7 +128,8 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (
             ours(attack={"name": "fgsm", "steps": 3}),
             "dat.attack.steps=3 is no setting of the attack 'fgsm': remove it. It takes step_size, "
-            "loss, random_start, restarts, model_mode, resolution, eps_warmup, steps_from.",
+            "loss, random_start, restarts, model_mode, resolution, keep_tokens, eps_warmup, "
+            "steps_from.",
         ),
         (ours(attack=[]), "dat.attack=[] must be an object with the keys name, steps, step_size, "),
         (ours(seed=None), "dat.seed=None must be an integer."),
@@ -574,7 +575,74 @@ def test_loading_leaves_the_given_config_alone():
         ),
         (
             {"guard": {"action": "stop"}, "attack": {"name": "none"}},
-            "dat.guard.action='stop' compares attacks within one ball, which ",
+            "dat.guard.action='stop' compares the training attack with a stronger one in the same ",
+        ),
+        (
+            {"guard": {"action": "stop"}, "attack": {"name": "free"}},
+            "dat.guard.action='stop' compares the training attack with a stronger one in the same ",
+        ),
+        (
+            {"attack": {"name": "free", "keep_tokens": 0.5}},
+            "dat.attack.keep_tokens=0.5 makes the attack cheaper than the update, of which ",
+        ),
+        (
+            {"attack": {"name": "free", "steps": 3}},
+            "dat.attack.steps=3 is no setting of the attack 'free': remove it. It takes step_size",
+        ),
+        (
+            {"data": {"mixup": 0.2}, "attack": {"loss": "dlr"}},
+            "dat.data.mixup=0.2 makes labels probabilities, but dat.attack.loss='dlr' needs a ",
+        ),
+        (
+            {"data": {"cutmix": 1}, "objective": {"name": "mart"}},
+            "dat.data.cutmix=1 makes labels probabilities, but dat.objective.name='mart' needs a ",
+        ),
+        (
+            {
+                "data": {"mixup": 0.2, "labelled_fraction": 0.5},
+                "objective": {"name": "trades"},
+            },
+            "dat.data.mixup=0.2 makes labels probabilities, but unlabelled images have none to mix",
+        ),
+        (
+            {"data": {"drop_unlabelled": True}},
+            "dat.data.drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction",
+        ),
+        (
+            {"data": {"pseudo_labels": "runs/x"}},
+            "dat.data.pseudo_labels='runs/x' concerns unlabelled images, but there are none: ",
+        ),
+        (
+            {"objective": {"unlabelled_weight": 0.5}},
+            "dat.objective.unlabelled_weight=0.5 concerns unlabelled images, but there are none: ",
+        ),
+        (
+            {"data": {"labelled_fraction": 0.1}},
+            "dat.data.labelled_fraction=0.1: dat.objective.name='at' has no use for images ",
+        ),
+        (
+            {"data": {"unlabelled_path": "more"}, "objective": {"name": "alp"}},
+            "dat.data.unlabelled_path='more': dat.objective.name='alp' has no use for images ",
+        ),
+        (
+            {
+                "data": {"labelled_fraction": 0.1},
+                "objective": {"name": "trades"},
+                "attack": {"name": "fat"},
+            },
+            "dat.data.labelled_fraction=0.1: dat.attack.name='fat' with loss 'kl' needs labels. ",
+        ),
+        (
+            {
+                "data": {"labelled_fraction": 0.1},
+                "objective": {"name": "trades"},
+                "attack": {"loss": "ce"},
+            },
+            "dat.data.labelled_fraction=0.1: dat.attack.name='pgd' with loss 'ce' needs labels. ",
+        ),
+        (
+            {"attack": {"name": "pgd", "replays": 4}},
+            "dat.attack.replays=4 is no setting of the attack 'pgd': remove it. It takes steps",
         ),
     ],
 )
@@ -657,6 +725,22 @@ def test_deepspeed_keys_that_compression_would_ignore_are_refused(stage, keys, n
     load_config(config)
 
 
+def test_what_parameters_that_travel_as_int8_would_spoil_is_refused():
+    sections = {"compression": {"name": "int8", "sides": "double"}}
+    config = {**ours(**sections, weight_perturbation={"name": "awp"})}
+    zero = {"zero_quantized_weights": True, "zero_hpz_partition_size": 2}
+    for stage in (0, 3):
+        config["zero_optimization"] = {"stage": stage, **zero}
+        if stage == 0:
+            load_config(config)
+    weights, shards, perturbation = problems(config)
+    assert weights.startswith("zero_optimization.zero_quantized_weights with dat.compression.sides")
+    assert shards.startswith("zero_optimization.zero_hpz_partition_size with dat.compression.sides")
+    assert perturbation.startswith("dat.weight_perturbation.name='awp' with dat.compression.sides")
+    config["dat"]["compression"]["sides"] = "single"
+    load_config(config)
+
+
 # ---- resolution
 
 
@@ -680,7 +764,7 @@ def test_compression_is_written_out_with_the_codec_s_defaults(name, stage):
 
 
 def test_the_names_in_the_schema_are_those_that_can_be_built():
-    assert set(get_args(schema.AttackName)) == {*ATTACKS, "none"}
+    assert set(get_args(schema.AttackName)) == {*ATTACKS, "free", "none"}
     assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
     assert get_args(schema.OptimizerName) == tuple(OPTIMIZERS)
     for presets in PRESETS.values():
