@@ -8,24 +8,29 @@ from dat_ds.attacks.build import (
     REQUIRED,
     Attack,
     CallableAttack,
+    FreeAttack,
     UserAttack,
     attack_options,
     build_attack,
     parse_length,
 )
-from dat_ds.attacks.gradient import InputGradient
+from dat_ds.attacks.free import FreePerturbation
+from dat_ds.attacks.gradient import InputGradient, finite_samples
 from dat_ds.attacks.losses import (
+    FEATURE_LOSSES,
     INNER_LOSSES,
     MIN_CLASSES,
     InnerLoss,
     cross_entropy,
     cw_margin,
     dlr,
+    feature_distance,
     kl_divergence,
+    nt_xent,
     targeted_dlr,
 )
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
-from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.noise import Generator, SampleGenerator, rand_like
 from dat_ds.attacks.pgd import (
     fat,
     fgsm,
@@ -39,10 +44,12 @@ from dat_ds.attacks.pgd import (
 )
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
 from dat_ds.attacks.threat import NORMS, ThreatModel
+from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
 
 __all__ = [
     "ATTACKS",
     "ATTACK_SETTINGS",
+    "FEATURE_LOSSES",
     "INNER_LOSSES",
     "MIN_CLASSES",
     "MODEL_MODES",
@@ -51,6 +58,9 @@ __all__ = [
     "AlignmentProbes",
     "Attack",
     "CallableAttack",
+    "FreeAttack",
+    "FreePerturbation",
+    "Generator",
     "InnerLoss",
     "InputGradient",
     "SampleGenerator",
@@ -64,21 +74,27 @@ __all__ = [
     "cross_entropy",
     "cw_margin",
     "dlr",
+    "dropped_tokens",
     "fat",
+    "feature_distance",
     "fgsm",
     "fgsm_rs",
     "fgsm_step_size",
+    "finite_samples",
     "kl_divergence",
     "mim",
     "multi_norm",
     "n_fgsm",
+    "nt_xent",
     "parse_length",
+    "patch_tokens",
     "pgd",
     "preserved_buffers",
     "project_l1",
     "project_l1_box",
     "project_l2",
     "project_linf",
+    "rand_like",
     "targeted_dlr",
     "threat_like",
 ]

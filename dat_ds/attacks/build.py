@@ -13,9 +13,10 @@ from torch import Tensor
 from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.modes import attack_mode
-from dat_ds.attacks.noise import Generator
+from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.pgd import fat, fgsm, fgsm_rs, mim, multi_norm, n_fgsm, pgd
 from dat_ds.attacks.threat import ThreatModel
+from dat_ds.attacks.tokens import dropped_tokens
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
     "pgd": pgd,
@@ -27,8 +28,11 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "fat": fat,
     "multi_norm": multi_norm,
 }
+FREE_OPTIONS = {"step_size": None, "replays": 4}
+"""Options of ``free``, which is part of the training step; see :class:`FreeAttack`."""
+
 _GIVEN_WITH_EACH_CALL = ("model", "x", "y", "threat", "generator", "gradient")
-ATTACK_SETTINGS = ("resolution", "eps_warmup", "steps_from")
+ATTACK_SETTINGS = ("resolution", "keep_tokens", "eps_warmup", "steps_from")
 """What every attack takes besides its own options; see :class:`Attack`."""
 
 REQUIRED = inspect.Parameter.empty
@@ -37,6 +41,8 @@ REQUIRED = inspect.Parameter.empty
 
 def attack_options(name: str) -> dict[str, Any]:
     """Options of an attack by name and their defaults; :data:`REQUIRED` where there is none."""
+    if name == "free":
+        return dict(FREE_OPTIONS)
     return {
         key: parameter.default
         for key, parameter in inspect.signature(ATTACKS[name]).parameters.items()
@@ -55,6 +61,9 @@ class Attack:
         resolution: Height and width in pixels at which the model sees images during the attack
             (area interpolation; the model must accept them). The perturbation keeps the full size.
             None: the images' own.
+        keep_tokens: Part of the patch tokens that a vision transformer sees during the attack,
+            drawn anew in every forward, in (0, 1]; see :func:`dat_ds.attacks.patch_tokens`. None:
+            all of them.
         eps_warmup: Share of the run, in [0, 1), over which eps and the step size rise linearly from
             0 to their values.
         steps_from: Number of steps at the start of the run; it rises linearly to ``steps`` at the
@@ -65,6 +74,7 @@ class Attack:
     threat: ThreatModel
     options: Mapping[str, Any] = field(default_factory=dict)
     resolution: int | None = None
+    keep_tokens: float | None = None
     eps_warmup: float = 0.0
     steps_from: int | None = None
 
@@ -79,17 +89,19 @@ class Attack:
     ) -> Tensor:
         """Adversarial images for ``x``; see :func:`dat_ds.attacks.pgd`."""
         seen = model
-        mode: Any = contextlib.nullcontext()
-        if self.resolution is not None:
-            size = (self.resolution, self.resolution)
-            mode = attack_mode(model, self.options.get("model_mode", "eval"))
+        with contextlib.ExitStack() as stack:
+            if self.keep_tokens is not None:
+                source = fresh_generator(x.device) if generator is None else generator
+                stack.enter_context(dropped_tokens(model, self.keep_tokens, source))
+            if self.resolution is not None:
+                size = (self.resolution, self.resolution)
+                mode = self.options.get("model_mode", "eval")
+                stack.enter_context(attack_mode(model, mode))
 
-            def seen(images: Tensor) -> Tensor:
-                return model(F.interpolate(images, size, mode="area"))
+                def seen(images: Tensor) -> Tensor:
+                    return model(F.interpolate(images, size, mode="area"))
 
-        run = ATTACKS[self.name]
-        with mode:
-            return run(
+            return ATTACKS[self.name](
                 seen,
                 x,
                 y,
@@ -133,7 +145,43 @@ class Attack:
                 norm: eps * eps_scale for norm, eps in options["other_norms"].items()
             }
         threat = replace(self.threat, eps=self.threat.eps * eps_scale)
-        return Attack(self.name, threat, options, self.resolution)
+        return replace(self, threat=threat, options=options, eps_warmup=0.0, steps_from=None)
+
+
+@dataclass(frozen=True)
+class FreeAttack(Attack):
+    """Free adversarial training: the training step itself moves the perturbation.
+
+    See :class:`dat_ds.attacks.FreePerturbation`. Its options are ``step_size``, None for eps as in
+    the paper, and ``replays``, how often each batch is trained on.
+    """
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        generator: Generator | None = None,
+        *,
+        gradient: InputGradient | None = None,
+    ) -> Tensor:
+        """Raise: apart from a training step there is no such attack.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("attack 'free' is part of a training step: attack a model with 'pgd'.")
+
+    @property
+    def step_size(self) -> float:
+        """Length of a step in pixel units."""
+        size = self.options.get("step_size")
+        return self.threat.eps if size is None else float(size)
+
+    @property
+    def replays(self) -> int:
+        """How often each batch is trained on in a row."""
+        return int(self.options.get("replays", FREE_OPTIONS["replays"]))
 
 
 UserAttack = Callable[[Model, Tensor, Tensor, Generator | None], Tensor]
@@ -170,7 +218,7 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
 
     Args:
         config: The keys of ``dat.attack`` (``name``, that attack's keyword arguments, and
-            ``resolution``, ``eps_warmup``, ``steps_from`` of :class:`Attack`), with
+            the settings of :class:`Attack`, such as ``resolution``), with
             ``threat_model``: a :class:`ThreatModel`, or the keys of ``dat.threat_model``. Lengths
             are numbers in pixel units, or fractions such as ``"8/255"``. An option that is None
             has the attack's default.
@@ -183,18 +231,14 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
     """
     options = {key: value for key, value in config.items() if value is not None}
     name = options.pop("name", "pgd")
-    if name not in ATTACKS:
-        raise ValueError(f"attack.name={name!r} is not one of {', '.join(ATTACKS)}.")
+    if name not in (*ATTACKS, "free"):
+        raise ValueError(f"attack.name={name!r} is not one of {', '.join(ATTACKS)}, free.")
     threat = options.pop("threat_model", None)
     if threat is None:
         raise ValueError("threat_model is missing: give {'norm': 'linf', 'eps': '8/255'}.")
     if not isinstance(threat, ThreatModel):
         threat = _build_threat_model(threat)
-    settings = {
-        key: options.pop(key)
-        for key in ("resolution", "eps_warmup", "steps_from")
-        if key in options
-    }
+    settings = {key: options.pop(key) for key in ATTACK_SETTINGS if key in options}
     if "step_size" in options:
         options["step_size"] = parse_length(options["step_size"])
     if "other_norms" in options:
@@ -208,7 +252,8 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
     missing = [key for key, value in known.items() if value is REQUIRED and key not in options]
     if missing:
         raise ValueError(f"attack {name!r} needs {' and '.join(missing)}.")
-    return Attack(name, threat, options, **settings)
+    kind = FreeAttack if name == "free" else Attack
+    return kind(name, threat, options, **settings)
 
 
 def _build_threat_model(config: Mapping[str, Any]) -> ThreatModel:

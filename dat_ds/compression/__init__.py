@@ -1,11 +1,12 @@
 """Gradient codecs, and the collectives that carry what they make."""
 
 from dat_ds.compression.build import CODECS, build_codec, codec_options
-from dat_ds.compression.codecs import Codec, Payload
+from dat_ds.compression.codecs import Codec, NearestInt8, Payload
 from dat_ds.compression.collectives import (
     CompressedAllReduce,
     CompressedReduceScatter,
     check_agreement,
+    gather_shares,
 )
 from dat_ds.compression.traffic import current_kind, kind_of_traffic
 
@@ -14,10 +15,12 @@ __all__ = [
     "Codec",
     "CompressedAllReduce",
     "CompressedReduceScatter",
+    "NearestInt8",
     "Payload",
     "build_codec",
     "check_agreement",
     "codec_options",
     "current_kind",
+    "gather_shares",
     "kind_of_traffic",
 ]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dat_ds.compression.codecs import Codec
+from dat_ds.compression.codecs import BlockCodec, Codec
 from dat_ds.compression.traffic import kind_of_traffic
 
 logger = logging.getLogger("dat_ds")
@@ -49,6 +49,46 @@ def check_agreement(what: str, group: dist.ProcessGroup | None = None) -> None:
     if len(set(said)) > 1:
         lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(said))
         raise ValueError(f"Ranks disagree on compressed communication:\n{lines}")
+
+
+def gather_shares(
+    pieces: Sequence[Tensor],
+    shares: Sequence[int],
+    codec: BlockCodec,
+    *,
+    group: dist.ProcessGroup | None = None,
+    kind: str = "parameters",
+) -> list[Tensor]:
+    """Every rank's shares of several tensors, in compressed form; a collective.
+
+    Blocks do not cross from one tensor to the next: what a tensor becomes does not depend on those
+    it travels with.
+
+    Args:
+        pieces: This rank's share of each tensor, flat, floating point; may be shorter than the
+            share is at most.
+        shares: Entries of the largest share of each tensor, the same on every rank.
+        codec: Encodes them, with blocks of a given size and without random numbers.
+        group: Ranks; default all.
+        kind: What the bytes count as.
+
+    Returns:
+        ``(ranks * share,)`` float32 of each tensor, zero where a piece was too short.
+    """
+    assert codec.block_size is not None
+    sizes = [-(-share // codec.block_size) * codec.block_size for share in shares]
+    row = torch.cat(
+        [
+            F.pad(piece.detach().to(torch.float32), (0, size - piece.numel()))
+            for piece, size in zip(pieces, sizes, strict=True)
+        ]
+    )
+    sent = codec.encode_rows(row.unsqueeze(0))
+    received = sent.new_empty(dist.get_world_size(group), sent.shape[1])
+    with kind_of_traffic(kind):
+        _all_gather(received, sent, group=group)
+    rows = torch.split(codec.decode_rows(received, row.numel()), sizes, dim=1)
+    return [row[:, :share].reshape(-1) for row, share in zip(rows, shares, strict=True)]
 
 
 class Feedback:

@@ -2,6 +2,7 @@
 
 from dat_ds.data.datasets import DATASETS, DataSplits, FolderImages, TensorImages, build_data
 from dat_ds.data.loader import DistributedLoader, EvaluationBatches, evaluation_batches
+from dat_ds.data.mixing import Mixed
 from dat_ds.data.sampler import (
     BatchPlan,
     DistributedBatchSampler,
@@ -11,10 +12,12 @@ from dat_ds.data.sampler import (
     shard_evenly,
 )
 from dat_ds.data.transforms import AUGMENTATIONS, Augmented
+from dat_ds.data.unlabelled import UNLABELLED, PartlyLabelled, classes_of, pseudo_label
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "UNLABELLED",
     "Augmented",
     "BatchPlan",
     "DataSplits",
@@ -22,11 +25,15 @@ __all__ = [
     "DistributedLoader",
     "EvaluationBatches",
     "FolderImages",
+    "Mixed",
+    "PartlyLabelled",
     "SampleKey",
     "TensorImages",
     "build_data",
+    "classes_of",
     "evaluation_batches",
     "hold_out",
     "plan_step",
+    "pseudo_label",
     "shard_evenly",
 ]

@@ -19,8 +19,9 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from dat_ds.data.mixing import Mixed
 from dat_ds.data.sampler import hold_out, seeded_generator
 from dat_ds.data.transforms import (
     AUGMENTATIONS,
@@ -29,6 +30,12 @@ from dat_ds.data.transforms import (
     resize_center_crop,
     resize_square,
     to_unit,
+)
+from dat_ds.data.unlabelled import (
+    IMAGE_SUFFIXES,
+    UNLABELLED,
+    PartlyLabelled,
+    image_files,
 )
 from dat_ds.errors import DataError
 
@@ -60,9 +67,10 @@ class DataSplits:
         std: Likewise, at least one grey level (1/255).
         name: Name the splits were built by.
         class_names: Names in label order, or None where the data has none.
+        mixture: What ``train`` is made of where it has unlabelled images, else None.
     """
 
-    train: Dataset[Sample]
+    train: Dataset[Any]
     validation: Dataset[Sample]
     test: Dataset[Sample]
     num_classes: int
@@ -71,6 +79,7 @@ class DataSplits:
     std: Channels
     name: str
     class_names: tuple[str, ...] | None
+    mixture: PartlyLabelled | None = None
 
 
 class TensorImages(Dataset[Sample]):
@@ -188,6 +197,12 @@ def build_data(
     num_train: int | None = None,
     num_test: int | None = None,
     image_shape: tuple[int, ...] | None = None,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    labelled_fraction: float = 1.0,
+    drop_unlabelled: bool = False,
+    unlabelled_path: str | Path | None = None,
+    labelled_repeats: int = 1,
     seed: int = 0,
 ) -> DataSplits:
     """Read a dataset, check it, and hold a validation split out of its training part.
@@ -208,10 +223,19 @@ def build_data(
         num_train: Training images of ``synthetic`` (512).
         num_test: Test images of ``synthetic`` (128).
         image_shape: ``(C, H, W)`` of ``synthetic`` (3, 32, 32).
-        seed: Of the validation split, the augmentation, and the images of ``synthetic``.
+        mixup: Alpha of mixup on ``train``, after ``augment``; 0 for none. See `Mixed`.
+        cutmix: Alpha of CutMix on ``train``; likewise.
+        labelled_fraction: Part of the training images that keep their labels, in (0, 1], equal per
+            label; the others count as unlabelled.
+        drop_unlabelled: Leave those others out.
+        unlabelled_path: Further unlabelled training images: a folder of image files at any depth,
+            or an npz file with uint8 ``images`` (N, H, W, C) or (N, H, W).
+        labelled_repeats: How often ``train`` holds each labelled image, where there are unlabelled
+            ones: makes up for few labels among many images.
+        seed: Of the splits, the augmentation, and the images of ``synthetic``.
 
     Returns:
-        The splits.
+        The splits. ``train`` says of each label what is known: see `PartlyLabelled`.
 
     Raises:
         DataError: Anything wrong with the arguments or the data; what can be seen together is
@@ -223,18 +247,73 @@ def build_data(
     num_labels = _check_labels(source, num_classes)
     kept, held = _split(source.train.labels, validation_fraction, seed)
     shape = source.train.image_shape
-    train = Subset(source.train, kept)
+    train: Dataset[Any] = Subset(source.train, kept)
+    mixture = None
+    if labelled_fraction < 1 or unlabelled_path is not None:
+        labels = source.train.labels[kept]
+        known, hidden = hold_out(labels, 1 - labelled_fraction, seed)
+        if not known:
+            raise DataError(
+                f"dat.data.labelled_fraction={labelled_fraction} of {len(kept)} training images "
+                "leaves no label at all: write a larger fraction."
+            )
+        labelled = Subset(source.train, [kept[i] for i in known])
+        unlabelled: list[Dataset[Any]] = (
+            [] if drop_unlabelled else [Subset(source.train, [kept[i] for i in hidden])]
+        )
+        if unlabelled_path is not None:
+            unlabelled.append(_read_unlabelled(Path(unlabelled_path), img_size, shape))
+        train = labelled
+        if unlabelled:
+            train = mixture = PartlyLabelled(labelled, ConcatDataset(unlabelled), labelled_repeats)
+    total = num_classes or max(source.num_classes, num_labels)
+    augmented: Dataset[Any] = Augmented(train, augment, seed, size=(shape[1], shape[2]))
+    if mixup or cutmix:
+        augmented = Mixed(augmented, total, mixup=mixup, cutmix=cutmix, seed=seed)
     return DataSplits(
-        train=Augmented(train, augment, seed, size=(shape[1], shape[2])),
+        train=augmented,
         validation=Subset(source.train, held),
         test=source.test,
-        num_classes=num_classes or max(source.num_classes, num_labels),
+        num_classes=total,
         image_shape=shape,
         mean=source.statistics[0],
         std=source.statistics[1],
         name=name,
         class_names=source.class_names,
+        mixture=mixture,
     )
+
+
+def _read_unlabelled(
+    path: Path, img_size: int | None, shape: ImageShape
+) -> TensorImages | FolderImages:
+    """Images without labels, of the shape of the labelled ones."""
+    where = f"dat.data.unlabelled_path={str(path)!r}"
+    if path.is_dir():
+        files = image_files(path)
+        if not files:
+            raise DataError(f"{where} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
+        images: TensorImages | FolderImages = FolderImages(
+            [(file, UNLABELLED) for file in files], img_size or shape[1]
+        )
+    else:
+        arrays = _load_npz(path, where)
+        if "images" not in arrays:
+            raise DataError(
+                f"{where} lacks the array 'images' (it has {', '.join(arrays) or 'none'}): write "
+                "it with numpy.savez(file, images=...), uint8 (N, H, W, C) or (N, H, W)."
+            )
+        x = arrays["images"]
+        y = np.full(len(x) if x.ndim else 0, UNLABELLED)
+        _raise_all(_array_problems(where, "images", x, "labels", y))
+        images = _from_arrays(x, y, img_size)
+    if images.image_shape != shape:
+        raise DataError(
+            f"{where} has images of shape {list(images.image_shape)} (channels, height, width), "
+            f"the labelled ones have {list(shape)}: write dat.data.img_size={shape[1]}, or convert "
+            "them."
+        )
+    return images
 
 
 def _raise_all(problems: Iterable[str]) -> None:
@@ -382,7 +461,7 @@ _NPZ_LAYOUTS = (
 
 
 def _read_npz(request: _Request) -> _Source:
-    arrays = _load_npz(request.path)
+    arrays = _load_npz(request.path, f"dat.data.path={str(request.path)!r}")
     layout = next((keys for keys in _NPZ_LAYOUTS if keys[0] in arrays), _NPZ_LAYOUTS[0])
     missing = [key for key in layout if key not in arrays]
     if missing:
@@ -406,15 +485,15 @@ def _read_npz(request: _Request) -> _Source:
     return _Source(train, test, _measure(train.images))
 
 
-def _load_npz(path: str | Path | None) -> dict[str, np.ndarray[Any, Any]]:
+def _load_npz(path: str | Path | None, where: str) -> dict[str, np.ndarray[Any, Any]]:
     try:
         # Pickled objects in a data file could run code on loading.
         with np.load(str(path), allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"dat.data.path={str(path)!r} is not a readable npz file of plain arrays ({error}). "
-            "Write one with numpy.savez(file, x_train=..., y_train=..., x_test=..., y_test=...)."
+            f"{where} is not a readable npz file of plain arrays ({error}). Write one with "
+            "numpy.savez."
         ) from error
 
 

@@ -34,8 +34,9 @@ class DistributedLoader:
     ``for epoch in range(3): for x, y in loader`` reshuffles every time. Stopping early and
     iterating again continues after the last optimizer step that was handed out completely.
 
-    Yields ``(x, y)``: ``x`` float32 ``(B, C, H, W)`` in [0, 1], ``y`` int64 ``(B,)``. In the last
-    step of an epoch ``B`` may be smaller, even 0, and ``plan.weight`` is the batch's weight.
+    Yields ``(x, y)``: ``x`` float32 ``(B, C, H, W)`` in [0, 1], ``y`` int64 ``(B,)`` (or
+    probabilities, float32 ``(B, K)``, where the dataset gives them). In the last step of an epoch
+    ``B`` may be smaller, even 0, and ``plan.weight`` is the batch's weight.
 
     Args:
         dataset: Map-style dataset of ``(x, y)``; an `Augmented` one also gets the epoch.
@@ -47,6 +48,7 @@ class DistributedLoader:
         num_workers: Worker processes; 0 reads in this process. Never changes what is read.
         pin_memory: Whether batches are put into page-locked memory.
         shuffle: False keeps the dataset's own order.
+        replays: How many optimizer steps in a row get the same samples, each read anew.
 
     Attributes:
         sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
@@ -73,6 +75,7 @@ class DistributedLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         shuffle: bool = True,
+        replays: int = 1,
     ) -> None:
         self.sampler = DistributedBatchSampler(
             len(cast(Any, dataset)),
@@ -82,12 +85,13 @@ class DistributedLoader:
             ranks=ranks,
             seed=seed,
             shuffle=shuffle,
+            replays=replays,
         )
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.plan: BatchPlan | None = None
-        self._collate = _Collate(_image_shape(dataset))
+        self._collate = _Collate(dataset)
         self._iteration = 0
 
     @property
@@ -175,6 +179,7 @@ class DistributedLoader:
             "seed": self.sampler.seed,
             "num_samples": self.sampler.num_samples,
             "global_batch": self.sampler.global_batch,
+            "replays": self.sampler.replays,
         }
 
 
@@ -199,7 +204,7 @@ class EvaluationBatches:
         batches = _read_batches(
             self._dataset,
             [[SampleKey(0, index) for index in indices] for indices in self._shard],
-            _Collate(_image_shape(self._dataset)),
+            _Collate(self._dataset),
             num_workers=self._num_workers,
             pin_memory=False,
             generator=seeded_generator("evaluation"),
@@ -305,19 +310,21 @@ class _Samples(Dataset[Any]):
 
 
 class _Collate:
-    """Stacks samples to ``(B, C, H, W)`` and ``(B,)``; knows the image shape of an empty batch."""
+    """Stacks samples to ``(B, C, H, W)`` and ``(B,)`` or ``(B, K)``; knows an empty batch's shape.
 
-    def __init__(self, image_shape: torch.Size) -> None:
-        self.image_shape = image_shape
+    Args:
+        dataset: Its first sample shows the shapes.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        x, y = fetch_sample(dataset, SampleKey(0, 0))
+        self.image_shape = x.shape
+        self.no_label = torch.as_tensor(y).new_empty((0, *torch.as_tensor(y).shape))
 
     def __call__(self, samples: list[Sample] | DataError) -> Batch | DataError:
         if isinstance(samples, DataError):
             return samples
         if not samples:
-            return torch.empty((0, *self.image_shape)), torch.empty(0, dtype=torch.int64)
-        y = torch.tensor([int(y) for _, y in samples], dtype=torch.int64)
+            return torch.empty((0, *self.image_shape)), self.no_label
+        y = torch.stack([torch.as_tensor(y) for _, y in samples])
         return torch.stack([x for x, _ in samples]), y
-
-
-def _image_shape(dataset: Dataset[Any]) -> torch.Size:
-    return fetch_sample(dataset, SampleKey(0, 0))[0].shape

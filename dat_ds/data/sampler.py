@@ -99,6 +99,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         ranks: Number of data-parallel processes, at least 1.
         seed: Seed of the shuffling; any integer.
         shuffle: False keeps the dataset's own order in every epoch.
+        replays: How many optimizer steps in a row get the same global batch.
 
     Raises:
         DataError: More ranks than samples.
@@ -115,8 +116,11 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         ranks: int,
         seed: int,
         shuffle: bool = True,
+        replays: int = 1,
     ) -> None:
-        _check_ranks(rank, ranks, micro_batch=micro_batch, accumulation=accumulation)
+        _check_ranks(
+            rank, ranks, micro_batch=micro_batch, accumulation=accumulation, replays=replays
+        )
         if ranks > num_samples:
             raise DataError(
                 f"The training split has {num_samples} samples but there are {ranks} ranks: "
@@ -130,6 +134,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         self.ranks = ranks
         self.seed = seed
         self.shuffle = shuffle
+        self.replays = replays
         self.epoch = 0
         self.step = 0
 
@@ -140,8 +145,8 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; the last one may hold fewer samples."""
-        return -(-self.num_samples // self.global_batch)
+        """Optimizer steps per epoch; those of the last batch may hold fewer samples."""
+        return -(-self.num_samples // self.global_batch) * self.replays
 
     def set_position(self, epoch: int, step: int) -> None:
         """Start the next iteration at ``step`` of ``epoch``.
@@ -189,7 +194,8 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
     def _plans_from(self, epoch: int, first_step: int, order: Tensor) -> Iterator[BatchPlan]:
         slots = self.accumulation * self.ranks
         for step in range(first_step, self.steps_per_epoch):
-            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            first_index = step // self.replays * self.global_batch
+            batch = order[first_index : first_index + self.global_batch]
             pieces = plan_step(len(batch), self.micro_batch, slots)
             for micro_step in range(self.accumulation):
                 first, size = pieces[micro_step * self.ranks + self.rank]

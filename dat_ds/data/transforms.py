@@ -9,18 +9,20 @@ on the parent's dataset would not reach running workers. The sampler therefore h
 
 from __future__ import annotations
 
+import bisect
 import math
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torchvision.transforms.functional as vision
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dat_ds.data.sampler import SampleKey, seeded_generator
 
 Sample = tuple[Tensor, int]
+T = TypeVar("T")
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip")
 
@@ -80,7 +82,11 @@ def random_resized_crop(image: Tensor, size: tuple[int, int], generator: torch.G
     return resized
 
 
-class Augmented(Dataset[Sample]):
+class KeyedDataset(Dataset[T]):
+    """A dataset whose items depend on the epoch: it takes a `SampleKey`."""
+
+
+class Augmented(KeyedDataset[Sample]):
     """A dataset with random crops and flips that do not depend on workers, ranks or call order.
 
     Item ``SampleKey(epoch, index)`` draws from a generator seeded by ``(seed, epoch, index)``;
@@ -128,7 +134,7 @@ class Augmented(Dataset[Sample]):
             return fetch_sample(self.dataset, key)
         generator = seeded_generator("augment", self.seed, key.epoch, key.index)
         if self.size is not None and self.augment == "resized_crop_flip":
-            image, y = _raw_sample(self.dataset, key.index)
+            image, y = fetch_raw(self.dataset, key.index)
             x = to_unit(random_resized_crop(image, self.size, generator))
         else:
             x, y = fetch_sample(self.dataset, key)
@@ -137,20 +143,28 @@ class Augmented(Dataset[Sample]):
 
 
 def fetch_sample(dataset: Dataset[Any], key: SampleKey) -> Sample:
-    """Return item ``key``, carrying its epoch through `Subset` to an `Augmented` below.
+    """Return item ``key``, carrying its epoch through `Subset` to a `KeyedDataset` below.
 
     `Subset` cannot look up a `SampleKey`; dropping the epoch there would repeat the same crops in
     every epoch without a word.
     """
     if isinstance(dataset, Subset):
         return fetch_sample(dataset.dataset, SampleKey(key.epoch, dataset.indices[key.index]))
-    sample: Sample = dataset[key if isinstance(dataset, Augmented) else key.index]
+    sample: Sample = dataset[key if isinstance(dataset, KeyedDataset) else key.index]
     return sample
 
 
-def _raw_sample(dataset: Dataset[Any], index: int) -> Sample:
+def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
+    """Return the stored image of item ``index`` before any resizing, and its label.
+
+    A dataset without a method ``raw`` gives the item itself.
+    """
     if isinstance(dataset, Subset):
-        return _raw_sample(dataset.dataset, dataset.indices[index])
+        return fetch_raw(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, ConcatDataset):
+        ends = dataset.cumulative_sizes
+        part = bisect.bisect_right(ends, index)
+        return fetch_raw(dataset.datasets[part], index - (ends[part - 1] if part else 0))
     raw = getattr(dataset, "raw", None)
     sample: Sample = dataset[index] if raw is None else raw(index)
     return sample

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +18,20 @@ from dat_ds.compression import (
     Codec,
     CompressedAllReduce,
     CompressedReduceScatter,
+    NearestInt8,
     build_codec,
     codec_options,
+    gather_shares,
 )
 from dat_ds.config import RunConfig
 from dat_ds.config.schema import CompressionConfig
 from dat_ds.engine import hooks
 from dat_ds.engine.distributed import Ranks
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, UserError
 
 logger = logging.getLogger("dat_ds")
+
+_PARAMETER_CODEC = NearestInt8()
 
 
 class GradientCompression:
@@ -35,7 +40,7 @@ class GradientCompression:
     DeepSpeed hands over one bucket of gradients after another, in every backward that ends an
     optimizer step at ZeRO stages 0 and 1, and in every backward at stages 2 and 3. A bucket is
     known again by the parameters in it; one with others starts without error feedback, and a
-    warning says so.
+    warning says so. Double-sided under ZeRO-3, parameters are gathered as ``int8`` as well.
 
     Args:
         engine: DeepSpeed's engine.
@@ -51,7 +56,10 @@ class GradientCompression:
         self._seen: Counter[str] = Counter()
         self._step, self._scale, self._saved_scale = 0, 1.0, 1.0
         self._knows_buckets = False
+        self._in_pass = False
         hooks.replace_gradient_averaging(engine, self._average, self._scatter)
+        if engine.zero_optimization_stage() == 3 and config.sides == "double":
+            hooks.replace_parameter_gathers(engine, self._gather)
 
     def start(self, micro_step: int) -> None:
         """Prepare for the backward of a micro-step, counted from the start of the run."""
@@ -65,6 +73,28 @@ class GradientCompression:
             for exchange in self._exchanges.values():
                 exchange.rescale_errors(scale / self._scale)
             self._scale = scale
+
+    def check_done(self) -> None:
+        """Make sure that the backward which ended an optimizer step reduced through the codec.
+
+        Raises:
+            UserError: If DeepSpeed averaged gradients in another way.
+        """
+        if not self._seen and self._engine.enable_backward_allreduce:
+            raise UserError(
+                f"dat.compression.name={self._config.name!r}: this DeepSpeed averaged gradients "
+                'without it. Write "compression": {"name": "none"}, or install '
+                "deepspeed>=0.19.8,<0.20."
+            )
+
+    @contextlib.contextmanager
+    def training_pass(self) -> Iterator[None]:
+        """Compress gathers of ZeRO-3 parameters inside, if asked to; outside they are exact."""
+        before, self._in_pass = self._in_pass, True
+        try:
+            yield
+        finally:
+            self._in_pass = before
 
     def state_dict(self) -> dict[str, Any]:
         """Error feedback of this rank, and the scale of the gradients that it belongs to."""
@@ -92,6 +122,10 @@ class GradientCompression:
         build = functools.partial(CompressedReduceScatter, [g.numel() for g in gradients])
         exchange: CompressedReduceScatter = self._exchange(name, gradients[0], build)
         return exchange(gradients, self._step)
+
+    def _gather(self, shards: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor] | None:
+        """Whole parameters from every rank's shards of them, during training passes."""
+        return gather_shares(shards, sizes, _PARAMETER_CODEC) if self._in_pass else None
 
     def _exchange(self, name: str, like: Tensor, build: Callable[..., Any]) -> Any:
         """The exchange of a bucket, and its error feedback, the same one in every step."""

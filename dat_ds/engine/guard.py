@@ -51,6 +51,8 @@ class Guard:
     def look(self, x: Tensor, y: Tensor) -> GuardReading:
         """Attack images ``x`` ``(B, C, H, W)`` both ways; a collective, with one host sync."""
         engine = self._engine
+        if not y.is_floating_point():
+            x, y = x[y >= 0], y[y >= 0]  # accuracy needs the true class
         x, y = x[: self._num_images], y[: self._num_images]
         training = engine.attack_in_use
         assert training is not None

@@ -73,9 +73,9 @@ class StepMetrics:
     gradient: InputGradient
     terms: dict[str, Tensor] = field(default_factory=dict)
     num_correct_adv: Tensor | float = 0.0
-    num_adv: int = 0
+    num_adv: Tensor | int = 0
     num_correct_natural: Tensor | float = 0.0
-    num_natural: int = 0
+    num_natural: Tensor | int = 0
     bytes_sent: dict[str, int] = field(default_factory=dict)
     collectives: dict[str, int] = field(default_factory=dict)
     attack_parameter_gathers: int = 0
@@ -86,15 +86,15 @@ class StepMetrics:
             scaled = value.detach() * factor
             self.terms[name] = self.terms[name] + scaled if name in self.terms else scaled
 
-    def add_natural(self, num_correct: Tensor, count: int) -> None:
+    def add_natural(self, num_correct: Tensor, count: Tensor | int) -> None:
         """Add correctly classified natural images out of ``count``."""
         self.num_correct_natural = self.num_correct_natural + num_correct
-        self.num_natural += count
+        self.num_natural = self.num_natural + count
 
-    def add_robust(self, num_correct: Tensor, count: int) -> None:
+    def add_robust(self, num_correct: Tensor, count: Tensor | int) -> None:
         """Add correctly classified adversarial images out of ``count``."""
         self.num_correct_adv = self.num_correct_adv + num_correct
-        self.num_adv += count
+        self.num_adv = self.num_adv + count
 
     def sums(self) -> Tensor:
         """Sums for averaging over ranks, float64 on the CPU, in the order of :meth:`means`."""

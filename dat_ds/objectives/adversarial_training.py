@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dat_ds.objectives.base import Objective, accurate, cross_entropy
+from dat_ds.objectives.base import Objective, accurate, average, cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,13 @@ class AdversarialTraining(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss, ``robust_loss``, and ``natural_loss`` where it has a weight."""
-        robust = cross_entropy(accurate(logits_adv), y, self.label_smoothing)
+        robust = average(cross_entropy(accurate(logits_adv), y, self.label_smoothing), weights)
         if not self.needs_natural_logits:
             return {"loss": robust, "robust_loss": robust.detach()}
-        natural = cross_entropy(self._needed(logits), y, self.label_smoothing)
+        natural = average(cross_entropy(self._needed(logits), y, self.label_smoothing), weights)
         return {
             "loss": self.natural_weight * natural + robust,
             "robust_loss": robust.detach(),

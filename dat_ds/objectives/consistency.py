@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dat_ds.objectives.base import Objective, accurate, cross_entropy, kl_divergence
+from dat_ds.objectives.base import Objective, accurate, average, cross_entropy, kl_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Trades(Objective):
 
     name: ClassVar[str] = "trades"
     default_attack_loss: ClassVar[str] = "kl"
+    uses_unlabelled: ClassVar[bool] = True
     beta: float = 6.0
     label_smoothing: float = 0.0
 
@@ -39,11 +40,12 @@ class Trades(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss, ``natural_loss`` and ``consistency_loss`` (without ``beta``)."""
         z, z_adv = self._needed(logits), accurate(logits_adv)
-        natural = cross_entropy(z, y, self.label_smoothing)
-        consistency = kl_divergence(z, z_adv).mean()
+        natural = average(cross_entropy(z, y, self.label_smoothing), weights)
+        consistency = average(kl_divergence(z, z_adv), weights)
         return {
             "loss": natural + self.beta * consistency,
             "natural_loss": natural.detach(),
@@ -73,6 +75,7 @@ class Mart(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss, ``robust_loss`` (the BCE) and ``consistency_loss`` (without ``beta``)."""
         if y.is_floating_point():
@@ -85,9 +88,9 @@ class Mart(Objective):
         # log(1 - p_k) from the other classes' logits: 1 - p_k itself rounds to 0.
         log_rest = z_adv.scatter(1, runner_up, float("-inf")).logsumexp(dim=1)
         boosted = -log_p_adv.gather(1, index).squeeze(1) - log_rest + z_adv.logsumexp(dim=1)
-        robust = boosted.where(labelled, 0.0).mean()
+        robust = average(boosted.where(labelled, 0.0), weights)
         missing = 1 - z.softmax(dim=1).gather(1, index).squeeze(1)
-        consistency = (kl_divergence(z, z_adv) * missing).where(labelled, 0.0).mean()
+        consistency = average((kl_divergence(z, z_adv) * missing).where(labelled, 0.0), weights)
         return {
             "loss": robust + self.beta * consistency,
             "robust_loss": robust.detach(),
@@ -120,12 +123,13 @@ class Alp(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss, ``natural_loss``, ``robust_loss`` and ``consistency_loss`` (no ``beta``)."""
         z, z_adv = self._needed(logits), accurate(logits_adv)
-        natural = cross_entropy(z, y, self.label_smoothing)
-        robust = cross_entropy(z_adv, y, self.label_smoothing)
-        pairing = (z - z_adv).square().mean()
+        natural = average(cross_entropy(z, y, self.label_smoothing), weights)
+        robust = average(cross_entropy(z_adv, y, self.label_smoothing), weights)
+        pairing = average((z - z_adv).square().mean(dim=1), weights)
         return {
             "loss": 0.5 * (natural + robust) + self.beta * pairing,
             "natural_loss": natural.detach(),
@@ -150,6 +154,7 @@ class Hat(Objective):
 
     name: ClassVar[str] = "hat"
     default_attack_loss: ClassVar[str] = "kl"
+    uses_unlabelled: ClassVar[bool] = True
     needs_helper_logits: ClassVar[bool] = True
     beta: float = 2.5
     gamma: float = 0.5
@@ -163,15 +168,16 @@ class Hat(Objective):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss, ``natural_loss``, ``consistency_loss`` and ``helper_loss`` (no weights)."""
         z, z_adv = self._needed(logits), accurate(logits_adv)
         z_helper = self._needed(logits_helper, "the helper images")
         if y_helper is None:
             raise ValueError("objective 'hat' needs labels of the helper images.")
-        natural = cross_entropy(z, y, self.label_smoothing)
-        consistency = kl_divergence(z, z_adv).mean()
-        helper = cross_entropy(z_helper, y_helper)
+        natural = average(cross_entropy(z, y, self.label_smoothing), weights)
+        consistency = average(kl_divergence(z, z_adv), weights)
+        helper = average(cross_entropy(z_helper, y_helper), weights)
         return {
             "loss": natural + self.beta * consistency + self.gamma * helper,
             "natural_loss": natural.detach(),

@@ -21,10 +21,15 @@ LOSSLESS = {"name": "topk", "ratio": 1.0, "block_size": 16}
 ZERO = "zero_optimization"
 
 
-def start(stage: int, compression: dict[str, Any] | None, **sections: Any) -> Any:
+def start(
+    stage: int, compression: dict[str, Any] | None, resident_gib: float = 4.0, **sections: Any
+) -> Any:
     import dat_ds
 
-    dat = {"attack": {"steps": 1, "step_size": 0.04}}
+    dat: dict[str, Any] = {
+        "attack": {"steps": 1, "step_size": 0.04},
+        "engine": {"resident_parameters_gib": resident_gib},
+    }
     if compression is not None:
         dat["compression"] = compression
     config = tiny.config(stage, dat=dat, **sections)
@@ -55,6 +60,51 @@ def train(stage: int, compression: dict[str, Any] | None, **sections: Any) -> di
         "skipped": engine.metrics["skipped_steps"],
     }
     engine.close()
+    return report
+
+
+def compress_parameters(resident_gib: float) -> dict[str, Any]:
+    """Double-sided under ZeRO-3: what the passes of one step see, and what remains exact."""
+    from dat_ds.compression import NearestInt8
+    from dat_ds.engine import hooks
+    from dat_ds.engine.compression import GradientCompression
+
+    seen: dict[int, list[Tensor]] = {}
+    gather = GradientCompression._gather
+
+    def recorded(self: Any, shards: Any, sizes: Any) -> Any:
+        whole = gather(self, shards, sizes)
+        for shard, flat in zip(shards, whole or [], strict=False):
+            seen.setdefault(shard.data_ptr(), []).append(flat)
+        return whole
+
+    GradientCompression._gather = recorded  # type: ignore[method-assign]
+    engine = start(3, {"name": "int8", "sides": "double"}, resident_gib=resident_gib)
+    codec, x = NearestInt8(), tiny.images(4)[0]
+    exact = [p.ds_tensor.clone() for p in engine.module.parameters()]
+    places = [p.ds_tensor.data_ptr() for p in engine.module.parameters()]
+    engine.backward(engine(*tiny.images(4, seed=engine.ranks.rank)))
+    passes = [seen[place] for place in places]
+    rank = engine.ranks.rank
+    report = {
+        "passes": [len(values) for values in passes],
+        "same": all(torch.equal(v, values[0]) for values in passes for v in values),
+        "errors": [],
+    }
+    for shard, parameter, values in zip(exact, engine.module.parameters(), passes, strict=True):
+        own = shard[: max(0, parameter.ds_numel - rank * len(shard))]
+        own_seen = values[0][rank * len(shard) :][: len(own)]
+        report["errors"].append(float((codec.decode(codec.encode(own)) - own_seen).abs().sum()))
+    engine.step()
+    with engine.frozen() as model:
+        logits = model(x)
+    state = hooks.full_state_dict(engine.deepspeed)
+    if state:
+        reference = tiny.vit()
+        reference.load_state_dict(state)
+        report["exact outside"] = (reference.eval()(x) - logits).abs().max().item()
+    engine.close()
+    GradientCompression._gather = gather  # type: ignore[method-assign]
     return report
 
 
@@ -131,6 +181,20 @@ def change_buckets() -> None:
     engine.close()
 
 
+def move_hook(stage: int) -> str:
+    """What one reads where DeepSpeed reduces gradients by itself after all."""
+    from dat_ds.errors import UserError
+
+    engine = start(stage, {"name": "int8"})
+    names = ("allreduce_bucket", "gradient_reduction_w_predivide")
+    owner = engine.deepspeed if stage == 0 else engine.deepspeed.optimizer
+    delattr(owner, names[stage > 0])  # uncovers the class's own
+    with pytest.raises(UserError, match="averaged gradients without it") as caught:
+        advance(engine, 1)
+    engine.close()
+    return str(caught.value)
+
+
 def disagree() -> str:
     from dat_ds.engine.distributed import setup_ranks
     from dat_ds.errors import ConfigError
@@ -157,6 +221,10 @@ def everything() -> dict[Any, Any]:
         reports["resume", stage] = resume(stage)
     reports["pieces"] = train(0, {"name": "int8", "bucket_mb": 0.002})
     reports["single"] = train(1, {"name": "int8", "sides": "single"})
+    reports["double"] = train(3, {"name": "int8", "sides": "double"})
+    reports["double fp16"] = train(3, {"name": "int8", "sides": "double"}, **FP16)
+    for gib in (4.0, 0.0):
+        reports["parameters", gib] = compress_parameters(gib)
     reports["sign fp16"] = train(1, {"name": "sign"}, **FP16)
     loss_scaling = {"fp16": {"enabled": True, "initial_scale_power": 7, "loss_scale_window": 1}}
     reports["resume fp16"] = resume(1, **loss_scaling)
@@ -166,6 +234,7 @@ def everything() -> dict[Any, Any]:
         for s in (1, 2)
     ]
     reports["disagree"] = disagree()
+    reports["moved"] = [move_hook(stage) for stage in (0, 1, 2)]
     return reports
 
 
@@ -283,6 +352,30 @@ def test_single_sided_sends_the_mean_in_float32(reports: dict[Any, Any]) -> None
     assert moved(reports["single"], reports[1, "plain", False]) <= 0.03
 
 
+@pytest.mark.parametrize("resident_gib", [4.0, 0.0])
+def test_under_zero_3_all_passes_of_a_step_see_the_same_rounded_parameters(
+    by_rank: list[dict[Any, Any]], resident_gib: float
+) -> None:
+    for report in by_rank:
+        parameters = report["parameters", resident_gib]
+        assert min(parameters["passes"]) >= 2
+        assert parameters["same"]
+        assert parameters["errors"] == [0.0] * len(parameters["errors"])
+    assert by_rank[0]["parameters", resident_gib]["exact outside"] < 1e-5
+
+
+def test_under_zero_3_double_sided_compresses_parameters_too(reports: dict[Any, Any]) -> None:
+    plain = reports[3, "plain", False]
+    shares = [-(-p.numel() // RANKS) for p in tiny.vit().parameters()]
+    gathers = plain["bytes"]["parameters"] / (4 * sum(shares))
+    payload = sum(-(-share // 64) * (64 + 4) for share in shares)
+    for report in (reports["double"], reports["double fp16"]):
+        assert report["bytes"]["parameters"] == gathers * payload
+        assert report["bytes"]["gradients"] == reports[3, "int8"]["bytes"]["gradients"]
+    assert (reports["double"]["weights"] - plain["weights"]).norm() < 0.1 * plain["weights"].norm()
+    assert reports["double fp16"]["skipped"] == reports[3, "fp16", False]["skipped"]
+
+
 def test_a_bucket_may_be_encoded_in_pieces(reports: dict[Any, Any]) -> None:
     assert moved(reports["pieces"], reports[0, "plain", False]) <= 0.03
 
@@ -306,6 +399,14 @@ def test_ranks_that_disagree_all_say_so(by_rank: list[dict[Any, Any]]) -> None:
     for report in by_rank:
         assert "rank 0: CompressionConfig(name='none'" in report["disagree"]
         assert "rank 1: CompressionConfig(name='int8'" in report["disagree"]
+
+
+def test_a_reduction_that_goes_another_way_is_an_error_on_every_rank(
+    by_rank: list[dict[Any, Any]],
+) -> None:
+    for report in by_rank:
+        assert len(report["moved"]) == 3
+        assert all("install deepspeed>=0.19.8,<0.20" in text for text in report["moved"])
 
 
 def test_one_rank_compresses_nothing_and_says_so() -> None:

@@ -24,7 +24,8 @@ FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # float32 roundings of numbers near 10
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 Y = torch.tensor([0, 1, 2, 3, 0, 2])
 Y_HELPER = torch.tensor([1, 1, 0, 3, 2, 2])
-every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+CLASSIFYING = [name for name, kind in OBJECTIVES.items() if kind.classifies]
+every_objective = pytest.mark.parametrize("name", CLASSIFYING)
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -34,7 +35,8 @@ def logits(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def call(name: str, z_adv: Tensor, z: Tensor, z_helper: Tensor, y: Any = Y, **options: Any) -> Any:
     helper = {"logits_helper": z_helper, "y_helper": Y_HELPER[: len(z)]} if name == "hat" else {}
-    return build_objective({"name": name, **options})(z_adv, y, z, **helper)
+    weights = {"weights": options.pop("weights")} if "weights" in options else {}
+    return build_objective({"name": name, **options})(z_adv, y, z, **helper, **weights)
 
 
 # ---- the published formulas, in probabilities and float64
@@ -65,6 +67,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mart": mart,
     "alp": lambda a, z, h: (ce(z, Y) + ce(a, Y)).mean() / 2 + 0.5 * ((z - a) ** 2).sum() / (6 * 4),
     "hat": lambda a, z, h: (ce(z, Y) + 2.5 * kl(z, a) + 0.5 * ce(h, Y_HELPER)).mean(),
+    "rotation": lambda a, z, h: ce(a, Y).mean(),
 }
 
 
@@ -186,7 +189,7 @@ def test_helper_images_lie_twice_as_far_within_the_pixel_range():
     assert_close(helper_images(x, x_adv), torch.tensor([0.3, 1.0]))
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "at"])
+@pytest.mark.parametrize("name", [name for name in CLASSIFYING if name not in ("at", "rotation")])
 def test_natural_logits_that_are_needed_are_asked_for(name):
     with pytest.raises(ValueError, match=rf"objective '{name}' needs logits of x"):
         build_objective({"name": name})(logits(0), Y)
@@ -221,3 +224,27 @@ def test_build_objective_says_what_is_wrong(config, message):
 
 def test_the_default_objective_is_adversarial_training():
     assert build_objective({}) == AdversarialTraining(natural_weight=0.0, label_smoothing=0.0)
+
+
+# ---- weights
+
+
+@every_objective
+def test_a_weight_multiplies_a_samples_share_of_every_term(name: str) -> None:
+    z_adv, z, z_helper = logits(0), logits(1), logits(2)
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25], dtype=torch.float64)
+    found = call(name, z_adv, z, z_helper, weights=weights)
+    for term, value in found.items():
+        # Alone in its batch, a sample's term is its share.
+        expected = sum(
+            w * single(name, z_adv, z, z_helper, i)[term] for i, w in enumerate(weights.tolist())
+        )
+        assert_close(value, expected / 6, **FLOAT64)
+    unweighted = call(name, z_adv, z, z_helper, weights=torch.ones(6, dtype=torch.float64))
+    assert_close(unweighted, call(name, z_adv, z, z_helper), **FLOAT64)
+
+
+def single(name: str, z_adv: Tensor, z: Tensor, z_helper: Tensor, i: int) -> dict[str, Tensor]:
+    row = slice(i, i + 1)
+    helper = {"logits_helper": z_helper[row], "y_helper": Y_HELPER[row]} if name == "hat" else {}
+    return build_objective({"name": name})(z_adv[row], Y[row], z[row], **helper)
