@@ -528,7 +528,7 @@ def _resolve_compression(config: CompressionConfig, problems: list[str]) -> Comp
     if config.error_feedback is None:
         chosen["error_feedback"] = not unbiased
     if config.bucket_mb is None:
-        chosen["bucket_mb"] = 64.0
+        chosen["bucket_mb"] = 8.0
     config = dataclasses.replace(config, **chosen)
     _check_error_feedback(config, list(options), problems)
     return config

@@ -412,7 +412,8 @@ class CompressionConfig:
     """Add what encoding lost to the next step's gradient, on both sides. Default: true for ``topk``
     and ``sign``, which need it, else false."""
     bucket_mb: float | None = _above(0, None)
-    """Below ZeRO-3: megabytes of float32 gradients encoded at once. Default 64."""
+    """Below ZeRO-3: megabytes of float32 gradients in one piece: a piece is encoded while others
+    travel. Default 8."""
 
 
 @dataclass(frozen=True, kw_only=True)

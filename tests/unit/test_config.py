@@ -853,7 +853,7 @@ def test_compression_is_written_out_with_the_codec_s_defaults(name, stage):
         assert section == {"name": "none"}
     else:
         biased = name in ("topk", "sign")
-        general = {"name": name, "error_feedback": biased, "bucket_mb": 64.0}
+        general = {"name": name, "error_feedback": biased, "bucket_mb": 8.0}
         assert section == {**codec_options(name), **general}
 
 
