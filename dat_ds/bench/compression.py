@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
+from dat_ds.bench.ranks import on_ranks
 from dat_ds.bench.step_time import MIN_REPETITIONS, PlainSteps, time_in_turn
 from dat_ds.compression import CODECS, Codec, build_codec
 from dat_ds.config import RunConfig, load_config, resolve_batch
@@ -24,7 +21,6 @@ from dat_ds.evaluation import commit, hardware, versions
 
 RANKS, STAGES = 2, (0, 1, 2, 3)
 _SAMPLE, _DRAWS, _FREEDOM = 2**20, 32, 2.0
-_BYTES_FILE = "bytes.json"
 
 
 def bench_compression(run: RunConfig, *, repetitions: int, output: str | None = None) -> str:
@@ -150,35 +146,15 @@ def bytes_by_stage(run: RunConfig) -> dict[str, dict[str, dict[str, int]]]:
     Two gloo processes on this machine train the run's model for two steps in each combination; the
     second is counted, at the process group.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_count_bytes, (run.to_dict(), port, folder), nprocs=RANKS)  # type: ignore[no-untyped-call]
-        text = (Path(folder) / _BYTES_FILE).read_text(encoding="utf-8")
-    counted: dict[str, dict[str, dict[str, int]]] = json.loads(text)
+    counted: dict[str, dict[str, dict[str, int]]] = on_ranks(_count_bytes, RANKS, run.to_dict())
     return counted
 
 
-def _count_bytes(rank: int, values: dict[str, Any], port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_RANK=str(rank),
-        LOCAL_SIZE=str(RANKS),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-    )
-    from dat_ds.cli.main import end_process
-
-    sent = {
+def _count_bytes(values: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
+    return {
         f"zero{stage}": {name: _sent(values, stage, name) for name in ("none", *CODECS)}
         for stage in STAGES
     }
-    if rank == 0:
-        (Path(folder) / _BYTES_FILE).write_text(json.dumps(sent), encoding="utf-8")
-    end_process(0)
 
 
 def _sent(values: dict[str, Any], stage: int, codec: str) -> dict[str, int]:
