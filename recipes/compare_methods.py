@@ -2,7 +2,6 @@
 
 python recipes/compare_methods.py                 # all rows, about half a minute each on a CPU
 python recipes/compare_methods.py pgd trades      # some of them
-
 A row's run stays in runs/compare_methods/ROW; a row that is there already is not trained again.
 """
 
@@ -58,8 +57,8 @@ def record_of(row: str) -> dict[str, Any]:
         for key, section in ROWS[row].items():
             same = section.get("name") in (None, dat.get(key, {}).get("name"))
             dat[key] = {**(dat.get(key, {}) if same else {}), **section}
+        OUTPUT.mkdir(parents=True, exist_ok=True)
         config = OUTPUT / f"{row}.json"
-        config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(values), encoding="utf-8")
         if code := main(["train", "--deepspeed_config", str(config), "--resume", "auto"]):
             sys.exit(code)

@@ -17,17 +17,20 @@ from dat_ds.attacks.build import (
 from dat_ds.attacks.free import FreePerturbation
 from dat_ds.attacks.gradient import InputGradient, finite_samples
 from dat_ds.attacks.losses import (
+    FEATURE_LOSSES,
     INNER_LOSSES,
     MIN_CLASSES,
     InnerLoss,
     cross_entropy,
     cw_margin,
     dlr,
+    feature_distance,
     kl_divergence,
+    nt_xent,
     targeted_dlr,
 )
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
-from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.noise import Generator, SampleGenerator, rand_like
 from dat_ds.attacks.pgd import (
     fat,
     fgsm,
@@ -46,6 +49,7 @@ from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
 __all__ = [
     "ATTACKS",
     "ATTACK_SETTINGS",
+    "FEATURE_LOSSES",
     "INNER_LOSSES",
     "MIN_CLASSES",
     "MODEL_MODES",
@@ -56,6 +60,7 @@ __all__ = [
     "CallableAttack",
     "FreeAttack",
     "FreePerturbation",
+    "Generator",
     "InnerLoss",
     "InputGradient",
     "SampleGenerator",
@@ -71,6 +76,7 @@ __all__ = [
     "dlr",
     "dropped_tokens",
     "fat",
+    "feature_distance",
     "fgsm",
     "fgsm_rs",
     "fgsm_step_size",
@@ -79,6 +85,7 @@ __all__ = [
     "mim",
     "multi_norm",
     "n_fgsm",
+    "nt_xent",
     "parse_length",
     "patch_tokens",
     "pgd",
@@ -87,6 +94,7 @@ __all__ = [
     "project_l1_box",
     "project_l2",
     "project_linf",
+    "rand_like",
     "targeted_dlr",
     "threat_like",
 ]

@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``K`` classes.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -109,12 +110,71 @@ def kl_divergence(logits: Tensor, p: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(dim=1), p, reduction="none").sum(dim=1)
 
 
+def feature_distance(features: Tensor, y: Tensor) -> Tensor:
+    """``||features - y||_2^2`` of each sample; the inner loss of FARE.
+
+    Schlarmann et al., ICML 2024, arXiv 2402.12336, sec. 3.
+
+    Args:
+        features: The model's outputs ``(B, D)``.
+        y: What they are to stay close to ``(B, D)``.
+
+    Returns:
+        Shape ``(B,)``; its gradient is zero where both are equal.
+    """
+    return (features - y).square().sum(dim=1)
+
+
+def nt_xent(
+    features: Tensor,
+    y: Tensor,
+    temperature: float = 0.5,
+    others: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Normalised temperature-scaled cross-entropy of each view.
+
+    Chen et al., ICML 2020, arXiv 2002.05709, eq. 1: with ``s`` the cosine over the temperature,
+    ``-log(exp s(z_i, z_j) / sum_{k != i} exp s(z_i, z_k))``, where ``z_j`` is the other view of the
+    same image. The sum over a batch depends on all of its features together; its gradient at
+    ``z_i`` holds every view's share.
+
+    Args:
+        features: Two views of each image one after the other ``(2 B, D)``.
+        y: Int64 ``(2 B,)``; a view with a negative entry only fills a place: it is compared with
+            none, and its loss is 0.
+        temperature: Above 0.
+        others: Features and entries of ``y`` of further views to compare with, such as other ranks'
+            ``(M, D)`` and ``(M,)``.
+
+    Returns:
+        Shape ``(2 B,)``, same dtype as ``features``.
+    """
+    unit = F.normalize(features, dim=1)
+    view = torch.arange(len(unit), device=unit.device)
+    partner = view ^ 1
+    excluded = (y < 0).expand(len(unit), -1)
+    # A place that is only filled keeps its partner, so that no row is empty.
+    excluded = excluded.scatter(1, partner.unsqueeze(1), value=False)
+    excluded = excluded.scatter(1, view.unsqueeze(1), value=True)
+    similarity = (unit @ unit.T / temperature).masked_fill(excluded, float("-inf"))
+    positive = similarity.gather(1, partner.unsqueeze(1)).squeeze(1)
+    if others is not None:
+        further = unit @ F.normalize(others[0], dim=1).T / temperature
+        further = further.masked_fill(others[1] < 0, float("-inf"))
+        similarity = torch.cat([similarity, further], dim=1)
+    return (similarity.logsumexp(dim=1) - positive).where(y >= 0, 0.0)
+
+
 INNER_LOSSES: dict[str, InnerLoss] = {
     "ce": cross_entropy,
     "cw": cw_margin,
     "dlr": dlr,
     "kl": kl_divergence,
+    "feature_distance": feature_distance,
+    "nt_xent": nt_xent,
 }
+FEATURE_LOSSES = ("feature_distance", "nt_xent")
+"""Losses of features, which know no classes and hence no misclassification."""
 MIN_CLASSES: dict[str, int] = {"dlr": 3, "dlr-targeted": 4}
 """Fewest classes of the losses that need more than two."""
 

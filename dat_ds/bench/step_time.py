@@ -50,6 +50,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     by_hand = {
         "dat.optimizer": run.dat.optimizer is None,
         "dat.threat_model.norm": run.dat.threat_model.norm == "linf",
+        "dat.objective.name": run.dat.objective.name in ("at", "dat"),
         "dat.objective.natural_weight": not run.dat.objective.natural_weight,
         "gradient_accumulation_steps": run.deepspeed.get("gradient_accumulation_steps", 1) == 1,
         "bf16, fp16 or torch_autocast": precision_of(run.deepspeed) == "float32",

@@ -6,6 +6,7 @@ from dat_ds.compression.collectives import (
     CompressedAllReduce,
     CompressedReduceScatter,
     check_agreement,
+    finish_together,
     gather_shares,
 )
 from dat_ds.compression.traffic import current_kind, kind_of_traffic
@@ -21,6 +22,7 @@ __all__ = [
     "check_agreement",
     "codec_options",
     "current_kind",
+    "finish_together",
     "gather_shares",
     "kind_of_traffic",
 ]

@@ -494,6 +494,23 @@ class Sign(BlockCodec):
         return _l2_norm(blocks, peak, valid.sqrt())
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeSign(Sign):
+    """As ``sign``, with one scale for all rows that are encoded together: a whole tensor's.
+
+    What DeepSpeed's 1-bit optimizers compute; for comparison with them.
+    """
+
+    block_size: int | None = None
+
+    def _scale(self, blocks: Tensor, valid: Tensor) -> Tensor:
+        if self.scale == "mean":
+            scale = blocks.abs().sum() / valid.sum()
+        else:
+            scale = torch.linalg.vector_norm(blocks) / valid.sum().sqrt()
+        return scale.repeat(blocks.shape[:2])
+
+
 def _l2_norm(blocks: Tensor, peak: Tensor, divisor: Tensor | float = 1.0) -> Tensor:
     """l2 norm of each block over ``divisor``, whose squares neither overflow nor vanish."""
     peak = peak.clamp(min=_TINY)

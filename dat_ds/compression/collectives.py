@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from dat_ds.compression.traffic import kind_of_traffic
 logger = logging.getLogger("dat_ds")
 
 Sides = Literal["single", "double"]
+_TOGETHER = 4  # exchanges; enough to hide the codec, and a bound on memory
 # torch renamed it in 2.14.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -49,6 +51,30 @@ def check_agreement(what: str, group: dist.ProcessGroup | None = None) -> None:
     if len(set(said)) > 1:
         lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(said))
         raise ValueError(f"Ranks disagree on compressed communication:\n{lines}")
+
+
+def finish_together(exchanges: Sequence[Generator[None, None, Tensor]]) -> list[Tensor]:
+    """Carry out several exchanges, a few at a time: while one travels, the next one encodes.
+
+    Args:
+        exchanges: As :meth:`CompressedAllReduce.parts` starts them, in the same order on all ranks.
+
+    Returns:
+        The result of each.
+    """
+    results: dict[int, Tensor] = {}
+    waiting = deque(enumerate(exchanges))
+    started: list[tuple[int, Generator[None, None, Tensor]]] = []
+    while waiting or started:
+        while waiting and len(started) < _TOGETHER:
+            started.append(waiting.popleft())
+        for i, exchange in started:
+            try:
+                next(exchange)
+            except StopIteration as done:
+                results[i] = done.value
+        started = [(i, exchange) for i, exchange in started if i not in results]
+    return [results[i] for i in range(len(exchanges))]
 
 
 def gather_shares(
@@ -201,35 +227,47 @@ class _Exchange:
     def _feedbacks(self) -> tuple[tuple[str, Feedback | None], ...]:
         return ("worker", self._worker), ("server", self._server)
 
-    def _scatter_mean(self, rows: Tensor, step: int) -> Tensor:
-        """Mean over ranks of this rank's row, ``(1, m)``, from every rank's ``(n, m)``."""
+    def _scatter_mean(self, rows: Tensor, step: int) -> Generator[None, None, Tensor]:
+        """Mean over ranks of this rank's row, ``(1, m)``, from every rank's ``(n, m)``.
+
+        Yields while bytes travel.
+        """
         if self._worker is not None:
             rows = self._worker.compensate(rows)
         sent = self.codec.encode_rows(rows, self._generator(rows, step, 0), self._valid)
         if self._worker is not None:
             self._worker.keep(rows, self.codec.decode_rows(sent, rows.shape[1]))
+        numel = rows.shape[1]
+        del rows  # not needed while the bytes travel
         received = torch.empty_like(sent)
         with kind_of_traffic(self.kind):
-            dist.all_to_all_single(received, sent, group=self.group)
-        return self.codec.decode_rows(received, rows.shape[1]).mean(dim=0, keepdim=True)
+            work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        yield
+        if work is not None:
+            work.wait()
+        return self.codec.decode_rows(received, numel).mean(dim=0, keepdim=True)
 
-    def _gather(self, mean: Tensor, step: int) -> Tensor:
-        """Every rank's ``(1, m)``, through the codec, as ``(n, m)``."""
+    def _gather(self, mean: Tensor, step: int) -> Generator[None, None, Tensor]:
+        """Every rank's ``(1, m)``, through the codec, as ``(n, m)``. Yields while bytes travel."""
         if self._padding is not None:
             mean = mean.masked_fill(self._padding, 0.0)  # a codec may have filled it
         if self._server is not None:
             mean = self._server.compensate(mean)
         sent = self.codec.encode_rows(mean, self._generator(mean, step, 1), self._own_valid)
-        rows = self.codec.decode_rows(self._gather_exactly(sent), mean.shape[1])
+        received = yield from self._gather_exactly(sent)
+        rows = self.codec.decode_rows(received, mean.shape[1])
         if self._server is not None:
             self._server.keep(mean, rows[self.rank : self.rank + 1])
         return rows
 
-    def _gather_exactly(self, row: Tensor) -> Tensor:
-        """Every rank's ``(1, k)``, as ``(n, k)``."""
+    def _gather_exactly(self, row: Tensor) -> Generator[None, None, Tensor]:
+        """Every rank's ``(1, k)``, as ``(n, k)``. Yields while bytes travel."""
         rows = row.new_empty(self.ranks, row.shape[1])
         with kind_of_traffic(self.kind):
-            _all_gather(rows, row, group=self.group)
+            work = _all_gather(rows, row, group=self.group, async_op=True)
+        yield
+        if work is not None:
+            work.wait()
         return rows
 
     def _generator(self, like: Tensor, step: int, half: int) -> torch.Generator:
@@ -302,13 +340,18 @@ class CompressedAllReduce(_Exchange):
         Returns:
             ``(d,)`` float32, bit-identical on all ranks; ``tensor`` is left as it was.
         """
+        return finish_together([self.parts(tensor, step)])[0]
+
+    def parts(self, tensor: Tensor, step: int) -> Generator[None, None, Tensor]:
+        """What a call does, in parts for :func:`finish_together`; yields while bytes travel."""
         flat = tensor.detach().to(torch.float32)
         if self.ranks == 1 or not self.numel:
             return flat.clone()
         missing = self.ranks * self._row - self.numel
         rows = (F.pad(flat, (0, missing)) if missing else flat).view(self.ranks, -1)
-        mean = self._scatter_mean(rows, step)
-        rows = self._gather(mean, step) if self.sides == "double" else self._gather_exactly(mean)
+        mean = yield from self._scatter_mean(rows, step)
+        second = self._gather(mean, step) if self.sides == "double" else self._gather_exactly(mean)
+        rows = yield from second
         return rows.reshape(-1)[: self.numel]
 
 
@@ -374,7 +417,8 @@ class CompressedReduceScatter(_Exchange):
         rows = self._rows([t.detach().to(torch.float32) for t in tensors], self.ranks)
         if self.ranks == 1 or not rows.numel():
             return list(torch.split(rows[0], self._shares))
-        return list(torch.split(self._scatter_mean(rows, step)[0], self._shares))
+        (mean,) = finish_together([self._scatter_mean(rows, step)])
+        return list(torch.split(mean[0], self._shares))
 
     def _rows(self, tensors: Sequence[Tensor], ranks: int, fill: float = 0) -> Tensor:
         """Row ``r`` holds the shares of rank ``r``, one after another: ``(n, m)``."""

@@ -14,8 +14,8 @@ def kind_of_traffic(kind: str) -> Iterator[None]:
     """Count the collectives that this thread starts inside as ``kind``.
 
     Args:
-        kind: ``gradients``, ``momentum``, ``parameters``, ``norms``, or ``setup``, which happens
-            once a run.
+        kind: ``gradients``, ``momentum``, ``parameters``, ``norms``, ``features``, or ``setup``,
+            which happens once a run.
     """
     token = _kind.set(kind)
     try:

@@ -31,15 +31,18 @@ from dat_ds.config import RunConfig, precision_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.compression import attach_compression
-from dat_ds.engine.distributed import Ranks
+from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
+from dat_ds.engine.task import task_of
 from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
+from dat_ds.evaluation import Task
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
 from dat_ds.objectives import Objective, helper_images
+from dat_ds.optim import CompressedOptimizer
 
 
 class AdversarialEngine:
@@ -57,7 +60,9 @@ class AdversarialEngine:
         module: The bare model, pixels in [0, 1] to logits.
         run: The resolved run config.
         ranks: The processes of the run.
+        reference: The model as it was at the start, frozen, where the objective needs it.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        averaging_optimizer: The optimizer, where it averages over ranks by itself.
         compression: Averages gradients through a codec; None where they are not compressed.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
@@ -72,7 +77,9 @@ class AdversarialEngine:
         objective: Objective,
         total_steps: int | None = None,
         helper: nn.Module | None = None,
+        reference: nn.Module | None = None,
         loader: DistributedLoader | None = None,
+        averaging_optimizer: CompressedOptimizer | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
@@ -85,7 +92,9 @@ class AdversarialEngine:
         self._objective = objective
         self._total_steps = total_steps
         self._helper = helper
+        self.reference = reference
         self._loader = loader
+        self.averaging_optimizer = averaging_optimizer
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
         casts_itself = isinstance(self.module, PixelModel)
@@ -131,6 +140,17 @@ class AdversarialEngine:
         return min(1.0, self.global_steps / self._total_steps) if self._total_steps else 0.0
 
     @property
+    def replicas_differ(self) -> bool:
+        """Whether ranks hold weights of their own: 0/1 Adam's, once its variance is frozen."""
+        optimizer = self.averaging_optimizer
+        return (
+            optimizer is not None
+            and optimizer.steps_locally
+            and optimizer.is_frozen
+            and self.ranks.count > 1
+        )
+
+    @property
     def accumulation(self) -> int:
         """Micro-steps per optimizer step."""
         return int(self.deepspeed.gradient_accumulation_steps())
@@ -143,7 +163,8 @@ class AdversarialEngine:
                 (a rank that the last batch of an epoch left out); such a rank computes along with
                 weight 0, so that all ranks do the same number of forwards.
             y: Class indices ``(B,)``, or what is known of them (see
-                :mod:`dat_ds.data.unlabelled`); or probabilities ``(B, K)``.
+                :mod:`dat_ds.data.unlabelled`); or probabilities ``(B, K)``. Not read by a
+                self-supervised objective.
             plan: Place and weight of this micro-batch in the global batch. Default: the loader's
                 plan of the batch it handed out last, which weights uneven batches so that ranks
                 average to the mean over the global batch; batches that did not come from it have
@@ -154,10 +175,12 @@ class AdversarialEngine:
         """
         self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
-        x, y, num_images = self._prepare(x, y)
-        y, labelled, weights = self._read_labels(y)
         metrics = self._pending
         metrics.timer.enter("attack")
+        x, y, num_images = self._prepare(x, y, first_index)
+        y, labelled, weights = self._read_labels(y)
+        first_index *= self._objective.num_views
+        has_accuracy = num_images > 0 and self._objective.classifies
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
         if self.free is not None:
             x_adv.requires_grad_()
@@ -172,9 +195,9 @@ class AdversarialEngine:
                 self.deepspeed, x, x_adv, y, probes, weights
             )
         natural_logits = logits_adv if self._attack is None else logits
-        if num_images and natural_logits is not None:
+        if has_accuracy and natural_logits is not None:
             metrics.add_natural(*_num_correct(natural_logits, y, labelled))
-        if num_images and self._attack is not None:
+        if has_accuracy and self._attack is not None:
             metrics.add_robust(*_num_correct(logits_adv, y, labelled))
         metrics.add_terms(terms, weight / self.accumulation)
         loss = terms["loss"]
@@ -182,10 +205,15 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
+        if self.averaging_optimizer is not None:
+            hooks.reduce_in_backward(
+                self.deepspeed, self.averaging_optimizer.needs_averaged_gradients
+            )
         if self.compression is not None:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
+        scale = hooks.missing_loss_scale(self.deepspeed)
         with self._phase("backward"), self._perturbed:
-            self.deepspeed.backward(loss)
+            self.deepspeed.backward(loss if scale == 1 else loss.float() * scale)
         if self.compression is not None and self.micro_step == self.accumulation - 1:
             self.compression.check_done()
         if self._replayed is not None:
@@ -216,7 +244,7 @@ class AdversarialEngine:
 
         Args:
             x: Images in pixel units [0, 1], float32, on the engine's device.
-            y: Labels, on the engine's device.
+            y: What the inner loss compares outputs with, on the engine's device.
             first_index: Index of the first image within the step's global batch.
             gradient: Counts of the attack's gradients go here.
 
@@ -269,6 +297,11 @@ class AdversarialEngine:
         self._attack = attack
         self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
 
+    @property
+    def task(self) -> Task | None:
+        """What the model in training is judged by; None where it classifies images."""
+        return task_of(self._objective, self._original_outputs)
+
     def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:
         """Accuracy over all ranks' images under ``attack``, in eval mode; a collective.
 
@@ -280,8 +313,9 @@ class AdversarialEngine:
         Returns:
             A fraction; training goes on as if it had not been measured.
         """
-        x, y, num_images = self._prepare(x, y)
         first_index = self.ranks.rank * len(x)
+        x, y, num_images = self._prepare(x, y, first_index)
+        first_index *= self._objective.num_views
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
         with self.frozen() as model:
             x_adv = attack(model, x, y, generator, gradient=self._input_gradient())
@@ -294,13 +328,13 @@ class AdversarialEngine:
     def measure_natural_accuracy(self, x: Tensor, y: Tensor) -> None:
         """Add natural accuracy on ``x`` to the last step's metrics: one forward in eval mode.
 
-        Does nothing where the objective computed natural logits anyway.
+        Does nothing where the objective computed natural logits anyway, or has none of classes.
         """
         # Decided alike on every rank: one that had no image has no natural logits either.
         has_natural = self._objective.needs_natural_logits or self._attack is None
-        if self._last is None or has_natural:
+        if self._last is None or has_natural or not self._objective.classifies:
             return
-        x, y, num_images = self._prepare(x, y)
+        x, y, num_images = self._prepare(x, y, 0)
         y, labelled, _ = self._read_labels(y)
         with self.frozen() as model, torch.no_grad():
             logits = model(x)
@@ -316,7 +350,7 @@ class AdversarialEngine:
         The objective's terms (``loss`` and others), accuracies as fractions, ``seconds_attack`` and
         ``seconds_update``, ``bytes_sent`` by kind, ``attack_zero_share`` (of gradient entries),
         ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
-        ``skipped_steps``: how many steps DeepSpeed has dropped so far for non-finite gradients.
+        ``skipped_steps``: how many steps were dropped so far for non-finite gradients.
         """
         return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
 
@@ -328,11 +362,12 @@ class AdversarialEngine:
 
     def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
         means = metrics.means(sums, ranks)
+        own_skips = 0 if self.averaging_optimizer is None else self.averaging_optimizer.num_skipped
         return {
             **means,
             **metrics.local(),
             "bytes_sent": dict(metrics.bytes_sent),
-            "skipped_steps": int(self.deepspeed.skipped_steps),
+            "skipped_steps": int(self.deepspeed.skipped_steps) + own_skips,
         }
 
     def close(self) -> None:
@@ -370,8 +405,12 @@ class AdversarialEngine:
         slot = self.micro_step * self.ranks.count + self.ranks.rank
         return slot * num_images, 1.0
 
-    def _prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Move a batch to the device, check its pixels once, and fill in for an empty one."""
+    def _prepare(self, x: Tensor, y: Tensor, first_index: int) -> tuple[Tensor, Tensor, int]:
+        """Move a batch to the device, check its pixels once, and fill in for an empty one.
+
+        Returns:
+            The images and targets of :meth:`Objective.inputs`, and how many of the images count.
+        """
         device, num_images = self.ranks.device, len(x)
         if not x.is_floating_point():
             raise DataError(
@@ -383,7 +422,31 @@ class AdversarialEngine:
             self._check_pixels(x)
         if num_images == 0:
             x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:])
-        return x, y, num_images
+        # A stream of its own: the attack's random start is another draw.
+        generator = SampleGenerator(self.run.dat.seed + 2, self.global_steps, first_index)
+        objective = self._objective
+        x, y = objective.inputs(x, y, generator=generator, reference=self._original_outputs)
+        if num_images == 0 and objective.compares_samples:
+            y = torch.full_like(y, -1)
+        return x, y, num_images * objective.num_views
+
+    @torch.no_grad()
+    def _original_outputs(self, x: Tensor) -> Tensor:
+        """Outputs of the model as it was at the start."""
+        assert self.reference is not None
+        with self._autocast():
+            return self._forward(self.reference, x, training=False)
+
+    def _features_of_others(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Other ranks' features of this micro-step; a collective, in the backward too."""
+        micro_batch = int(self.deepspeed.train_micro_batch_size_per_gpu())
+        num_rows = micro_batch * self._objective.num_views
+        if len(features) > num_rows:
+            raise DataError(
+                f"A batch of more than train_micro_batch_size_per_gpu={micro_batch} images: "
+                f"dat.objective.name={self._objective.name!r} compares those of all ranks."
+            )
+        return rows_of_others(features, y, self.ranks, num_rows=num_rows)
 
     def _read_labels(self, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Classes, which of them are true ``(B,)``, and each sample's weight ``(B,)``.
@@ -440,12 +503,14 @@ class AdversarialEngine:
             parts = torch.split(self._forward(model, joint, training=True), sizes)
         by_kind = dict(zip(kinds, parts, strict=True))
         logits_adv, logits = by_kind["adversarial"], by_kind.get("natural")
-        extra: dict[str, Tensor] = {}
+        extra: dict[str, Any] = {}
+        if objective.compares_samples and self.ranks.count > 1:
+            extra["gather"] = self._features_of_others
         if objective.needs_helper_logits:
             assert self._helper is not None
             with torch.no_grad():
                 labels = self._helper(x_adv).argmax(dim=1)
-            extra = {"logits_helper": by_kind["helper"], "y_helper": labels}
+            extra |= {"logits_helper": by_kind["helper"], "y_helper": labels}
         repeated, y_adv = logits, y
         if views > 1:
             repeated = None if logits is None else logits.repeat(views, 1)

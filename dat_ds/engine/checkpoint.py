@@ -8,6 +8,7 @@
                       error feedback
       state.json      step, ranks, config, best validation so far
       model.safetensors, model.json    the model alone, for dat_ds.models.load
+  reference/      the model as it was at the start, where the objective needs it
     best/             model.safetensors, model.json of the best validation
 """
 
@@ -29,8 +30,11 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.errors import CheckpointError
 from dat_ds.files import replace_text, write_json, writing
 from dat_ds.models import PixelModel, save_weights
+from dat_ds.models.pretrained import read_weights
+from dat_ds.models.saved import WEIGHTS_NAME
 from dat_ds.optim import WeightEma
 
+REFERENCE = "reference"
 _FORMAT = 1
 # May differ between a run and its continuation: they do not change the trajectory.
 _FREE_KEYS = (
@@ -108,6 +112,9 @@ class Checkpoints:
             torch.save(_rank_state(engine, ema), partial / name / f"rank-{ranks.rank}.pt")
             if ranks.is_main:
                 _save_model(partial / name, engine, model_state)
+                if engine.reference is not None:
+                    reference = engine.reference.state_dict()
+                    _save_model(partial / name / REFERENCE, engine, reference)
         except (OSError, RuntimeError) as error:
             if not _is_write_error(error):
                 raise
@@ -148,12 +155,18 @@ class Checkpoints:
             rank_file = checkpoint / f"rank-{ranks.rank}.pt"
             if not rank_file.exists():
                 raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: {rank_file.name}.")
+            if engine.reference is not None and not (checkpoint / REFERENCE).exists():
+                raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: {REFERENCE}.")
         engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         own = torch.load(rank_file, map_location="cpu", weights_only=True)
         if ema is not None and not _holds_ema(engine):
             main = torch.load(checkpoint / "rank-0.pt", map_location="cpu", weights_only=True)
             own["ema"] = main["ema"]
         _restore_rank_state(own, engine, ema)
+        if engine.reference is not None:
+            # Not what the model was made from this time, but what the run started with.
+            file = checkpoint / REFERENCE / WEIGHTS_NAME
+            engine.reference.load_state_dict(read_weights(file))
         return state
 
     def _make_room(self, partial: Path, engine: AdversarialEngine) -> None:
@@ -162,8 +175,9 @@ class Checkpoints:
             partial.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(f"Cannot make {partial}: {error.strerror}.") from None
-        # In float32: parameters, master weights, two moments, the average and the exported model.
-        needed = 6 * hooks.gathered_numel(engine.deepspeed) * 4
+        # In float32: parameters, master weights, two moments, the average, the exported model, and
+        # the reference.
+        needed = (6 + (engine.reference is not None)) * hooks.gathered_numel(engine.deepspeed) * 4
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise CheckpointError(
@@ -218,6 +232,8 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
         "free": None if engine.free is None else engine.free.state_dict(),
     }
+    if engine.averaging_optimizer is not None:
+        state["optimizer"] = engine.averaging_optimizer.rank_state_dict()
     if engine.compression is not None:
         state["compression"] = engine.compression.state_dict()
     if engine.ranks.device.type == "cuda":
@@ -226,8 +242,9 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
 
 
 def _holds_ema(engine: AdversarialEngine) -> bool:
-    """Whether this rank writes the average: its own shard under ZeRO-3, else one for all ranks."""
-    return engine.run.zero_stage == 3 or engine.ranks.is_main
+    """Whether this rank writes the average: its own where weights differ, else one for all."""
+    is_own = engine.run.zero_stage == 3 or engine.replicas_differ
+    return is_own or engine.ranks.is_main
 
 
 @torch.no_grad()
@@ -238,6 +255,9 @@ def _restore_rank_state(
         buffer.copy_(state["buffers"][name])
     if ema is not None and state["ema"] is not None:
         ema.load_state_dict(state["ema"])
+    if engine.averaging_optimizer is not None:
+        engine.averaging_optimizer.load_rank_state_dict(state["optimizer"])
+        hooks.copy_master_weights(engine.deepspeed)
     if engine.compression is not None:
         engine.compression.load_state_dict(state["compression"])
     if engine.free is not None and state["free"] is not None:

@@ -21,6 +21,7 @@ from dat_ds.compression import (
     NearestInt8,
     build_codec,
     codec_options,
+    finish_together,
     gather_shares,
 )
 from dat_ds.config import RunConfig
@@ -111,10 +112,12 @@ class GradientCompression:
         """The mean of a bucket, encoded piece by piece to bound the memory that it takes."""
         assert self._config.bucket_mb is not None
         sides = self._config.sides or "double"
-        means = []
+        exchanges = []
         for i, piece in enumerate(torch.split(flat, max(1, int(self._config.bucket_mb * 2**18)))):
             build = functools.partial(CompressedAllReduce, piece.numel(), sides=sides)
-            means.append(self._exchange(f"{name}/{i}", piece, build)(piece, self._step))
+            exchange: CompressedAllReduce = self._exchange(f"{name}/{i}", piece, build)
+            exchanges.append(exchange.parts(piece, self._step))
+        means = finish_together(exchanges)
         return means[0] if len(means) == 1 else torch.cat(means)
 
     def _scatter(self, name: str, gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -7,13 +7,14 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dat_ds.compression import kind_of_traffic
 from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError, UserError
 
@@ -88,6 +89,51 @@ class Ranks:
         if found:
             rank, (kind, message) = found[0]
             raise kind(f"rank {rank}: {message}")
+
+
+class _RowsOfOthers(torch.autograd.Function):
+    """Rows ``(n, D)`` of this rank to those of the others; the backward returns their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        gathered = [torch.empty_like(rows) for _ in range(ranks.count)]
+        with kind_of_traffic("features"):
+            dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered[: ranks.rank] + gathered[ranks.rank + 1 :])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        parts = list(gradients[0].chunk(ctx.ranks.count - 1))
+        parts.insert(ctx.ranks.rank, torch.zeros_like(parts[0]))
+        summed = torch.stack(parts)
+        with kind_of_traffic("features"):
+            dist.all_reduce(summed)
+        return summed[ctx.ranks.rank], None
+
+
+def rows_of_others(
+    features: Tensor, y: Tensor, ranks: Ranks, *, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Features and ``y`` of all other ranks, differentiable; one all-gather.
+
+    The backward is one all-reduce: the gradient of a rank's rows is the sum over the ranks that
+    compared with them.
+
+    Args:
+        features: This rank's ``(n, D)``, float32.
+        y: Small integers ``(n,)``.
+        ranks: The processes, at least two.
+        num_rows: Rows that every rank sends, at least ``n``; missing ones have a ``y`` of -1.
+
+    Returns:
+        ``((count - 1) * num_rows, D)`` and ``((count - 1) * num_rows,)``.
+    """
+    rows = torch.cat([features, y.to(features.dtype).unsqueeze(1)], dim=1)
+    missing = rows.new_zeros(num_rows - len(rows), rows.shape[1])
+    missing[:, -1] = -1
+    others = _RowsOfOthers.apply(torch.cat([rows, missing]), ranks)
+    return others[:, :-1], others[:, -1].detach().to(y.dtype)
 
 
 def setup_ranks() -> Ranks:

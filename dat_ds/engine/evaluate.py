@@ -10,7 +10,7 @@ from typing import Any
 
 from dat_ds.config import load_config
 from dat_ds.engine.distributed import setup_ranks
-from dat_ds.engine.run import build_data_of, describe_outcome, evaluate_model
+from dat_ds.engine.run import build_data_of, describe_outcome, evaluate_model, task_of_export
 from dat_ds.errors import CheckpointError
 from dat_ds.evaluation import describe
 from dat_ds.files import write_json
@@ -42,7 +42,8 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         run = load_config(config, overrides=overrides)
         splits = build_data_of(run)
         model = load(folder, map_location=ranks.device)
-    outcome = evaluate_model(model, splits.test, run, ranks)
+        task = task_of_export(run, folder, ranks)
+    outcome = evaluate_model(model, splits.test, run, ranks, task)
     seconds = {"evaluate": time.perf_counter() - started}
     record = {**describe_outcome(outcome, run, ranks), "seconds": seconds}
     with ranks.together():

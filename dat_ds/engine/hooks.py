@@ -6,8 +6,11 @@ Written against deepspeed 0.19.8; ``pyproject.toml`` allows ``>=0.19.8,<0.20``.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -15,11 +18,19 @@ import deepspeed.comm.comm
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from dat_ds.errors import NumericsError, UserError
+from dat_ds.optim import PADDING, LayerwiseOptimizer, Layout, Segments
+
+_SHARDED = (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
 
 
 def skip_shared_memory_op() -> None:
@@ -60,8 +71,33 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def loss_scale(engine: DeepSpeedEngine) -> float:
-    """The factor that DeepSpeed puts on a float16 loss right now; 1 in other precisions."""
+    """The factor on a float16 loss right now; 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def missing_loss_scale(engine: DeepSpeedEngine) -> float:
+    """What to multiply a loss by, because ``backward`` does not although ``step`` divides by it.
+
+    DeepSpeed 0.19.8 scales float16 losses under ZeRO 1 to 3, and forgets to at ZeRO-0.
+    """
+    return 1.0 if isinstance(engine.optimizer, ZeROOptimizer) else loss_scale(engine)
+
+
+def reduce_in_backward(engine: DeepSpeedEngine, enabled: bool) -> None:
+    """Whether ``backward`` averages gradients over ranks, at ZeRO-0.
+
+    Where it does not, DeepSpeed's check for overflow in 16 bits asks all ranks by itself.
+    """
+    engine.enable_backward_allreduce = enabled
+
+
+@torch.no_grad()
+def copy_master_weights(engine: DeepSpeedEngine) -> None:
+    """Make the model's 16-bit parameters those of the float32 ones that a ZeRO-0 step updates."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            torch._foreach_copy_(halves, masters)
 
 
 def gradient_scale(engine: DeepSpeedEngine) -> float:
@@ -282,3 +318,137 @@ def accelerator_device() -> torch.device:
     """The device that DeepSpeed assigns to this process."""
     accelerator = get_accelerator()
     return torch.device(accelerator.current_device_name())
+
+
+def basic_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer that ZeRO or the mixed precision drives: the one that was passed in."""
+    basic: torch.optim.Optimizer = engine.basic_optimizer
+    return basic
+
+
+def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> None:
+    """Tell ``optimizer``, which ``engine`` drives, where the layers lie in what it is handed.
+
+    ZeRO steps one group of its shards after another, and copies each to the model's parameters at
+    once; the trust ratios wait for the last one, and then the earlier groups are copied again.
+    """
+    zero = engine.optimizer
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    if not isinstance(zero, _SHARDED):
+        groups = zero.fp16_groups if isinstance(zero, FP16_UnfusedOptimizer) else None
+        masters = [p for group in zero.param_groups for p in group["params"]]
+        parameters = masters if groups is None else [p for group in groups for p in group]
+        whole = {p: Segments((p.numel(),), (layer,)) for layer, p in enumerate(masters)}
+        optimizer.attach(Layout(tuple(names[id(p)] for p in parameters), whole))
+        return
+    groups = _flat_groups(zero)
+    deferred = not isinstance(zero, BF16_Optimizer)
+    layout = Layout(
+        names=tuple(names[id(p)] for group in groups for p in group.parameters),
+        segments={
+            group.flat: group.cut(layer)
+            for group, layer in zip(groups, _starts([len(g.sizes) for g in groups]), strict=True)
+        },
+        process_group=zero.dp_process_group if dist.get_world_size() > 1 else None,
+        device=accelerator_device(),
+        deferred=deferred,
+    )
+    optimizer.attach(layout)
+    if deferred:
+        zero._optimizer_step = _applied_after_the_last(zero, optimizer, len(groups))
+
+
+def _applied_after_the_last(
+    zero: Any, optimizer: LayerwiseOptimizer, num_groups: int
+) -> Callable[[int], None]:
+    step_group = zero._optimizer_step
+
+    @functools.wraps(step_group)
+    def step(index: int) -> None:
+        step_group(index)
+        if index == num_groups - 1:
+            optimizer.apply()
+            for earlier in range(index):
+                _copy_to_parameters(zero, earlier)
+
+    return step
+
+
+def _copy_to_parameters(zero: Any, index: int) -> None:
+    """Copy the master weights of one group to the model's parameters, as ZeRO's step does."""
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    else:
+        rank = dist.get_rank(zero.real_dp_process_group[index])
+        shard = zero.parallel_partitioned_bit16_groups[index][rank]
+        shard.data.copy_(zero.single_partition_of_fp32_groups[index].data)
+
+
+@dataclass(frozen=True)
+class _FlatGroup:
+    """A flat tensor of master weights of this rank, and where parameters lie.
+
+    Attributes:
+        parameters: In the order in which they lie.
+        flat: Elements ``[start, start + numel)`` of a space.
+        offsets: Where each parameter begins in that space.
+        sizes: Its elements in that space.
+        start: See ``flat``.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    flat: Tensor
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    start: int = 0
+
+    def cut(self, first_layer: int) -> Segments:
+        """The pieces of ``flat``, whose layers are numbered from ``first_layer``."""
+        pieces, position, end = [], self.start, self.start + self.flat.numel()
+        for layer, offset in enumerate(self.offsets):
+            left, right = max(offset, self.start), min(offset + self.sizes[layer], end)
+            if left < right:
+                pieces += [(left - position, PADDING), (right - left, first_layer + layer)]
+                position = right
+        pieces = [piece for piece in [*pieces, (end - position, PADDING)] if piece[0]]
+        return Segments(tuple(size for size, _ in pieces), tuple(layer for _, layer in pieces))
+
+
+def _flat_groups(zero: Any) -> list[_FlatGroup]:
+    """The flat tensors that the sharding optimizer hands out, in its order."""
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return [
+            _slices(parameters, flat)
+            for parameters, flat in zip(
+                zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True
+            )
+        ]
+    ranks = [dist.get_rank(group) for group in zero.real_dp_process_group]
+    if isinstance(zero, BF16_Optimizer):
+        flats, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+        sizes = [[p.numel() for p in group] for group in groups]
+        offsets = [_starts(size) for size in sizes]
+    else:
+        # Not from ``_hp_mapping``, which is wrong where round_robin_gradients reorders parameters.
+        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        sizes = [[shape.numel() for shape in shapes] for shapes in zero.round_robin_bit16_meta]
+        offsets = zero.round_robin_bit16_offsets
+    return [
+        _FlatGroup(groups[i], flat, offsets[i], sizes[i], flat.numel() * ranks[i])
+        for i, flat in enumerate(flats)
+    ]
+
+
+def _slices(parameters: Sequence[Any], flat: Tensor) -> _FlatGroup:
+    """ZeRO-3's slices of parameters one after another; the last rank's end in unset memory."""
+    lengths = [p.partition_numel() for p in parameters]
+    begins = [p.partition_numel() * dist.get_rank(p.ds_process_group) for p in parameters]
+    sizes = [
+        min(length, max(0, p.ds_numel - begin))
+        for p, length, begin in zip(parameters, lengths, begins, strict=True)
+    ]
+    return _FlatGroup(parameters, flat, _starts(lengths), sizes)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)][:-1]

@@ -22,14 +22,16 @@ from dat_ds.config.schema import (
     WeightPerturbationConfig,
 )
 from dat_ds.data import DataSplits, build_data, evaluation_batches
-from dat_ds.engine.build import initialize, threat_of
-from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.build import initialize, objective_of, threat_of
+from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.stopping import StopSignal
+from dat_ds.engine.task import task_of
 from dat_ds.engine.trainer import Trainer
 from dat_ds.errors import CheckpointError, ConfigError
 from dat_ds.evaluation import (
     Record,
+    Task,
     commit,
     describe,
     describe_training,
@@ -40,10 +42,12 @@ from dat_ds.evaluation import (
 )
 from dat_ds.files import write_json
 from dat_ds.models import PixelModel, build_model, load
+from dat_ds.objectives import OBJECTIVES, rotations
 
 logger = logging.getLogger("dat_ds")
 
 TWIN_FOLDER = "natural_twin"
+PROJECTION_WIDTH = 128  # Chen et al., ICML 2020, arXiv 2002.05709, sec. 2.1
 
 
 def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
@@ -157,18 +161,14 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
             f"dat.model.img_size={config.img_size}, but the images have {height} pixels: leave it "
             f"out, or resize the images with dat.data.img_size={config.img_size}."
         )
-    num_classes = config.num_classes or splits.num_classes
-    problems: list[str] = []
-    check_num_classes(run.dat, num_classes, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    num_outputs = _num_outputs(run, splits)
     # Published weights expect the statistics they were trained with, not those of this data.
     own_statistics = (
         config.mean is not None or config.pretrained is not None or config.name.startswith("hf:")
     )
     return build_model(
         config.name,
-        num_classes=num_classes,
+        num_classes=num_outputs,
         in_chans=channels,
         mean=config.mean if own_statistics else splits.mean,
         std=config.std if own_statistics else splits.std,
@@ -180,6 +180,7 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
         drop_rate=config.drop_rate,
         drop_path_rate=config.drop_path_rate,
         stem=config.stem,
+        head=OBJECTIVES[run.dat.objective.name].head,
         pretrained=config.pretrained,
         options=config.options,
         activation_checkpointing=config.activation_checkpointing,
@@ -187,8 +188,48 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
     )
 
 
+def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
+    """Outputs that the objective needs of the model, after checking that the data give them."""
+    name, model = run.dat.objective.name, run.dat.model
+    _, height, width = splits.image_shape
+    problems: list[str] = []
+    num_classes = model.num_classes or splits.num_classes
+    if OBJECTIVES[name].head == "classes":
+        check_num_classes(run.dat, num_classes, problems)
+    if name == "rotation" and height != width:
+        problems.append(
+            f"dat.objective.name='rotation' turns images by 90 degrees, but those of {splits.name} "
+            f"are {height} x {width}: give square ones, with dat.data.img_size={height}."
+        )
+    if name == "fare" and model.pretrained is None and not model.name.startswith("hf:"):
+        problems.append(
+            "dat.objective.name='fare' keeps the features that the model starts with, and those of "
+            "random weights are worth nothing: give dat.model.pretrained, or a model 'hf:PATH'."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    outputs = {"classes": num_classes, "rotation": 4, "projection": PROJECTION_WIDTH, "features": 0}
+    return outputs[OBJECTIVES[name].head]
+
+
+def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
+    """What the exported model of a run is judged by; None where it classifies images."""
+    objective = objective_of(run.dat)
+    reference = None
+    if objective.needs_reference:
+        latest = Checkpoints(output / "checkpoints", keep=1).latest()
+        if latest is None:
+            raise CheckpointError(f"There is no checkpoint in {output}/checkpoints.")
+        reference = load(latest / REFERENCE, map_location=ranks.device)
+    return task_of(objective, reference)
+
+
 def evaluate_model(
-    model: Callable[[Tensor], Tensor], data: Dataset[Any], run: RunConfig, ranks: Ranks
+    model: Callable[[Tensor], Tensor],
+    data: Dataset[Any],
+    run: RunConfig,
+    ranks: Ranks,
+    task: Task | None,
 ) -> Record:
     """Evaluate a model as ``dat.evaluation`` says, sharded over the ranks; a collective."""
     config = run.dat.evaluation
@@ -205,6 +246,7 @@ def evaluate_model(
         ranks=ranks.count,
         gather=ranks.gather,
         num_workers=run.dat.data.num_workers,
+        task=task,
     )
 
 
@@ -263,13 +305,14 @@ def _train_one(
         return None
     exported = load(output, map_location=ranks.device)
     before = time.perf_counter()
-    outcome = evaluate_model(exported, splits.test, run, ranks)
+    task = task_of_export(run, output, ranks)
+    outcome = evaluate_model(exported, splits.test, run, ranks, task)
     record = {
         **describe_outcome(outcome, run, ranks),
         "checkpoint": "best" if trainer.best is not None else "last",
         "best_validation": trainer.best,
         "validation": trainer.history,
-        "events": trainer.events,
+        "events": trainer.all_events(),
         "steps": engine.global_steps,
         "seconds": {
             "train": train_seconds,
@@ -385,7 +428,8 @@ def _unlabelled_words(splits: DataSplits, data: DataConfig) -> str:
 
 def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:
     count = run.dat.evaluation.pictures
-    if count == 0:
+    objective = OBJECTIVES[run.dat.objective.name]
+    if count == 0 or not objective.classifies:
         return
     splits = build_data_of(run)
     channels = splits.image_shape[0]
@@ -394,11 +438,15 @@ def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) ->
         return
     shown = Subset(splits.test, range(min(count, len(splits.test))))  # type: ignore[arg-type]
     x, y = default_collate([shown[i] for i in range(len(shown))])
+    class_names = splits.class_names
+    if objective.head == "rotation":
+        x, y = (kind[:count] for kind in rotations(x))
+        class_names = ("0", "90", "180", "270")
     name = "robust" if run.dat.attack.name != "none" else "natural"
     models = {name: load(output, map_location=device)}
     if has_twin:
         models["natural twin"] = load(output / TWIN_FOLDER, map_location=device)
     attack = run.dat.evaluation.validation_attack  # cheap: every rank waits for the picture
     path = output / "examples.png"
-    draw_examples(models, x, y, threat_of(run.dat), attack, path, class_names=splits.class_names)
+    draw_examples(models, x, y, threat_of(run.dat), attack, path, class_names=class_names)
     logger.info("Picture: %s", path)

@@ -30,8 +30,8 @@ class Traffic:
     all-gather ``s (n - 1)`` of its input, broadcast ``s``. One rank sends nothing.
 
     Attributes:
-        bytes_sent: Bytes by kind: ``gradients``, ``momentum``, ``parameters``, ``norms``, and
-            ``setup``. Whoever starts a collective may name its kind
+        bytes_sent: Bytes by kind: ``gradients``, ``momentum``, ``parameters``, ``norms``,
+            ``features`` and ``setup``. Whoever starts a collective may name its kind
             (:func:`dat_ds.compression.kind_of_traffic`); else gathers and broadcasts count as
             ``parameters``, and what else runs in backward as ``gradients``, in step as ``norms``.
         calls: Collectives by kind.

@@ -1,6 +1,6 @@
 """Robust evaluation: accuracy under attack, result records, pictures."""
 
-from dat_ds.evaluation.accuracy import Record, evaluate
+from dat_ds.evaluation.accuracy import Record, Task, evaluate
 from dat_ds.evaluation.environment import commit, hardware, versions
 from dat_ds.evaluation.pictures import draw_examples
 from dat_ds.evaluation.record import describe
@@ -8,6 +8,7 @@ from dat_ds.evaluation.report import describe_training
 
 __all__ = [
     "Record",
+    "Task",
     "commit",
     "describe",
     "describe_training",

@@ -1,4 +1,4 @@
-"""Natural and robust accuracy, sharded over ranks, with every sample's outcome kept.
+"""Natural and robust accuracy or loss, sharded over ranks, with every sample's outcome kept.
 
 Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 """
@@ -6,14 +6,14 @@ Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, attack_mode, pgd
+from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, apgd, attack_mode, pgd
 from dat_ds.config import EvaluationAttack, parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
@@ -35,6 +35,26 @@ def _alone(value: object) -> list[object]:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a self-supervised model is judged by.
+
+    Attributes:
+        inputs: Images, labels and a source of random numbers to the images that the model is shown,
+            ``num_views`` for each, and what its outputs are compared with.
+        num_views: Images shown for each image.
+        loss: Mean loss is measured in the place of accuracy, and attacked; None where outputs are
+            logits of what ``inputs`` gives.
+    """
+
+    inputs: Callable[[Tensor, Tensor, SampleGenerator], tuple[Tensor, Tensor]]
+    num_views: int = 1
+    loss: InnerLoss | None = None
+
+
+_CLASSIFICATION = Task(inputs=lambda x, y, generator: (x, y))
+
+
+@dataclass(frozen=True)
 class Record:
     """Outcome of an evaluation.
 
@@ -42,27 +62,41 @@ class Record:
     the attack: a misclassified image needs no attacker.
 
     Attributes:
-        natural_acc: Fraction classified correctly without perturbation.
-        robust_acc: Fraction robust, by name of the attack.
-        num_examples: Images evaluated, over all ranks.
+        natural_acc: Fraction classified correctly without perturbation; None where the model does
+            not classify.
+        robust_acc: Fraction robust, by name of the attack; empty where it does not classify.
+        num_examples: Images shown, over all ranks.
         outcomes: ``"natural"`` and each attack: one character per image in dataset order, ``"1"``
             correct or robust, ``"0"`` not.
         largest_perturbation: Largest distance of an adversarial image from its original in the
             threat model's norm, pixel units; by name of the attack.
+        natural_loss: Mean loss without perturbation; None where the model classifies.
+        robust_loss: Mean loss under each attack.
     """
 
-    natural_acc: float
+    natural_acc: float | None
     robust_acc: dict[str, float]
     num_examples: int
     outcomes: dict[str, str]
     largest_perturbation: dict[str, float]
+    natural_loss: float | None = None
+    robust_loss: dict[str, float] = field(default_factory=dict)
+
+    def means(self) -> dict[str, Any]:
+        """Accuracies, losses where they were measured, and the number of images."""
+        means = {
+            "natural_acc": self.natural_acc,
+            "robust_acc": dict(self.robust_acc),
+            "num_examples": self.num_examples,
+        }
+        if self.natural_loss is not None:
+            means |= {"natural_loss": self.natural_loss, "robust_loss": dict(self.robust_loss)}
+        return means
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-serialisable values."""
         return {
-            "natural_acc": self.natural_acc,
-            "robust_acc": dict(self.robust_acc),
-            "num_examples": self.num_examples,
+            **self.means(),
             "outcomes": dict(self.outcomes),
             "largest_perturbation": dict(self.largest_perturbation),
         }
@@ -82,6 +116,7 @@ def evaluate(
     ranks: int = 1,
     gather: Gather = _alone,
     num_workers: int = 0,
+    task: Task | None = None,
 ) -> Record:
     """Attack a model and count what it withstands.
 
@@ -103,6 +138,8 @@ def evaluate(
         ranks: Number of processes.
         gather: Collects every rank's outcomes; called once, by all ranks.
         num_workers: Worker processes that read the images.
+        task: What the model does with the images; None: it classifies them. A loss that compares
+            the images of a batch depends on ``batch_size`` and ``ranks``.
 
     Returns:
         The same record on every rank.
@@ -123,31 +160,41 @@ def evaluate(
             num_workers=num_workers,
         )
     )
+    task = _CLASSIFICATION if task is None else task
     names = ["natural", *(attack.name for attack in parsed)]
-    outcomes: dict[str, list[Tensor]] = {name: [] for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     largest = dict.fromkeys(attacks, 0.0)
     with attack_mode(model):
         for x, y, indices in batches:
-            count = len(x)
+            count = len(x) * task.num_views
             if count == 0:  # this rank only keeps the others company
                 x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1)
-            x, y = x.to(device), y.to(device)
-            with torch.no_grad():
-                natural = model(x).argmax(1) == y
-            outcomes["natural"].append(natural[:count].cpu())
+            first_index = indices[0] if indices else 0
+            views = SampleGenerator(seed + 1, 0, first_index)
+            x, y = task.inputs(x.to(device), y.to(device), views)
+            natural = _judge(model, x, y, task.loss)
+            found["natural"].append(natural[:count].cpu())
             for attack in parsed:
-                first_index = indices[0] if indices else 0
-                generator = SampleGenerator(seed, attack.steps, first_index)
-                x_adv = run_attack(model, x, y, threat, attack, generator)
-                with torch.no_grad():
-                    robust = model(x_adv).argmax(1) == y
-                outcomes[attack.name].append((robust & natural)[:count].cpu())
+                generator = SampleGenerator(seed, attack.steps, first_index * task.num_views)
+                x_adv = run_attack(model, x, y, threat, attack, generator, task.loss)
+                robust = _judge(model, x_adv, y, task.loss)
+                robust = robust & natural if task.loss is None else robust
+                found[attack.name].append(robust[:count].cpu())
                 if count:
                     distance = float(threat.distance(x_adv, x).max())
                     largest[attack.name] = max(largest[attack.name], distance)
-    texts = {name: _to_text(parts) for name, parts in outcomes.items()}
-    gathered = gather((batches.error, texts, largest))
-    return _combine(names, gathered)
+    values = {name: torch.cat(parts).tolist() if parts else [] for name, parts in found.items()}
+    gathered = gather((batches.error, values, largest))
+    return _combine(names, gathered, task)
+
+
+@torch.no_grad()
+def _judge(model: Model, x: Tensor, y: Tensor, loss: InnerLoss | None) -> Tensor:
+    """Each image's loss, or whether it is classified correctly ``(B,)``."""
+    outputs = model(x)
+    if loss is None:
+        return outputs.argmax(1) == y
+    return loss(outputs.double(), y.double() if y.is_floating_point() else y)
 
 
 class _Batches:
@@ -182,8 +229,12 @@ def run_attack(
     threat: ThreatModel,
     attack: EvaluationAttack,
     generator: SampleGenerator,
+    loss: InnerLoss | None = None,
 ) -> Tensor:
-    """Adversarial images for ``x`` ``(B, C, H, W)`` by an evaluation attack."""
+    """Adversarial images for ``x`` ``(B, C, H, W)`` by an evaluation attack.
+
+    ``loss`` takes the place of PGD's cross-entropy.
+    """
     if attack.method != "pgd":
         return apgd(
             model,
@@ -202,36 +253,38 @@ def run_attack(
         threat=threat,
         steps=attack.steps,
         step_size=attack.step_size(threat.eps),
+        loss="ce" if loss is None else loss,
         restarts=attack.restarts,
         generator=generator,
     )
 
 
-def _to_text(parts: list[Tensor]) -> str:
-    flags = torch.cat(parts).tolist() if parts else []
-    return "".join("1" if flag else "0" for flag in flags)
-
-
-def _combine(names: Sequence[str], gathered: list[object]) -> Record:
+def _combine(names: Sequence[str], gathered: list[object], task: Task) -> Record:
     """Join the shards, which are contiguous and in order of rank."""
-    outcomes, largest = dict.fromkeys(names, ""), dict.fromkeys(names[1:], 0.0)
+    values: dict[str, list[float]] = {name: [] for name in names}
+    largest = dict.fromkeys(names[1:], 0.0)
     for item in gathered:
         assert isinstance(item, tuple)
-        error, texts, distances = item
+        error, of_rank, distances = item
         if error is not None:
             raise DataError(error)
         for name in names:
-            outcomes[name] += texts[name]
+            values[name] += of_rank[name]
         for name, distance in distances.items():
             largest[name] = max(largest[name], distance)
-    count = len(outcomes["natural"])
-    share = {name: text.count("1") / count if count else 0.0 for name, text in outcomes.items()}
+    count = len(values["natural"])
+    means = {name: sum(found) / count if count else 0.0 for name, found in values.items()}
+    natural = means.pop("natural")
+    classifies = task.loss is None
+    texts = {n: "".join("1" if flag else "0" for flag in found) for n, found in values.items()}
     return Record(
-        natural_acc=share.pop("natural"),
-        robust_acc=share,
+        natural_acc=natural if classifies else None,
+        robust_acc=means if classifies else {},
         num_examples=count,
-        outcomes=outcomes,
+        outcomes=texts if classifies else {},
         largest_perturbation=largest,
+        natural_loss=None if classifies else natural,
+        robust_loss={} if classifies else means,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_NEXT_STEP = "For classes, fine-tune it: --set dat.model.pretrained=RUN, with another objective."
+
 
 def describe(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
     """What a model withstands, in one or two sentences, and what a natural one does.
@@ -13,25 +15,46 @@ def describe(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
         record: ``record.json`` of a run.
         twin: Record of its natural twin, evaluated alike; None where there is none.
     """
-    threat = record["config"]["dat"]["threat_model"]
-    norm = {"linf": "l-infinity", "l2": "l2"}[threat["norm"]]
+    dat = record["config"]["dat"]
+    threat = dat["threat_model"]
+    norm = {"linf": "l-infinity", "l2": "l2", "l1": "l1"}[threat["norm"]]
+    within = f"within {norm} distance {threat['eps']}"
     trained = "naturally trained" if record["natural"] else "adversarially trained"
+    if record["natural_acc"] is None:
+        return _describe_losses(record, trained, within)
+    turned = dat["objective"]["name"] == "rotation"
+    images = "turned test images" if turned else "test images"
+    does = "tells the rotation of" if turned else "classifies"
     text = (
-        f"Of {record['num_examples']} test images, the {trained} model classifies "
+        f"Of {record['num_examples']} {images}, the {trained} model {does} "
         f"{record['natural_acc']:.1%} correctly"
     )
     if not record["robust_acc"]:
         return text + "; it was not attacked (dat.evaluation.attacks is empty)."
     attack, robust = _weakest(record)
-    text += f", and {robust:.1%} whatever {attack} does within {norm} distance {threat['eps']}."
+    text += f", and {robust:.1%} whatever {attack} does {within}."
     if twin is not None:
         text += (
             f" Its naturally trained twin: {twin['natural_acc']:.1%}, and "
             f"{twin['robust_acc'][attack]:.1%} under the same attack."
         )
+    elif turned:
+        text += f" {_NEXT_STEP}"
     elif not record["natural"]:
         text += " For a natural twin beside it: --set dat.evaluation.natural_twin=true."
     return text
+
+
+def _describe_losses(record: Mapping[str, Any], trained: str, within: str) -> str:
+    """The same for a model that does not classify."""
+    objective = record["config"]["dat"]["objective"]["name"]
+    text = (
+        f"Mean {objective} loss of the {trained} model on {record['num_examples']} test images: "
+        f"{record['natural_loss']:.4g}"
+    )
+    attacks = [f"{value:.4g} under {name}" for name, value in record["robust_loss"].items()]
+    text += f", {', '.join(attacks)} {within}." if attacks else "."
+    return f"{text} {_NEXT_STEP}"
 
 
 def _weakest(record: Mapping[str, Any]) -> tuple[str, float]:

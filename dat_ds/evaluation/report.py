@@ -38,9 +38,11 @@ def report_table(paths: Sequence[Path]) -> str:
         raise DataError("\n".join(problems))
     attacks = sorted({name for record in records.values() for name in record["robust_acc"]})
     header = ["run", "model", "training", "ZeRO", "ranks", "clean %", *(f"{a} %" for a in attacks)]
+    losses = sorted({name for record in records.values() for name in record.get("robust_loss", {})})
+    header += ["clean loss", *(f"{name} loss" for name in losses)] if losses else []
     header += ["images", "train s"]
     rows = [header, ["---"] * len(header)]
-    rows += [_row(name, record, attacks) for name, record in records.items()]
+    rows += [_row(name, record, attacks, losses) for name, record in records.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -52,24 +54,30 @@ def describe_training(dat: dict[str, Any]) -> str:
     """
     attack, objective = dat["attack"], dat["objective"]
     if attack["name"] == "none":
-        return "natural"
+        learns_classes = objective["name"] in ("at", "dat")
+        return "natural" if learns_classes else f"{objective['name']} natural"
     words = [] if objective["name"] == "at" else [objective["name"]]
     words.append(f"{attack['name']}-{attack['steps']}")
     perturbation = dat.get("weight_perturbation", {}).get("name", "none")
     return " ".join([*words, *([] if perturbation == "none" else [perturbation])])
 
 
-def _row(name: str, record: dict[str, Any], attacks: Sequence[str]) -> list[str]:
+def _row(
+    name: str, record: dict[str, Any], attacks: Sequence[str], losses: Sequence[str]
+) -> list[str]:
     dat, robust = record["config"]["dat"], record["robust_acc"]
     seconds = record["seconds"].get("train")
+    loss_of = {"natural": record.get("natural_loss"), **record.get("robust_loss", {})}
+    shown_losses = [loss_of.get(loss) for loss in ("natural", *losses)] if losses else []
     return [
         name,
         dat["model"]["name"],
         describe_training(dat),
         str(record["config"]["zero_optimization"]["stage"]),
         str(record["ranks"]),
-        f"{100 * record['natural_acc']:.1f}",
+        "-" if record["natural_acc"] is None else f"{100 * record['natural_acc']:.1f}",
         *(f"{100 * robust[a]:.1f}" if a in robust else "not measured" for a in attacks),
+        *("-" if loss is None else f"{loss:.4g}" for loss in shown_losses),
         str(record["num_examples"]),
         f"{seconds:.0f}" if seconds is not None else "-",
     ]

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -19,12 +19,16 @@ from torch import nn
 
 from dat_ds.errors import ModelError
 from dat_ds.models import huggingface
+from dat_ds.models.head import use_projection_head
 from dat_ds.models.normalize import PixelModel
 from dat_ds.models.pretrained import load_pretrained
+from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
 from dat_ds.models.stem import use_cifar_stem
 
 _LOG = logging.getLogger("dat_ds")
 CheckpointingKind = Literal["none", "non_reentrant", "reentrant"]
+Head = Literal["classes", "rotation", "projection", "features"]
+_HEADS = get_args(Head)
 _CHECKPOINTING_KINDS = ("none", "non_reentrant", "reentrant")
 _STEMS = ("default", "cifar")
 _OVERRIDES = (
@@ -73,6 +77,7 @@ def build_model(
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     stem: Literal["default", "cifar"] = "default",
+    head: Head = "classes",
     pretrained: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     activation_checkpointing: CheckpointingKind = "none",
@@ -86,10 +91,10 @@ def build_model(
     Args:
         name: A timm model name, or 'hf:' and a local folder (or hub id) of a Hugging Face image
             classifier.
-        num_classes: Number of classes K.
+        num_classes: Number of outputs K; 0 for the features themselves.
         in_chans: Number of image channels C.
-        mean: C values in pixel units; None takes the ones published with the model if that has
-            C channels (timm: 3), else 0.5.
+        mean: C values in pixel units; None takes the ones saved with `pretrained`, else those
+            published with the model if they are for C channels (timm: 3), else 0.5.
         std: C positive values in pixel units; None as for `mean`.
         img_size: Height and width of the images in pixels, one number if square. Models that
             take any size, such as CNNs, do not have this argument and it is dropped for them.
@@ -100,7 +105,10 @@ def build_model(
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Largest stochastic-depth probability.
         stem: 'cifar' replaces the stem of a ResNet, for images of 32 pixels and less.
-        pretrained: A local checkpoint file, see `load_pretrained`.
+        head: What the outputs are. 'projection' puts two layers in the place of the classifier;
+            the others tell whether the classifier of a saved model serves the same purpose.
+        pretrained: A local checkpoint file, see `load_pretrained`, or a saved model of ours, see
+            `dat_ds.models.load`, whose head is taken over if it has the same purpose.
         options: Further keyword arguments of the timm model, or fields of the Hugging Face
             config; JSON-serialisable.
         activation_checkpointing: Recompute activations in the backward pass. 'reentrant' works
@@ -128,20 +136,23 @@ def build_model(
         "drop_rate": drop_rate,
         "drop_path_rate": drop_path_rate,
         "stem": stem,
+        "head": head,
         "pretrained": None if pretrained is None else str(pretrained),
         "options": dict(options or {}),
         "activation_checkpointing": activation_checkpointing,
         "seed": seed,
     }
     _check_choices(spec)
+    saved = _saved_folder(spec["pretrained"])
+    saved_spec = {} if saved is None else read_spec(saved / SPEC_NAME)
     with contextlib.nullcontext() if seed is None else _seeded(seed):
-        body = _build_body(spec)
+        body = _build_body(spec, saved, saved_spec)
     if isinstance(body, huggingface.HuggingFaceBody):
         spec["hf_config"] = body.config_dict()
     if activation_checkpointing != "none":
         _enable_checkpointing(body, activation_checkpointing == "reentrant", name)
     if mean is None or std is None:
-        default_mean, default_std = _default_statistics(body, name, in_chans)
+        default_mean, default_std = _default_statistics(body, name, in_chans, saved_spec)
         mean, std = mean or default_mean, std or default_std
     spec["mean"] = _checked("mean", mean, in_chans)
     spec["std"] = _checked("std", std, in_chans)
@@ -153,7 +164,11 @@ def build_model(
 def _check_choices(spec: Mapping[str, Any]) -> None:
     """Raise a ModelError that lists every value which is invalid for any model."""
     problems = []
-    for key, valid in (("stem", _STEMS), ("activation_checkpointing", _CHECKPOINTING_KINDS)):
+    for key, valid in (
+        ("stem", _STEMS),
+        ("head", _HEADS),
+        ("activation_checkpointing", _CHECKPOINTING_KINDS),
+    ):
         if spec[key] not in valid:
             choices = ", ".join(f"'{choice}'" for choice in valid)
             problems.append(f"dat.model.{key}='{spec[key]}' is unknown. Valid: {choices}.")
@@ -183,17 +198,32 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _build_body(spec: Mapping[str, Any]) -> nn.Module:
-    """Build the network without normalisation: architecture, stem, weights."""
+def _saved_folder(pretrained: str | None) -> Path | None:
+    """Return the folder of the saved model of ours that `pretrained` names, if it does."""
+    if pretrained is None:
+        return None
+    path = Path(pretrained).expanduser()
+    is_ours = path.name == WEIGHTS_NAME and path.with_name(SPEC_NAME).is_file()
+    return find_saved(path) if path.is_dir() or is_ours else None
+
+
+def _build_body(
+    spec: Mapping[str, Any], saved: Path | None, saved_spec: Mapping[str, Any]
+) -> nn.Module:
+    """Build the network without normalisation: architecture, stem, head, weights."""
     name: str = spec["name"]
     body = _build_huggingface(spec) if huggingface.is_hugging_face(name) else _build_timm(spec)
     if spec["stem"] == "cifar":
         use_cifar_stem(body, name)
+    network, classifier = body, _timm_head_names(body)
+    if isinstance(body, huggingface.HuggingFaceBody):
+        network, classifier = body.model, body.head_names()
+    if spec["head"] == "projection":
+        use_projection_head(network, classifier, name)
     if spec["pretrained"] is not None:
-        if isinstance(body, huggingface.HuggingFaceBody):
-            load_pretrained(body.model, spec["pretrained"], body.head_names())
-        else:
-            load_pretrained(body, spec["pretrained"], _timm_head_names(body))
+        file = spec["pretrained"] if saved is None else saved / WEIGHTS_NAME
+        skips_head = bool(saved_spec) and saved_spec.get("head", "classes") != spec["head"]
+        load_pretrained(network, file, classifier, skips_head=skips_head)
     return body
 
 
@@ -338,11 +368,13 @@ def _select_kind(reentrant: bool, module: nn.Module, args: tuple[Any, ...]) -> N
 
 
 def _default_statistics(
-    body: nn.Module, name: str, in_chans: int
+    body: nn.Module, name: str, in_chans: int, saved_spec: Mapping[str, Any]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and standard deviation published with the model, else 0.5 for both."""
+    """Return the mean and standard deviation saved or published with the model, else 0.5."""
     published: tuple[Sequence[float], Sequence[float]] | None
-    if isinstance(body, huggingface.HuggingFaceBody):
+    if saved_spec:
+        published = (saved_spec["mean"], saved_spec["std"])
+    elif isinstance(body, huggingface.HuggingFaceBody):
         published = huggingface.read_mean_std(huggingface.location_of(name))
     else:
         config = getattr(body, "pretrained_cfg", {})

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from dat_ds.errors import CheckpointError, ModelError
 from dat_ds.models import huggingface
 from dat_ds.models.build import build_model
+from dat_ds.models.head import use_projection_head
 from dat_ds.models.normalize import PixelModel
 from dat_ds.models.pretrained import read_weights
+from dat_ds.models.saved import FORMAT, SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
 
-WEIGHTS_NAME = "model.safetensors"
-SPEC_NAME = "model.json"
-_FORMAT = 1
 # Part of a spec, but of no use for a model whose weights are at hand: an attack by
 # torch.autograd.grad must work on it, and its Hugging Face folder may be gone.
 _NOT_REBUILT = ("pretrained", "seed", "activation_checkpointing", "hf_config")
@@ -49,7 +48,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], spec: Mapping[str
     try:
         path.mkdir(parents=True, exist_ok=True)
         staged[description].write_text(
-            json.dumps({"format": _FORMAT, "spec": dict(spec)}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({"format": FORMAT, "spec": dict(spec)}, indent=2) + "\n", encoding="utf-8"
         )
         safetensors.torch.save_file(
             _unshared(state_dict), staged[weights], metadata={"format": "pt"}
@@ -72,9 +71,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> nn.Mo
     """Load a saved model.
 
     Args:
-        path: A folder written by `save_weights`, the `model.safetensors` in it, or the folder of
-            a run, of which `checkpoints/best` is taken if it has a model, else the checkpoint
-            that `checkpoints/latest` names.
+        path: Of what `save_weights` wrote, or of a run; see `dat_ds.models.saved.find_saved`.
         map_location: Device to put the model on.
 
     Returns:
@@ -84,8 +81,8 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> nn.Mo
     Raises:
         ModelError: There is no saved model, or it cannot be read or rebuilt.
     """
-    folder = _find(Path(path))
-    spec = _read_spec(folder / SPEC_NAME)
+    folder = find_saved(Path(path))
+    spec = read_spec(folder / SPEC_NAME)
     weights = read_weights(folder / WEIGHTS_NAME)
     model = _rebuild(spec, folder)
     try:
@@ -125,44 +122,6 @@ def _remove(file: Path) -> None:
         return
 
 
-def _find(path: Path) -> Path:
-    """Return the folder of the saved model that `path` stands for."""
-    if path.name == WEIGHTS_NAME:
-        path = path.parent
-    checkpoints = path / "checkpoints"
-    candidates = [path, checkpoints / "best"]
-    latest = checkpoints / "latest"
-    if latest.is_file():
-        candidates.append(checkpoints / latest.read_text(encoding="utf-8").strip())
-    for folder in candidates:
-        if (folder / WEIGHTS_NAME).is_file():
-            return folder
-    looked_for = [str(folder / WEIGHTS_NAME) for folder in candidates]
-    if not latest.is_file():
-        looked_for.append(str(latest))
-    raise ModelError(
-        f"No saved model at '{path}'. Looked for: {', '.join(looked_for)}. Give the folder of a "
-        f"run, of a checkpoint, or of an export."
-    )
-
-
-def _read_spec(file: Path) -> dict[str, Any]:
-    """Read the description of a saved model."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        version, spec = data["format"], dict(data["spec"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"'{file}' is missing or is no description of a saved model: {error!r}. It belongs "
-            f"beside {WEIGHTS_NAME}; copy both."
-        ) from error
-    if version != _FORMAT:
-        raise ModelError(
-            f"'{file}' has format {version}; this version of dat_ds reads format {_FORMAT}."
-        )
-    return spec
-
-
 def _rebuild(spec: dict[str, Any], folder: Path) -> PixelModel:
     """Build the model that a spec describes, with weights that are to be overwritten."""
     arguments = {key: value for key, value in spec.items() if key not in _NOT_REBUILT}
@@ -170,6 +129,8 @@ def _rebuild(spec: dict[str, Any], folder: Path) -> PixelModel:
         if "hf_config" in spec:
             with torch.random.fork_rng(devices=[]):
                 body = huggingface.body_from_config(spec["hf_config"])
+                if spec.get("head") == "projection":
+                    use_projection_head(body.model, body.head_names(), spec["name"])
             statistics = {key: spec[key] for key in ("num_classes", "mean", "std")}
             return PixelModel(body, spec=spec, **statistics)
         if isinstance(arguments.get("img_size"), list):

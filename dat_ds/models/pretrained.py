@@ -23,12 +23,15 @@ _WRAPPERS = ("module.", "_orig_mod.", "body.", "model.")
 _LISTED = 8
 
 
-def load_pretrained(model: nn.Module, path: str | Path, head: tuple[str, ...]) -> None:
+def load_pretrained(
+    model: nn.Module, path: str | Path, head: tuple[str, ...], *, skips_head: bool = False
+) -> None:
     """Load a checkpoint file into `model`, in place.
 
-    A classifier of another shape, or none, is allowed: the model keeps its fresh one and a
-    warning says so. Where timm knows how to convert the file (another format, position
-    embeddings of another image size) its conversion is used, with a warning as well.
+    A classifier of another shape, or none, is allowed: the model keeps its fresh one, and a
+    warning says so and what was left out. Where timm knows how to convert the file (another
+    format, position embeddings of another image size) its conversion is used, with a warning as
+    well.
 
     Args:
         model: The network, without normalisation.
@@ -36,6 +39,8 @@ def load_pretrained(model: nn.Module, path: str | Path, head: tuple[str, ...]) -
             holds a state dict, possibly under 'state_dict', 'model' or 'module', possibly one
             saved by dat_ds.
         head: Names of the modules that make up the classifier.
+        skips_head: Leave the file's classifier out whatever its shape: it was trained for
+            something else.
 
     Raises:
         ModelError: The file is missing or unreadable, or something other than the classifier
@@ -52,15 +57,22 @@ def load_pretrained(model: nn.Module, path: str | Path, head: tuple[str, ...]) -
             f"dat.model.pretrained='{path}' does not fit the model; only the classifier "
             f"({', '.join(head)}) may differ:\n  " + "\n  ".join(problems[:_LISTED]) + more
         )
-    kept = {k: v for k, v in weights.items() if k in target and v.shape == target[k].shape}
+    kept = {
+        k: v
+        for k, v in weights.items()
+        if k in target and v.shape == target[k].shape and not (skips_head and _in_head(k, head))
+    }
     fresh = sorted(k for k in target if k not in kept and _in_head(k, head))
+    left_out = sorted(k for k in weights if k not in kept and _in_head(k, head))
     if fresh:
         _LOG.warning(
-            "dat.model.pretrained='%s': the classifier does not have the shape of this model's; "
-            "freshly initialised instead: %s",
+            "dat.model.pretrained='%s': the classifier does not have the shape of this model's, or "
+            "another purpose; freshly initialised instead: %s",
             path,
             ", ".join(fresh),
         )
+    if left_out:
+        _LOG.warning("dat.model.pretrained='%s': left out %s", path, ", ".join(left_out))
     model.load_state_dict(kept, strict=False)
 
 

@@ -1,4 +1,4 @@
-"""Robust objectives: what the outer minimisation minimises. They see logits, nothing else."""
+"""Robust objectives: what the outer minimisation minimises, from logits or features."""
 
 from dat_ds.objectives.adversarial_training import AdversarialTraining, Dat
 from dat_ds.objectives.base import Objective
@@ -10,19 +10,26 @@ from dat_ds.objectives.build import (
     uses_unlabelled,
 )
 from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades, helper_images
+from dat_ds.objectives.self_supervised import Contrastive, Fare, Rotation
+from dat_ds.objectives.views import random_view, rotations
 
 __all__ = [
     "OBJECTIVES",
     "AdversarialTraining",
     "Alp",
+    "Contrastive",
     "Dat",
+    "Fare",
     "Hat",
     "Mart",
     "Objective",
+    "Rotation",
     "Trades",
     "build_objective",
     "default_attack_loss",
     "helper_images",
     "objective_options",
+    "random_view",
+    "rotations",
     "uses_unlabelled",
 ]

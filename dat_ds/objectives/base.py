@@ -4,12 +4,17 @@ Shapes: ``B`` batch, ``K`` classes.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dat_ds.attacks import Generator, InnerLoss
+
+Head = Literal["classes", "rotation", "projection", "features"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +32,50 @@ class Objective(ABC):
         needs_helper_logits: Whether the forward pass must hold helper images; see
             :class:`dat_ds.objectives.Hat`.
         uses_unlabelled: Whether a sample without a label adds to the loss.
+        head: What the model puts out: logits of ``"classes"`` or of the four ``"rotation"`` s, a
+            ``"projection"`` of its features, or the ``"features"`` themselves.
+        classifies: Whether these are logits of what ``y`` names, so that accuracy has a meaning.
+        num_views: Images that :meth:`inputs` makes of each image.
+        compares_samples: Whether a sample's loss depends on the others of the batch.
+        needs_reference: Whether :meth:`inputs` asks the model as it was at the start.
     """
 
     name: ClassVar[str]
     default_attack_loss: ClassVar[str] = "ce"
     needs_helper_logits: ClassVar[bool] = False
     uses_unlabelled: ClassVar[bool] = False
+    head: ClassVar[Head] = "classes"
+    classifies: ClassVar[bool] = True
+    num_views: ClassVar[int] = 1
+    compares_samples: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+
+    @property
+    def inner_loss(self) -> InnerLoss | None:
+        """What an attack has to maximise; None leaves the choice to ``dat.attack.loss``."""
+        return None
+
+    def inputs(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: Generator,
+        reference: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is attacked and trained on in the place of a batch; by default the batch itself.
+
+        Args:
+            x: Images ``(B, C, H, W)``, pixel units, float32; not modified.
+            y: Their labels ``(B,)``, or probabilities ``(B, K)``.
+            generator: Source of random numbers, one stream for each image.
+            reference: The model as it was at the start, where :attr:`needs_reference`.
+
+        Returns:
+            Images ``(num_views * B, C, H, W)``, the views of an image one after the other, and the
+            ``y`` that the inner and the outer loss compare the model's outputs with.
+        """
+        return x, y
 
     @property
     def needs_natural_logits(self) -> bool:

@@ -2,16 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dat_ds.objectives.adversarial_training import AdversarialTraining, Dat
 from dat_ds.objectives.base import Objective
 from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades
+from dat_ds.objectives.self_supervised import Contrastive, Fare, Rotation
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.name: kind for kind in (AdversarialTraining, Dat, Trades, Mart, Alp, Hat)
+    kind.name: kind
+    for kind in (AdversarialTraining, Dat, Trades, Mart, Alp, Hat, Rotation, Contrastive, Fare)
 }
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "label_smoothing": ("must lie in [0, 1)", lambda value: 0 <= value < 1),
+    "temperature": ("must be a finite number above 0", lambda value: 0 < value < math.inf),
+    "crop_area": ("must lie in (0, 1]", lambda value: 0 < value <= 1),
+    "color_jitter": ("must lie in [0, 1]", lambda value: 0 <= value <= 1),
+    "flip": ("must lie in [0, 1]", lambda value: 0 <= value <= 1),
+}
+_WEIGHT = ("must be a finite number of at least 0", lambda value: 0 <= value < math.inf)
 
 
 def objective_options(name: str) -> dict[str, Any]:
@@ -51,9 +61,7 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
         )
     values = {key: float(value) for key, value in options.items()}
     for key, value in values.items():
-        if key == "label_smoothing":
-            if not 0 <= value < 1:
-                raise ValueError(f"objective.label_smoothing={value} must lie in [0, 1).")
-        elif not 0 <= value < math.inf:
-            raise ValueError(f"objective.{key}={value} must be a finite number of at least 0.")
+        words, is_valid = _RANGES.get(key, _WEIGHT)
+        if not is_valid(value):
+            raise ValueError(f"objective.{key}={value} {words}.")
     return OBJECTIVES[name](**values)

@@ -7,6 +7,7 @@ import torch
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, pgd
 from dat_ds.compression import CODECS, Payload, build_codec
+from dat_ds.objectives import random_view
 from tests.distributed import tiny
 
 pytestmark = [
@@ -21,6 +22,14 @@ def test_random_starts_are_the_same_on_cpu_and_gpu() -> None:
     on_cpu = threat.random_start(x, SampleGenerator(0, 1, 2))
     on_gpu = threat.random_start(x.cuda(), SampleGenerator(0, 1, 2))
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-6)
+
+
+def test_views_are_the_same_on_cpu_and_gpu() -> None:
+    x, _ = tiny.images(8)
+    options = {"crop_area": 0.2, "color_jitter": 0.5, "flip": 0.5}
+    on_cpu = random_view(x, SampleGenerator(0, 1, 2), **options)
+    on_gpu = random_view(x.cuda(), SampleGenerator(0, 1, 2), **options)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-5)
 
 
 def test_the_attack_is_the_same_on_cpu_and_gpu() -> None:

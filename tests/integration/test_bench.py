@@ -70,3 +70,40 @@ def test_the_compression_tables_hold_every_codec_and_stage(
             assert f"| {stage} | {name} | {kinds['gradients']} |" in table
             assert kinds["gradients"] <= 0.3 * plain or name == "none"
     assert all(codec["share_of_update"] > 0 for codec in numbers["codecs"].values())
+
+
+def test_the_trust_ratio_table_has_a_row_for_every_way_to_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_run.config(tmp_path / "run")
+    values["dat"]["optimizer"] = {"name": "lars", "preset": "paper"}
+    del values["optimizer"]
+    config = tiny_run.write(tmp_path / "c.json", values)
+    output = tmp_path / "numbers.json"
+    command = ["bench", "trust-ratios", "--deepspeed_config", str(config)]
+    assert main([*command, "--output", str(output)]) == 0
+    assert "| 3, sub-groups, offload |" in capsys.readouterr().out
+    rows = json.loads(output.read_text())["shardings"]
+    assert len(rows) == 12
+    for row in rows.values():
+        assert row["ratios"] <= 1e-6
+        assert row["weights"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "adamw"}, "write dat.optimizer.name, one of lamb, lars"),
+        ({"name": "lamb"}, "remove bf16, fp16 or torch_autocast"),
+    ],
+)
+def test_trust_ratios_need_a_layer_wise_optimizer_in_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], section: dict[str, str], message: str
+) -> None:
+    values = tiny_run.config(tmp_path / "run")
+    values["dat"]["optimizer"] = section
+    values["bf16"] = {"enabled": section["name"] == "lamb"}
+    del values["optimizer"]
+    config = tiny_run.write(tmp_path / "c.json", values)
+    assert main(["bench", "trust-ratios", "--deepspeed_config", str(config)]) == 2
+    assert message in capsys.readouterr().err

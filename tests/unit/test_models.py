@@ -282,6 +282,61 @@ def test_a_checkpoint_of_the_same_shape_is_loaded_whole(
     assert caplog.text == ""
 
 
+RESNET = {"name": "resnet18", "stem": "cifar", "options": {"channels": [8, 8, 8, 8]}, "in_chans": 1}
+HEADS = [("rotation", 4), ("projection", 16), ("features", 0)]
+
+
+@pytest.mark.parametrize(("head", "outputs"), HEADS)
+@pytest.mark.parametrize("architecture", ["vit", "resnet"])
+def test_a_pre_trained_model_is_taken_over_but_for_its_head(
+    architecture: str,
+    head: Any,
+    outputs: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = {k: v for k, v in TINY_VIT.items() if k not in ("num_classes", "mean", "std")}
+    base = base if architecture == "vit" else RESNET
+    given = {**base, "num_classes": outputs, "head": head}
+    before = build_model(**{**given, "seed": 1}, mean=[0.3], std=[0.2]).eval()
+    width = {"vit": 64, "resnet": 8}[architecture]
+    assert before(pixels()).shape == (2, outputs or width)
+    save_weights(tmp_path / "checkpoints" / "best", before.state_dict(), before.spec)
+    assert torch.equal(load(tmp_path)(pixels()), before(pixels()))
+    # As many classes as there are rotations: the head is a fresh one all the same.
+    after = build_model(**{**base, "num_classes": 4, "seed": 2}, pretrained=tmp_path)
+    fresh = build_model(**{**base, "num_classes": 4, "seed": 2})
+    name = {"vit": "head", "resnet": "fc"}[architecture]
+    for key, value in after.body.state_dict().items():
+        source = fresh if key.startswith(f"{name}.") else before
+        assert torch.equal(value, source.body.state_dict()[key]), key
+    assert after.spec["mean"] == [0.3]
+    assert f"freshly initialised instead: {name}.bias, {name}.weight" in caplog.text
+    left_out = {
+        "rotation": f"left out {name}.bias, {name}.weight",
+        "projection": f"left out {name}.0.bias, {name}.0.weight, {name}.2.bias",
+    }
+    assert left_out.get(head, "") in caplog.text
+    again = build_model(**given, pretrained=tmp_path / "checkpoints" / "best").eval()
+    assert torch.equal(again(pixels()), before(pixels()))
+
+
+def test_a_projection_is_two_layers_of_the_width_of_the_features() -> None:
+    model = build_model(**{**TINY_VIT, "num_classes": 16}, head="projection")
+    hidden, _, out = model.body.head
+    assert (hidden.in_features, hidden.out_features) == (64, 64)
+    assert (out.in_features, out.out_features) == (64, 16)
+    features = build_model(**{**TINY_VIT, "num_classes": 0}, head="features")
+    features.body.load_state_dict(model.body.state_dict(), strict=False)
+    z = features(pixels())
+    torch.testing.assert_close(model(pixels()), out(torch.relu(hidden(z))))
+
+
+def test_a_model_without_one_linear_classifier_gets_no_projection() -> None:
+    with pytest.raises(ModelError, match="'deit_tiny_distilled_patch16_224' does not end in one"):
+        build_model("deit_tiny_distilled_patch16_224", num_classes=8, head="projection")
+
+
 def test_position_embeddings_of_another_image_size_are_interpolated(
     vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -458,6 +513,21 @@ def test_hf_folder_gives_the_logits_of_the_hugging_face_model(tmp_path: Path) ->
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
     normalized = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     torch.testing.assert_close(model(x), original(pixel_values=normalized).logits)
+
+
+@pytest.mark.parametrize(("head", "outputs"), HEADS)
+def test_hf_models_pre_train_and_fine_tune(head: Any, outputs: int, tmp_path: Path) -> None:
+    write_hf_vit(tmp_path / "source")
+    name = f"hf:{tmp_path / 'source'}"
+    before = build_model(name, num_classes=outputs, head=head, seed=0).eval()
+    x = pixels(channels=3)
+    assert before(x).shape == (2, outputs or 16)
+    save_weights(tmp_path / "saved", before.state_dict(), before.spec)
+    assert torch.equal(load(tmp_path / "saved")(x), before(x))
+    after = build_model(name, num_classes=4, seed=1, pretrained=tmp_path / "saved")
+    assert after(x).shape == (2, 4)
+    backbone = before.body.model.vit.state_dict()
+    assert all(torch.equal(v, backbone[k]) for k, v in after.body.model.vit.state_dict().items())
 
 
 def test_hf_model_reloads_after_its_folder_is_gone(tmp_path: Path) -> None:
