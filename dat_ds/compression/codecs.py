@@ -22,6 +22,7 @@ from torch import Tensor
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max * (1 - 2**-23)  # what rounds back to at most the largest
 _NOISE_STEPS = 2**16
+_CACHED_ENTRIES = 2**18
 _MAX_INT16 = 2**15
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _HALF_MANTISSA = 2**22 + 2**6
@@ -88,7 +89,10 @@ class Codec(ABC):
         Entries below ``2^-126`` may add as much as their own size.
         """
 
-    @abstractmethod
+    def block_of(self, numel: int) -> int:
+        """Entries per block, of a tensor of ``numel``."""
+        return 1
+
     def encode_rows(
         self, rows: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None
     ) -> Tensor:
@@ -103,6 +107,33 @@ class Codec(ABC):
         Returns:
             ``(n, bytes_of(m))`` uint8.
         """
+        numel, block = rows.shape[1], self.block_of(rows.shape[1])
+        size = self._slice_of(rows)
+        # The last slice takes what is left over, so that none is shorter than a block.
+        ends = [*range(size, numel - size + 1, size), numel]
+        parts = [
+            self._encode(
+                rows[:, start:end],
+                generator,
+                None if valid is None else valid[:, start // block : -(-end // block)],
+            )
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return torch.cat([part for plane in zip(*parts, strict=True) for part in plane], dim=1)
+
+    def _slice_of(self, rows: Tensor) -> int:
+        """Entries of a row that are encoded together: on a CPU, what stays in its cache."""
+        count, numel = rows.shape
+        unit = math.lcm(self.block_of(numel), 8)
+        if rows.device.type != "cpu" or unit >= numel:
+            return numel
+        return max(1, _CACHED_ENTRIES // (count * unit)) * unit
+
+    @abstractmethod
+    def _encode(
+        self, rows: Tensor, generator: torch.Generator | None, valid: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The parts of the payload, each ``(n, bytes)`` uint8 and in the order of the entries."""
 
     @abstractmethod
     def decode_rows(self, data: Tensor, numel: int) -> Tensor:
@@ -181,9 +212,9 @@ class StochasticRounding(BlockCodec):
         bound = min(others / (4 * levels**2), math.sqrt(others) / (2 * levels))
         return bound + 1 / (_NOISE_STEPS * levels**2)
 
-    def encode_rows(
-        self, rows: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None
-    ) -> Tensor:
+    def _encode(
+        self, rows: Tensor, generator: torch.Generator | None, valid: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The steps, then the levels, signed or packed after a shift."""
         blocks, levels = self._blocks(rows), self.max_level
         peak = blocks.abs().amax(dim=2)
@@ -198,7 +229,7 @@ class StochasticRounding(BlockCodec):
             packed = codes.contiguous().view(torch.uint8)
         else:
             packed = pack((codes + 2 ** (self.width - 1)).view(torch.uint8), self.width)
-        return torch.cat([_bytes(step), packed], dim=1)
+        return _bytes(step), packed
 
     def decode_rows(self, data: Tensor, numel: int) -> Tensor:
         """Levels times steps."""
@@ -321,9 +352,9 @@ class Natural(Codec):
         """``1 / 8``."""
         return 1 / 8
 
-    def encode_rows(
-        self, rows: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None
-    ) -> Tensor:
+    def _encode(
+        self, rows: Tensor, generator: torch.Generator | None, valid: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The exponents, then the signs."""
         bits = rows.contiguous().view(torch.int32)
         magnitude = bits & _MAGNITUDE
@@ -333,7 +364,7 @@ class Natural(Codec):
         exponent = magnitude.clamp(max=_LARGEST_POWER).add_(_HALF_MANTISSA).add_(noise, alpha=128)
         exponent.bitwise_right_shift_(23)
         exponent = torch.where(magnitude >= _INFINITY, _INFINITY >> 23, exponent)
-        return torch.cat([exponent.to(torch.uint8), pack((bits < 0).view(torch.uint8), 1)], dim=1)
+        return exponent.to(torch.uint8), pack((bits < 0).view(torch.uint8), 1)
 
     def decode_rows(self, data: Tensor, numel: int) -> Tensor:
         """Powers of two with their signs; infinite where the entry was not finite."""
@@ -378,9 +409,9 @@ class TopK(BlockCodec):
         """``1 - k / B``."""
         return 1 - self.kept_of(numel) / self.block_of(numel)
 
-    def encode_rows(
-        self, rows: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None
-    ) -> Tensor:
+    def _encode(
+        self, rows: Tensor, generator: torch.Generator | None, valid: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The values, then their places within the block."""
         blocks, numel = self._blocks(rows), rows.shape[1]
         kept = self.kept_of(numel)
@@ -388,7 +419,7 @@ class TopK(BlockCodec):
         place = blocks.abs().topk(kept, dim=2, sorted=False).indices
         values = blocks.gather(2, place).reshape(len(rows), -1)
         place = place.to(torch.int16 if self.block_of(numel) <= _MAX_INT16 else torch.int32)
-        return torch.cat([_bytes(values), _bytes(place.reshape(len(rows), -1))], dim=1)
+        return _bytes(values), _bytes(place.reshape(len(rows), -1))
 
     def decode_rows(self, data: Tensor, numel: int) -> Tensor:
         """The values at their places, zero elsewhere."""
@@ -438,16 +469,16 @@ class Sign(BlockCodec):
         """Entries over which each block's scale is taken."""
         return self._blocks(mask.to(torch.float32)).sum(dim=2)
 
-    def encode_rows(
-        self, rows: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None
-    ) -> Tensor:
+    def _encode(
+        self, rows: Tensor, generator: torch.Generator | None, valid: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The scales, then the signs."""
         blocks = self._blocks(rows)
         if valid is None:
             valid = blocks.new_full(blocks.shape[:2], blocks.shape[2])
             valid[:, -1] -= blocks[0].numel() - rows.shape[1]
         scale = self._scale(blocks, valid.clamp(min=1))
-        return torch.cat([_bytes(scale), pack((rows >= 0).view(torch.uint8), 1)], dim=1)
+        return _bytes(scale), pack((rows >= 0).view(torch.uint8), 1)
 
     def decode_rows(self, data: Tensor, numel: int) -> Tensor:
         """Plus or minus the block's scale."""

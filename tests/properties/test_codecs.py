@@ -123,6 +123,25 @@ def test_rows_are_encoded_apart_and_blocks_end_with_them(name, options):
         assert torch.equal(decoded, alone)
 
 
+@EVERY
+@pytest.mark.parametrize("numel", [640, 1030, 5001])
+def test_the_payload_does_not_depend_on_how_much_is_encoded_together(
+    name, options, numel, monkeypatch
+):
+    codec, rows = build_codec(name, **options), torch.randn(3, numel, generator=generator())
+    rows[2, numel - 7 :] = 0
+    valid = codec.valid_counts(rows != 0)
+
+    def no_noise(like: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
+        return torch.zeros(like.shape, dtype=dtype)
+
+    monkeypatch.setattr(codecs, "_random_bits", no_noise)
+    whole = codec.encode_rows(rows, None, valid)
+    monkeypatch.setattr(codecs, "_CACHED_ENTRIES", 1)
+    assert whole.shape == (3, codec.bytes_of(numel))
+    assert torch.equal(codec.encode_rows(rows, None, valid), whole)
+
+
 @given(
     width=st.sampled_from([1, 2, 4]),
     codes=st.lists(st.lists(st.integers(0, 15), min_size=5, max_size=5), min_size=1, max_size=4),
