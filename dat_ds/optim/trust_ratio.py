@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BLOCK = 2**15
+_BLOCK = 2**13
 PADDING = -1
 """In the place of a layer's number: elements that belong to none."""
 

@@ -189,13 +189,15 @@ def scaled_rate(section: dict[str, Any], scaling: str) -> tuple[float, list[str]
 
 
 def refused_offload() -> str:
+    import dat_ds
     from dat_ds.errors import ConfigError
     from dat_ds.optim import Lamb
 
-    partial = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
-    SHARDINGS["partial"] = (3, partial)
+    model, partial = tiny.vit(), {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    config = tiny.config(3, zero_optimization=partial)
+    del config["optimizer"]
     with pytest.raises(ConfigError) as caught:
-        start("partial", lambda model: Lamb(model.parameters()))
+        dat_ds.initialize(model=model, config=config, optimizer=Lamb(model.parameters()))
     return str(caught.value)
 
 
