@@ -79,6 +79,7 @@ ONE_BIT_OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
             "factor_max": 4.0,
             "factor_min": 0.5,
             "factor_threshold": 0.1,
+            "adapt_vectors": True,  # no parameter of theirs, but what they did
         },
     ),
     "zerooneadam": (

@@ -305,7 +305,8 @@ class OptimizerConfig:
     upper: float | None = _above(0, None)
     """``lamb`` and ``lars``: upper bound of it. Default: none, of ``paper`` 10."""
     adapt_vectors: bool | None = None
-    """``lamb`` and ``lars``: give vectors a trust ratio too. Default false, of ``paper`` true."""
+    """``lamb``, ``lars``, ``one_bit_lamb``: give vectors a trust ratio too. Default false, of
+    ``paper`` true."""
     trust_coefficient: float | None = _above(0, None)
     """``lars``: factor of the trust ratio. Default 0.001, of ``paper`` 1."""
     scaled: Literal["gradient", "momentum"] | None = None

@@ -168,6 +168,8 @@ def initialize(
         )
     if isinstance(ours, LayerwiseOptimizer):
         hooks.attach_layers(engine, ours)
+    if averaging is not None:
+        hooks.skip_huge_gradients_together(engine)
     adversarial = AdversarialEngine(
         engine,
         run=run,

@@ -91,6 +91,23 @@ def reduce_in_backward(engine: DeepSpeedEngine, enabled: bool) -> None:
     engine.enable_backward_allreduce = enabled
 
 
+_HUGE = 2.0**48  # the squares of a billion of these still add up in float32
+
+
+def skip_huge_gradients_together(engine: DeepSpeedEngine) -> None:
+    """Let all ranks skip a 16-bit step at ZeRO-0 where one's gradients are too large for a norm.
+
+    DeepSpeed asks all ranks whether an entry is infinite or NaN, but decides on each alone whether
+    the norm is: with gradients of each rank's own, ranks would fall out of step.
+    """
+
+    def is_out_of_range(gradient: Tensor, index: int) -> bool:
+        return gradient.numel() > 0 and not bool(gradient.abs().amax() < _HUGE)
+
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        engine.optimizer.overflow_checker._has_inf_or_nan = is_out_of_range
+
+
 @torch.no_grad()
 def copy_master_weights(engine: DeepSpeedEngine) -> None:
     """Make the model's 16-bit parameters those of the float32 ones that a ZeRO-0 step updates."""

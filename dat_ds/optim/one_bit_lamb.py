@@ -16,7 +16,8 @@ class OneBitLamb(FreezingOptimizer):
     """1-bit LAMB (Li et al., HiPC 2022, Algorithm 1, arXiv 2104.06069).
 
     ``freeze_step`` steps of LAMB, with ``u = m / (sqrt(v) + eps) + weight_decay p`` and, in every
-    layer, ``c = clamp(|p| / |u|, min_coeff, max_coeff)`` (1 where a norm is zero)::
+    layer, ``c = clamp(|p| / |u|, min_coeff, max_coeff)`` (1 where a norm is zero, and throughout of
+    what is not adapted)::
 
         p <- p - lr c u,        a <- coeff_beta a + (1 - coeff_beta) c
 
@@ -29,8 +30,8 @@ class OneBitLamb(FreezingOptimizer):
                                      ``factor_threshold`` of the step before, relatively
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
-    follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. As there,
-    ``weight_decay`` draws ``r`` towards 1 by its share in ``|u|``.
+    follow it, with ``adapt_vectors=True``, ``preconditioned=False``, ``block_size=0`` and
+    ``scale="rms"``. As there, ``weight_decay`` draws ``r`` towards 1 by its share in ``|u|``.
 
     Args:
         params: Parameters or groups; every tensor is a layer.
@@ -45,6 +46,7 @@ class OneBitLamb(FreezingOptimizer):
         factor_max: Largest ``r``.
         factor_min: Smallest ``r``.
         factor_threshold: Relative change of ``r`` per step.
+        adapt_vectors: Give vectors (biases, normalisation weights) ratios too, as DeepSpeed does.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`.
         preconditioned: As there.
         block_size: As there.
@@ -68,6 +70,7 @@ class OneBitLamb(FreezingOptimizer):
         factor_max: float = 4.0,
         factor_min: float = 0.5,
         factor_threshold: float = 0.1,
+        adapt_vectors: bool = False,
         bias_correction: bool = True,
         preconditioned: bool = True,
         block_size: int = 1024,
@@ -96,7 +99,7 @@ class OneBitLamb(FreezingOptimizer):
         self._coeff_bounds = (min_coeff, max_coeff)
         self._coeff_beta = coeff_beta
         self._factor_bounds = (factor_min, factor_max)
-        self._factor_threshold = factor_threshold
+        self._factor_threshold, self._adapt_vectors = factor_threshold, adapt_vectors
         self._layers: dict[str, Tensor] = {}
 
     @property
@@ -106,7 +109,9 @@ class OneBitLamb(FreezingOptimizer):
 
     def _make_buffers(self, flat: FlatParameters) -> dict[str, Tensor]:
         ones = flat.zeros().new_ones(len(flat.params))
-        self._layers = {"coeff": ones, "average": 0 * ones, "factor": ones.clone()}
+        adapts = ones.new_tensor([self._adapt_vectors or p.ndim > 1 for p in flat.params]) > 0
+        average = (~adapts).float()
+        self._layers = {"adapts": adapts, "coeff": ones, "average": average, "factor": ones.clone()}
         return super()._make_buffers(flat)
 
     def _update(self, flat: FlatParameters, gradient: Tensor) -> None:
@@ -138,7 +143,7 @@ class OneBitLamb(FreezingOptimizer):
     ) -> Tensor:
         """LAMB's trust ratios ``(layers,)``, folded into their average."""
         weights, lengths = norms(flat.params).float(), norms(directions)
-        has_ratio = (weights > 0) & (lengths > 0)
+        has_ratio = (weights > 0) & (lengths > 0) & self._layers["adapts"]
         ratio = (weights / lengths).clamp_(*self._coeff_bounds)
         average = self._layers["average"]
         beta = kept(self._coeff_beta, usable)
@@ -161,7 +166,7 @@ class OneBitLamb(FreezingOptimizer):
         factor = (largest * share + (1 - share)).clamp_(*self._factor_bounds)
         last, threshold = self._layers["factor"], self._factor_threshold
         factor = torch.clamp(factor, last * (1 - threshold), last * (1 + threshold))
-        last.copy_(torch.where(usable > 0, factor, last))
+        last.copy_(torch.where((usable > 0) & self._layers["adapts"], factor, last))
         return self._layers["average"] * last
 
     def _refresh_variance(

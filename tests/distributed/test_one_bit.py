@@ -49,11 +49,11 @@ def start(seed: int = 0, **sections: Any) -> Any:
     return dat_ds.initialize(model=tiny.vit(seed), config=tiny.config(0, **sections))[0]
 
 
-def step_on(engine: Any, step: int, *, poison: bool = False) -> None:
+def step_on(engine: Any, step: int, *, factor: float = 1.0) -> None:
     for micro in range(engine.accumulation):
         slot = (step * engine.accumulation + micro) * engine.ranks.count + engine.ranks.rank
         loss = engine(*tiny.images(BATCH, seed=slot))
-        engine.backward(loss * math.nan if poison else loss)
+        engine.backward(loss * factor)
         engine.step()
 
 
@@ -123,13 +123,14 @@ def train_adamw(steps: int) -> Tensor:
     return end
 
 
-def train_with_one_bad_gradient(name: str, precision: str) -> dict[str, Any]:
-    """The last rank's gradient is NaN in a step before the freeze and in one after it."""
-    engine = start(**section(name, local_step_clipper=1) if "Zero" in name else section(name))
+def train_with_one_bad_gradient(name: str, precision: str, factor: float) -> dict[str, Any]:
+    """The last rank's gradient is bad in a step before the freeze and in one after it."""
+    params = {"local_step_clipper": 1} if name == "ZeroOneAdam" else {}
+    engine = start(**section(name, **params), **PRECISIONS[precision])
     weights = [weights_of(engine)]
     for step in range(STEPS):
         is_bad = step in (1, SAVED) and engine.ranks.rank == engine.ranks.count - 1
-        step_on(engine, step, poison=is_bad)
+        step_on(engine, step, factor=factor if is_bad else 1.0)
         weights.append(weights_of(engine))
     skipped = engine.metrics["skipped_steps"]
     engine.close()
@@ -273,7 +274,9 @@ def on_two_ranks(folder: str) -> dict[Any, Any]:
     }
     reports["AdamW"] = train_adamw(FREEZE)
     for name in OPTIMIZERS:
-        reports["bad", name] = train_with_one_bad_gradient(name, "float32")
+        reports["bad", name] = train_with_one_bad_gradient(name, "float32", math.nan)
+    # Finite in bf16, but its norm is not in float32.
+    reports["huge"] = train_with_one_bad_gradient("OneBitAdam", "bf16", 1e30)
     reports["exact"] = train_without_quantisation()
     reports["export"] = export_between_agreements(Path(folder) / "export")
     reports["rule"] = freeze_by_the_rule()
@@ -353,6 +356,14 @@ def test_one_ranks_bad_gradient_is_skipped_by_all_and_poisons_nothing(
     assert moved == [step not in stays for step in range(STEPS)]
     assert other["skipped"] == 2
     assert mine["skipped"] == len(stays)
+
+
+def test_one_ranks_huge_gradient_in_bf16_is_skipped_by_all(by_rank: list[dict[Any, Any]]) -> None:
+    mine, other = (reports["huge"] for reports in by_rank)
+    assert all(torch.equal(a, b) for a, b in zip(mine["weights"], other["weights"], strict=True))
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(mine["weights"])]
+    assert moved == [step not in (1, SAVED) for step in range(STEPS)]
+    assert mine["skipped"] == other["skipped"] == 2
 
 
 def test_without_quantisation_it_is_preconditioned_momentum_of_the_global_batch(

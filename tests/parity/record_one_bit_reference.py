@@ -165,6 +165,8 @@ def train_ours() -> dict[str, Tensor]:
     trajectories = {}
     for name, params in CASES.items():
         model, options = task(name), dict(params)
+        if name == "OneBitLamb":
+            options["adapt_vectors"] = True
         if "freeze_step" in options:
             options["freeze_step"] -= 1
         else:

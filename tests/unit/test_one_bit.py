@@ -24,7 +24,7 @@ from dat_ds.optim import (
 STEPS, LR, DECAY, BETAS, EPS = 12, 0.02, 0.1, (0.8, 0.95), 1e-6
 KINDS: dict[str, tuple[type[CompressedOptimizer], dict[str, Any]]] = {
     "one_bit_adam": (OneBitAdam, {"freeze_step": 4}),
-    "one_bit_lamb": (OneBitLamb, {"freeze_step": 4}),
+    "one_bit_lamb": (OneBitLamb, {"freeze_step": 4, "adapt_vectors": True}),
     "zero_one_adam": (ZeroOneAdam, {"var_freeze_step": 4}),
 }
 
@@ -115,11 +115,15 @@ def test_before_the_freeze_one_bit_lamb_is_lamb(bounds: tuple[float, float]) -> 
     assert_close(optimizer.trust_ratios, expected, rtol=1e-5, atol=0)
 
 
-def test_before_the_freeze_one_bit_lamb_is_our_lamb() -> None:
+@pytest.mark.parametrize("adapt_vectors", [True, False])
+def test_before_the_freeze_one_bit_lamb_is_our_lamb(adapt_vectors: bool) -> None:
     mine, theirs = weights(), weights()
     unbounded = {"freeze_step": 100, "min_coeff": 0.0, "max_coeff": 1e9}
-    train(build("one_bit_lamb", mine, **unbounded), mine, 0, STEPS)
-    train(Lamb(groups(theirs), lr=LR, betas=BETAS, eps=EPS), theirs, 0, STEPS)
+    optimizer = build("one_bit_lamb", mine, adapt_vectors=adapt_vectors, **unbounded)
+    train(optimizer, mine, 0, STEPS)
+    matrices, vectors = groups(theirs)
+    vectors["adapt"] = adapt_vectors
+    train(Lamb([matrices, vectors], lr=LR, betas=BETAS, eps=EPS), theirs, 0, STEPS)
     for p, q in zip(mine, theirs, strict=True):
         assert_close(p, q, rtol=0, atol=2e-6)
 
@@ -163,6 +167,16 @@ def test_after_the_freeze_one_bit_lamb_scales_by_the_frozen_ratio_times_its_fact
         assert (change <= 0.1 + 1e-5).all()
         last = factor
     assert float((last - 1).abs().max()) > 0.05, "the factors move"
+
+
+def test_what_is_not_adapted_keeps_the_ratio_1_past_the_freeze() -> None:
+    params = weights()
+    optimizer = build("one_bit_lamb", params, adapt_vectors=False)
+    assert isinstance(optimizer, OneBitLamb)
+    for step in range(STEPS):
+        train(optimizer, params, step, step + 1)
+        assert optimizer.trust_ratios[2] == 1  # the vector's, in the order of the groups
+        assert (optimizer.trust_ratios[:2] != 1).all()
 
 
 @pytest.mark.parametrize("interval", [1, 2, 4])
