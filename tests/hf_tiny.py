@@ -17,10 +17,12 @@ MEAN, STD = [0.5] * 3, [0.5] * 3
 class PixelDicts(Dataset[dict[str, Tensor]]):
     """Random images, normalised by MEAN and STD, as the Trainer takes them."""
 
-    def __init__(self, count: int, seed: int = 1, size: int = tiny.SIZE) -> None:
+    def __init__(self, count: int, seed: int = 1, size: int = tiny.SIZE, levels: int = 256) -> None:
         generator = torch.Generator().manual_seed(seed)
-        # Multiples of 1/256 survive normalising and back without rounding.
-        self.pixels = torch.randint(257, (count, 3, size, size), generator=generator) / 256
+        # Multiples of 1/256 survive normalising and back without rounding, in bfloat16 too.
+        self.pixels = (
+            torch.randint(levels + 1, (count, 3, size, size), generator=generator) / levels
+        )
         self.labels = torch.randint(tiny.CLASSES, (count,), generator=generator)
 
     def __len__(self) -> int:
@@ -82,3 +84,14 @@ def trainer_of(
         callbacks=callbacks,
         **(trainer_options or {}),
     )
+
+
+def our_hooks(model: nn.Module) -> list[Any]:
+    """Hooks of ours on any of the model's modules."""
+    found = [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    ]
+    return [hook for hook in found if "dat_ds" in getattr(hook, "__module__", "")]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
 from tests.distributed.test_parity import weights_of
-from tests.hf_tiny import MEAN, STD, PixelDicts, trainer_of, vit
+from tests.hf_tiny import MEAN, STD, PixelDicts, our_hooks, trainer_of, vit
 
 RANKS, MICRO_BATCH, STEPS = 2, 4, 5
 ATTACK = {"name": "pgd", "steps": 3, "step_size": 0.04}
@@ -50,8 +50,8 @@ def deepspeed_config(stage: int, **sections: Any) -> dict[str, Any]:
     }
 
 
-def data(accumulation: int = 1) -> PixelDicts:
-    return PixelDicts(STEPS * accumulation * RANKS * MICRO_BATCH)
+def data(accumulation: int = 1, levels: int = 256) -> PixelDicts:
+    return PixelDicts(STEPS * accumulation * RANKS * MICRO_BATCH, levels=levels)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -70,9 +70,9 @@ def train_with_callback(
 ) -> tuple[dict[str, Tensor], Any]:
     from dat_ds.integrations.hf import AdversarialTrainingCallback
 
-    callback = AdversarialTrainingCallback(
-        threat_model=THREAT, attack=ATTACK, objective=OBJECTIVES[objective], mean=MEAN, std=STD
-    )
+    settings = {"threat_model": THREAT, "attack": ATTACK, "objective": OBJECTIVES[objective]}
+    settings = arguments.pop("settings", settings)
+    callback = AdversarialTrainingCallback(**settings, mean=MEAN, std=STD)
     if stage != "ddp":
         sections = arguments.pop("sections", {})
         arguments["deepspeed"] = deepspeed_config(stage, **sections)
@@ -80,7 +80,7 @@ def train_with_callback(
         vit(),
         folder,
         [callback],
-        train_dataset=data(accumulation),
+        train_dataset=data(accumulation, arguments.pop("levels", 256)),
         eval_dataset=PixelDicts(7, seed=5),
         max_steps=STEPS,
         per_device_train_batch_size=MICRO_BATCH,
@@ -141,11 +141,11 @@ def train_in_half(folder: str, stage: int, precision: str) -> dict[str, Any]:
         section["initial_scale_power"] = 8
     with counted_inputs() as seen:
         weights, trainer = train_with_callback(
-            folder, stage, "at", 1, sections={precision: section}, **{precision: True}
+            folder, stage, "at", 1, sections={precision: section}, levels=9973, **{precision: True}
         )
     start = dict(vit().named_parameters())
     rank = trainer.args.process_index
-    pixels = data().pixels.view(STEPS, RANKS, MICRO_BATCH, *data().pixels.shape[1:])[:, rank]
+    pixels = data(levels=9973).pixels.unflatten(0, (STEPS, RANKS, MICRO_BATCH))[:, rank]
     distances = [
         ((values * 0.5 + 0.5) - x).abs().max().item()
         for values, x in zip(seen, pixels, strict=True)
@@ -154,7 +154,7 @@ def train_in_half(folder: str, stage: int, precision: str) -> dict[str, Any]:
         "finite": all(bool(w.isfinite().all()) for w in weights.values()),
         "moved": max(float((w.float() - start[k]).abs().max()) for k, w in weights.items()),
         "distances": distances,
-        "hooks": len(trainer.model._forward_pre_hooks) + len(trainer.model._forward_hooks),
+        "hooks": our_hooks(trainer.model),
     }
 
 
@@ -165,11 +165,15 @@ def every_case(folder: str) -> dict[Any, Any]:
         weights, trainer = train_with_callback(folder, *case)
         metrics = trainer.evaluate()
         found[case] = weights, {k: v for k, v in metrics.items() if "accuracy" in k}
-        found["hooks", case] = len(trainer.model._forward_pre_hooks)
+        found["hooks", case] = our_hooks(trainer.model)
         engine_stage = 0 if stage == "ddp" else stage
         key = (engine_stage, objective, accumulation)
         if ("engine", key) not in found:
             found["engine", key] = train_with_engine(*key)
+    section = {"threat_model": THREAT, "attack": ATTACK, "seed": 0}
+    found["section"], _ = train_with_callback(
+        folder, 2, "at", 1, settings={}, sections={"dat": section}
+    )
     allow_fp16()
     for half in HALF:
         found[half] = train_in_half(folder, *half)
@@ -194,9 +198,15 @@ def test_five_steps_equal_the_engines(outcomes: list[dict[Any, Any]], case: Any)
     assert max((w - start[k]).abs().max().item() for k, w in weights.items()) > 1e-3
 
 
+def test_the_section_of_the_deepspeed_file_says_the_same(outcomes: list[dict[Any, Any]]) -> None:
+    weights, _ = outcomes[0][2, "at", 1]
+    assert all(torch.equal(outcomes[0]["section"][k], w) for k, w in weights.items())
+
+
 def test_nothing_is_left_on_the_model(outcomes: list[dict[Any, Any]]) -> None:
-    assert {found["hooks", case] for found in outcomes for case in PARITY} <= {0, 1}
-    assert all(found[half]["hooks"] >= 0 for found in outcomes for half in HALF)
+    for found in outcomes:
+        assert all(found["hooks", case] == [] for case in PARITY)
+        assert all(found[half]["hooks"] == [] for half in HALF)
 
 
 def test_robust_metrics_do_not_depend_on_the_stage(outcomes: list[dict[Any, Any]]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dat_ds.attacks import Attack, ThreatModel, patch_tokens
@@ -16,7 +16,7 @@ from dat_ds.config import check_num_classes
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.evaluation import robust_metrics
-from dat_ds.integrations.hf.forward import AdversarialForward, Moment
+from dat_ds.integrations.hf.forward import AdversarialForward, Moment, PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.integrations.hf.settings import Request, Section, Settings
 from dat_ds.models import load
@@ -51,6 +51,11 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         evaluation: Keys ``attacks`` (names such as ``"pgd-20"``), ``num_examples`` and
             ``batch_size`` of ``dat.evaluation``. ``{"attacks": []}`` measures nothing.
 
+    Attributes:
+        request: The arguments.
+        labels: Labels that the model is not given; see :class:`AdversarialTrainer`, likewise below.
+        user_computes_loss: Whether the model's outputs go to a loss function of the user's.
+
     Raises:
         ConfigError: With all problems of the arguments; where a DeepSpeed file may complete them,
             when the Trainer is made.
@@ -67,7 +72,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         seed: int | None = None,
         evaluation: Mapping[str, Any] | None = None,
     ) -> None:
-        self._request = Request(
+        self.request = Request(
             threat_model=threat_model,
             attack=attack,
             objective=objective,
@@ -77,7 +82,9 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             evaluation=evaluation,
         )
         if threat_model is not None and attack is not None:
-            self._request.resolve(None)
+            self.request.resolve(None)
+        self.labels: Tensor | None = None
+        self.user_computes_loss = False
         self._settings: Settings | None = None
         self._pixels: PixelScale | None = None
         self._reference: nn.Module | None = None
@@ -118,16 +125,18 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             helper = load(settings.dat.objective.helper_model, map_location=device)
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if self._reference is not None:
-            self._reference.to(device, dtype=next(iter(half), None))
+            self._reference.to(dtype=next(iter(half), None))
         if half and args.deepspeed_plugin is not None:
             internals.wrap_collator(train_dataloader, Float32Collator)
         self._forward = AdversarialForward(
             model,
             settings,
             pixels,
-            reference=self._reference,
+            reference=self._original(settings, pixels, device),
             helper=helper,
             overflows=bool(args.fp16) or torch.float16 in half,
+            other_labels=lambda: self.labels,
+            user_computes_loss=self.user_computes_loss,
         )
 
     def on_step_begin(
@@ -155,9 +164,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave nothing on the model."""
-        if self._forward is not None:
-            self._forward.disarm()
-        self._forward = None
+        self.detach()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,6 +199,12 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         elif "loss" in logs and self._forward is not None:
             self._add(state, logs, self._forward.take_means())
 
+    def detach(self) -> None:
+        """Leave nothing on the model; to be called where ``train()`` was broken off."""
+        if self._forward is not None:
+            self._forward.disarm()
+        self._forward = None
+
     # ---- internals
 
     @property
@@ -224,16 +237,24 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         model: nn.Module,
         loader: Any,
     ) -> dict[str, float]:
-        evaluation = self._request.evaluation or {}
+        evaluation = self.request.evaluation or {}
         return robust_metrics(
             model,
             loader,
             settings,
             pixels,
-            reference=None if self._forward is None else self._forward.original_outputs,
+            reference=self._original(settings, pixels, next(model.parameters()).device),
             batch_size=evaluation.get("batch_size", args.per_device_eval_batch_size),
             num_workers=args.dataloader_num_workers,
         )
+
+    def _original(
+        self, settings: Settings, pixels: PixelScale, device: torch.device
+    ) -> PixelView | None:
+        """The model as it was at the start, where the objective needs it."""
+        if self._reference is None:
+            return None
+        return PixelView(self._reference.to(device), pixels, settings.objective.head)
 
     @staticmethod
     def _add(state: TrainerState, logs: dict[str, float], metrics: Mapping[str, float]) -> None:
@@ -248,7 +269,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         if self._settings is None or self._pixels is None:
             plugin = args.deepspeed_plugin
             section = None if plugin is None else plugin.hf_ds_config.config.get("dat")
-            settings = self._request.resolve(section)
+            settings = self.request.resolve(section)
             _check_trainer(args, model, settings)
             mean, std = settings.dat.model.mean, settings.dat.model.std
             self._pixels = pixels_of(mean, std, processor)

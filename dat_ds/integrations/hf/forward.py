@@ -6,7 +6,7 @@ Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,11 +149,6 @@ class AdversarialForward:
     then puts the objective's loss and the adversarial outputs into what the model returns. Each
     removes itself before it does its work, so the attack's own forwards meet none, and an error
     leaves none behind.
-
-    Attributes:
-        labels: Labels that the model is not given as an argument; see
-            :class:`dat_ds.integrations.hf.AdversarialTrainer`.
-        user_computes_loss: Whether the model's outputs go to a loss function of the user's.
     """
 
     def __init__(
@@ -162,9 +157,11 @@ class AdversarialForward:
         settings: Settings,
         pixels: PixelScale,
         *,
-        reference: nn.Module | None,
+        reference: PixelView | None,
         helper: nn.Module | None,
         overflows: bool,
+        other_labels: Callable[[], Tensor | None],
+        user_computes_loss: bool,
     ) -> None:
         """Hook nothing yet.
 
@@ -175,6 +172,8 @@ class AdversarialForward:
             reference: The model as it was at the start, where the objective needs it.
             helper: HAT's naturally trained model.
             overflows: Whether the model computes in float16.
+            other_labels: Labels of the batch where the model is not given them.
+            user_computes_loss: Leave the loss to who gets the model's outputs.
         """
         self._module = module
         self._overflows = overflows
@@ -188,8 +187,8 @@ class AdversarialForward:
         self._checked = False
         self._awaited: list[bool] = []
         self._counts = Counts()
-        self.labels: Tensor | None = None
-        self.user_computes_loss = False
+        self._other_labels = other_labels
+        self._user_computes_loss = user_computes_loss
 
     def arm(self, moment: Moment) -> None:
         """Attack the next forward of the module in training mode, and that one alone."""
@@ -197,7 +196,9 @@ class AdversarialForward:
         self._moment = moment
         self._handles.append(
             # Ahead of all others: ZeRO-3's hooks gather and trace what the outer forward uses.
-            self._module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            self._module.register_forward_pre_hook(
+                torch.compiler.disable(self._before), prepend=True, with_kwargs=True
+            )
         )
 
     def disarm(self) -> None:
@@ -236,7 +237,6 @@ class AdversarialForward:
 
     # ---- hooks
 
-    @torch.compiler.disable
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -250,7 +250,6 @@ class AdversarialForward:
         weight = _weight_of(len(x), kwargs.get("num_items_in_batch"))
         inputs = view.input_of(batch.images)
 
-        @torch.compiler.disable
         def after(
             _module: nn.Module, _args: Any, given: dict[str, Any], outputs: Any
         ) -> dict[str, Any] | None:
@@ -262,7 +261,9 @@ class AdversarialForward:
         if self._settings.dat.objective.batch_norm == "split" and len(batch.sizes) > 1:
             self._batch_norm.enter_context(split_batch_norm(module, list(batch.sizes.values())))
         self._handles.append(
-            module.register_forward_hook(after, with_kwargs=True, always_call=True)
+            module.register_forward_hook(
+                torch.compiler.disable(after), with_kwargs=True, always_call=True
+            )
         )
         return (), {**options, "return_dict": True, "pixel_values": inputs}
 
@@ -284,8 +285,8 @@ class AdversarialForward:
                     "training is for models of images alone. Remove it from the batch."
                 )
         values = unpacked(values)
-        labels = kwargs.get("labels", self.labels)
-        labels = self.labels if labels is None else labels
+        labels = kwargs.get("labels")
+        labels = self._other_labels() if labels is None else labels
         if not self._checked:
             self._pixels.check(values, self._settings.threat)
             self._check_labels(labels)
@@ -330,7 +331,7 @@ class AdversarialForward:
         attack = settings.attack.at(moment.progress)
         generator = SampleGenerator(seed, moment.step, first)
         mode = settings.dat.attack.model_mode
-        with attack_mode(view.module, mode):  # type: ignore[arg-type]
+        with attack_mode(view.module, mode):
             x_adv = attack(view, x, y, generator, gradient=self._input_gradient())
         probes = self._probes(view, x, y, SampleGenerator(seed + 1, moment.step, first))
         return outer_batch(objective, x, x_adv, threat=attack.threat, probes=probes), y
@@ -344,19 +345,16 @@ class AdversarialForward:
         if not self._settings.dat.objective.grad_align:
             return None
         mode = self._settings.dat.attack.model_mode
-        with attack_mode(view.module, mode):  # type: ignore[arg-type]
+        with attack_mode(view.module, mode):
             return alignment_probes(
                 view, x, y, threat=self._settings.threat, generator=generator, model_mode=mode
             )
 
-    def original_outputs(self, x: Tensor) -> Tensor:
-        """Outputs of the model as it was at the start."""
-        return self._original(x)
-
     @torch.no_grad()
     def _original(self, x: Tensor) -> Tensor:
+        """Outputs of the model as it was at the start."""
         assert self._reference is not None
-        return PixelView(self._reference, self._pixels, self._settings.objective.head)(x)
+        return self._reference(x)
 
     # ---- the outer loss
 
@@ -378,7 +376,7 @@ class AdversarialForward:
                 self._counts.add("natural", natural, y)
         self._counts.add_terms(outer.terms)
         rewritten: dict[str, Any] = type(outputs)()
-        if not self.user_computes_loss:
+        if not self._user_computes_loss:
             loss = outer.terms["loss"] * weight
             self._await_backward_of(loss)
             rewritten["loss"] = loss
@@ -393,7 +391,7 @@ class AdversarialForward:
         def note(_gradient: Tensor) -> None:
             self._awaited[slot] = True
 
-        loss.register_hook(note)
+        loss.register_hook(note)  # type: ignore[no-untyped-call]
 
 
 def _weight_of(num_images: int, num_items: Any) -> Any:

@@ -42,7 +42,8 @@ class Settings:
 class Request:
     """Arguments of the callback, before the DeepSpeed file's ``"dat"`` section is known.
 
-    Attributes are those of :class:`dat_ds.integrations.hf.AdversarialTrainingCallback`.
+    Attributes are those of :class:`dat_ds.integrations.hf.AdversarialTrainingCallback`, and
+    ``label_smoothing``, the Trainer's own, for the objective.
     """
 
     threat_model: Mapping[str, Any] | ThreatModel | None = None
@@ -52,6 +53,7 @@ class Request:
     std: list[float] | None = None
     seed: int | None = None
     evaluation: Mapping[str, Any] | None = None
+    label_smoothing: float | None = None
 
     def resolve(self, section: Mapping[str, Any] | None) -> Settings:
         """Merge with a ``"dat"`` section, fill in defaults, check everything.
@@ -77,6 +79,8 @@ class Request:
             "seed": self.seed,
         }
         values |= {key: value for key, value in own.items() if value is not None}
+        if self.label_smoothing is not None:
+            values["objective"] = self._smoothed(values.get("objective", {}), problems)
         model = {"mean": self.mean, "std": self.std}
         given = {key: list(value) for key, value in model.items() if value is not None}
         if given:
@@ -101,6 +105,18 @@ class Request:
             objective=objective,
             threat=threat_of(dat),
         )
+
+    def _smoothed(self, objective: Any, problems: list[str]) -> Any:
+        """The objective's section with the Trainer's label smoothing."""
+        given = objective.get("label_smoothing") if isinstance(objective, Mapping) else None
+        if isinstance(self.objective, Objective) or given not in (None, self.label_smoothing):
+            problems.append(
+                f"label_smoothing_factor={self.label_smoothing:g} and the objective's own "
+                f"label_smoothing={given}: give one of them."
+            )
+        if not isinstance(objective, Mapping):
+            return objective
+        return {**objective, "label_smoothing": self.label_smoothing}
 
     def _attack(self, dat: DatConfig, objective: Objective) -> Attack | None:
         attack = self.attack
