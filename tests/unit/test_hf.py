@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +96,19 @@ def test_models_train_two_steps(name: str, tmp_path: Path) -> None:
     )
 
 
-def plain_steps(model: nn.Module, data: PixelDicts, steps: int, **attack: Any) -> None:
+def plain_steps(model: nn.Module, data: PixelDicts, count: int) -> None:
     """SGD on adversarial images, written out by hand."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     threat = ThreatModel("linf", 0.1)
-    for step in range(steps):
+    for step in range(count):
         x, y = data.pixels[4 * step : 4 * step + 4], data.labels[4 * step : 4 * step + 4]
 
         def logits(images: Tensor) -> Tensor:
             return model((images - 0.5) / 0.5).logits
 
         model.eval()
-        x_adv = pgd(logits, x, y, threat=threat, generator=SampleGenerator(0, step), **attack)
+        source = SampleGenerator(0, step)
+        x_adv = pgd(logits, x, y, threat=threat, steps=2, step_size=0.05, generator=source)
         model.train()
         optimizer.zero_grad()
         F.cross_entropy(logits(x_adv), y).backward()
@@ -115,7 +118,7 @@ def plain_steps(model: nn.Module, data: PixelDicts, steps: int, **attack: Any) -
 def test_training_equals_plain_pytorch(tmp_path: Path) -> None:
     model, plain, data = vit(), vit(), PixelDicts(20)
     trainer_of(model, tmp_path, [callback_of()], train_dataset=data, max_steps=5).train()
-    plain_steps(plain, data, 5, steps=2, step_size=0.05)
+    plain_steps(plain, data, 5)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -263,7 +266,8 @@ def test_robust_metrics_equal_an_evaluation_of_the_model(tmp_path: Path) -> None
     assert metrics["val_natural_accuracy"] == record.natural_acc
     for name in attacks:
         assert metrics[f"val_robust_accuracy_{name}"] == record.robust_acc[name]
-    withstood = sum(a == b == "1" for a, b in zip(*(record.outcomes[n] for n in attacks)))
+    outcomes = zip(*(record.outcomes[n] for n in attacks), strict=True)
+    withstood = sum(a == b == "1" for a, b in outcomes)
     assert metrics["val_robust_accuracy"] == withstood / 9
 
 
@@ -309,8 +313,11 @@ def test_resuming_equals_going_on(tmp_path: Path) -> None:
     common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 3}
     whole = trainer_of(vit(), tmp_path / "whole", [callback_of(**settings)], **common)
     whole.train()
-    again = trainer_of(vit(seed=9), tmp_path / "again", [callback_of(**settings)], **common)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    # The Trainer of transformers 5.24 does not find a ViT's weights in its own checkpoint.
+    model = transformers.ViTForImageClassification.from_pretrained(checkpoint)
+    again = trainer_of(model, tmp_path / "again", [callback_of(**settings)], **common)
+    again.train(resume_from_checkpoint=str(checkpoint))
     for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -367,7 +374,7 @@ def test_label_smoothing_goes_to_the_objective(tmp_path: Path) -> None:
     trainer_of(ours, tmp_path, [callback_of(objective=objective)], train_dataset=data).train()
     for one, two in zip(smoothed.parameters(), ours.parameters(), strict=True):
         assert torch.equal(one, two)
-    with pytest.raises(ConfigError, match="label_smoothing_factor=0.2"):
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.2"):
         trainer_of(vit(), tmp_path, [callback_of()], label_smoothing_factor=0.2)
 
 
@@ -568,8 +575,10 @@ def test_missing_labels_and_scales_are_refused(tmp_path: Path) -> None:
 
 
 def test_versions_are_those_that_were_tested() -> None:
-    wanted = [Requirement(line) for line in requires("dat_ds") or ()]
-    extra = [r for r in wanted if r.marker is not None and r.marker.evaluate({"extra": "hf"})]
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r"^hf = (\[.*\])$", project, re.MULTILINE)
+    assert found is not None
+    extra = [Requirement(line) for line in json.loads(found[1])]
     assert {r.name for r in extra} == {"accelerate", "transformers"}
     for requirement in extra:
         assert requirement.specifier.contains(version(requirement.name)), requirement

@@ -197,7 +197,7 @@ class AdversarialForward:
         self._handles.append(
             # Ahead of all others: ZeRO-3's hooks gather and trace what the outer forward uses.
             self._module.register_forward_pre_hook(
-                torch.compiler.disable(self._before), prepend=True, with_kwargs=True
+                _uncompiled(self._before), prepend=True, with_kwargs=True
             )
         )
 
@@ -261,9 +261,7 @@ class AdversarialForward:
         if self._settings.dat.objective.batch_norm == "split" and len(batch.sizes) > 1:
             self._batch_norm.enter_context(split_batch_norm(module, list(batch.sizes.values())))
         self._handles.append(
-            module.register_forward_hook(
-                torch.compiler.disable(after), with_kwargs=True, always_call=True
-            )
+            module.register_forward_hook(_uncompiled(after), with_kwargs=True, always_call=True)
         )
         return (), {**options, "return_dict": True, "pixel_values": inputs}
 
@@ -401,6 +399,11 @@ def _weight_of(num_images: int, num_items: Any) -> Any:
     that number, and takes care of the ranks.
     """
     return 1.0 if num_items is None else num_images / num_items
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Any:
+    """``hook`` as it is under ``torch.compile``, which compiles the model's forward alone."""
+    return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
 
 def num_ranks() -> int:
