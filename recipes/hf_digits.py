@@ -30,8 +30,8 @@ class Normalized(Dataset[dict[str, Any]]):
         return {"pixel_values": (x - 0.5) / 0.5, "labels": y}
 
 
-def train(attack: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Train and evaluate a model."""
+def train(how: str, attack: Any, options: argparse.Namespace) -> None:
+    """Train a model and tell its accuracies."""
     set_seed(0)
     zero = {
         "zero_optimization": {"stage": options.zero},
@@ -66,7 +66,10 @@ def train(attack: Any, options: argparse.Namespace) -> dict[str, float]:
         callbacks=[callback],
     )
     trainer.train()
-    return dict(trainer.evaluate())
+    found = trainer.evaluate()
+    clean, robust = found["eval_natural_accuracy"], found["eval_robust_accuracy"]
+    if trainer.is_world_process_zero():
+        print(f"Trained {how}: clean {clean:.1%}, under PGD-20 {robust:.1%}")
 
 
 if __name__ == "__main__":
@@ -75,6 +78,4 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     for how, attack in ATTACKS.items():
-        m = train(attack, parser.parse_args())
-        clean, robust = m["eval_natural_accuracy"], m["eval_robust_accuracy"]
-        print(f"Trained {how}: clean {clean:.1%}, under PGD-20 {robust:.1%}")
+        train(how, attack, parser.parse_args())

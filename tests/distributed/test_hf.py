@@ -32,6 +32,7 @@ PARITY = [
     ("ddp", "grad_align", 1),
     (3, "grad_align", 1),
 ]
+RESUMED = [2, 3]
 HALF = [(stage, precision) for stage in (2, 3) for precision in ("bf16", "fp16")]
 
 
@@ -72,6 +73,7 @@ def train_with_callback(
 
     settings = {"threat_model": THREAT, "attack": ATTACK, "objective": OBJECTIVES[objective]}
     settings = arguments.pop("settings", settings)
+    resume_from = arguments.pop("resume_from", None)
     callback = AdversarialTrainingCallback(**settings, mean=MEAN, std=STD)
     if stage != "ddp":
         sections = arguments.pop("sections", {})
@@ -87,7 +89,7 @@ def train_with_callback(
         gradient_accumulation_steps=accumulation,
         **arguments,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     return whole_weights(trainer.model), trainer
 
 
@@ -174,6 +176,14 @@ def every_case(folder: str) -> dict[Any, Any]:
     found["section"], _ = train_with_callback(
         folder, 2, "at", 1, settings={}, sections={"dat": section}
     )
+    for stage in RESUMED:
+        where = str(Path(folder) / f"zero{stage}")
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        whole, _ = train_with_callback(where, stage, "trades", 1, **saving)
+        again, _ = train_with_callback(
+            where, stage, "trades", 1, resume_from=f"{where}/checkpoint-3", **saving
+        )
+        found["resumed", stage] = whole, again
     allow_fp16()
     for half in HALF:
         found[half] = train_in_half(folder, *half)
@@ -201,6 +211,14 @@ def test_five_steps_equal_the_engines(outcomes: list[dict[Any, Any]], case: Any)
 def test_the_section_of_the_deepspeed_file_says_the_same(outcomes: list[dict[Any, Any]]) -> None:
     weights, _ = outcomes[0][2, "at", 1]
     assert all(torch.equal(outcomes[0]["section"][k], w) for k, w in weights.items())
+
+
+@pytest.mark.parametrize("stage", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    outcomes: list[dict[Any, Any]], stage: int
+) -> None:
+    whole, again = outcomes[0]["resumed", stage]
+    assert all(torch.equal(again[k], w) for k, w in whole.items())
 
 
 def test_nothing_is_left_on_the_model(outcomes: list[dict[Any, Any]]) -> None:

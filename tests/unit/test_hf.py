@@ -24,6 +24,7 @@ from dat_ds.evaluation import evaluate
 from dat_ds.integrations.hf import AdversarialTrainer, AdversarialTrainingCallback, internals
 from dat_ds.integrations.hf.forward import PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of, unpacked
+from dat_ds.models import build_model, save_weights
 from dat_ds.objectives import Trades
 from tests.distributed import tiny
 from tests.hf_tiny import MEAN, STD, PixelDicts, our_hooks, trainer_of, vit
@@ -454,6 +455,35 @@ def test_fare_keeps_an_encoders_features(tmp_path: Path) -> None:
     assert before["eval_natural_loss"] == 0
     assert after["eval_robust_loss"] > 0
     assert our_hooks(model) == []
+
+
+def test_other_objectives_and_attacks_train(tmp_path: Path) -> None:
+    helper = build_model(
+        "vit_tiny_patch16_224",
+        num_classes=tiny.CLASSES,
+        img_size=8,
+        patch_size=4,
+        depth=1,
+        embed_dim=16,
+        num_heads=2,
+    )
+    save_weights(tmp_path / "helper", helper.state_dict(), helper.spec)
+    hat = {"name": "hat", "helper_model": str(tmp_path / "helper")}
+    views = {"name": "multi_norm", "steps": 2, "other_norms": {"l2": 0.5}, "combine": "average"}
+    for settings in (
+        {"objective": "mart"},
+        {"objective": "alp"},
+        {"objective": hat},
+        {"objective": "trades", "attack": views},
+        {"attack": {**ATTACK, "keep_tokens": 0.5}},
+        {"attack": "apgd"},
+        {"attack": lambda model, x, y, generator: (x + 0.1).clamp(0, 1)},
+    ):
+        model = vit()
+        start = [p.detach().clone() for p in model.parameters()]
+        trainer_of(model, tmp_path, [callback_of(**settings)]).train()
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
 
 
 # ---- pixels

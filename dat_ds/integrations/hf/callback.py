@@ -104,6 +104,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
     ) -> None:
         """Check everything that is known, and keep a copy of the model where one is needed."""
         assert model is not None
+        self._settings = None  # of an earlier Trainer
         self._prepare(args, model, processing_class)
 
     def on_train_begin(

@@ -25,6 +25,7 @@ class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
         self._collate: Any = loader.collate_fn
         self._pixels = pixels
         self._threat = settings.threat
+        self._needs_labels = settings.objective.head == "classes"
         self._checked = False
 
     def __len__(self) -> int:
@@ -35,6 +36,11 @@ class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
         values = batch["pixel_values"]
         if not self._checked:
             self._pixels.check(values, self._threat)
+            if self._needs_labels and "labels" not in batch:
+                raise ConfigError(
+                    "Robust accuracy needs labels, and eval_dataset has none: give it a column "
+                    "'label' or 'labels', or pass evaluation={'attacks': []}."
+                )
             self._checked = True
         label = batch["labels"][0] if "labels" in batch else torch.zeros((), dtype=torch.int64)
         return self._pixels.to_pixels(values, self._threat)[0], label

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dat_ds.attacks import (
-    AlignmentProbes,
     InputGradient,
     SampleGenerator,
     alignment_probes,
@@ -328,25 +327,20 @@ class AdversarialForward:
             return outer_batch(objective, x, x, threat=settings.threat), y
         attack = settings.attack.at(moment.progress)
         generator = SampleGenerator(seed, moment.step, first)
-        mode = settings.dat.attack.model_mode
+        mode = attack.options.get("model_mode", "eval")
         with attack_mode(view.module, mode):
             x_adv = attack(view, x, y, generator, gradient=self._input_gradient())
-        probes = self._probes(view, x, y, SampleGenerator(seed + 1, moment.step, first))
+        probes = None
+        if settings.dat.objective.grad_align:
+            source = SampleGenerator(seed + 1, moment.step, first)
+            with attack_mode(view.module, mode):
+                probes = alignment_probes(
+                    view, x, y, threat=attack.threat, generator=source, model_mode=mode
+                )
         return outer_batch(objective, x, x_adv, threat=attack.threat, probes=probes), y
 
     def _input_gradient(self) -> InputGradient:
         return InputGradient(retry_non_finite=self._overflows, agree=any_rank)
-
-    def _probes(
-        self, view: PixelView, x: Tensor, y: Tensor, generator: SampleGenerator
-    ) -> AlignmentProbes | None:
-        if not self._settings.dat.objective.grad_align:
-            return None
-        mode = self._settings.dat.attack.model_mode
-        with attack_mode(view.module, mode):
-            return alignment_probes(
-                view, x, y, threat=self._settings.threat, generator=generator, model_mode=mode
-            )
 
     @torch.no_grad()
     def _original(self, x: Tensor) -> Tensor:
