@@ -18,10 +18,7 @@ from dat_ds.engine.run import train
 from dat_ds.files import write_json
 
 IMAGES, BATCH, STEPS = 1438, 64, 400
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "contrastive": {"name": "contrastive", "flip": 0.0},
-    "rotation": {"name": "rotation"},
-}
+OPTIONS = {"contrastive": {"flip": 0.0}, "rotation": {}}  # a mirrored digit is no digit
 
 
 def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str, Any]:
@@ -55,20 +52,18 @@ def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str,
 
 def compare(objective: str, labelled: float, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Records of AT on few labels: after pre-training, and from random weights."""
-    run(folder / "pretrained", seed, objective=OBJECTIVES[objective])
+    run(folder / "pretrained", seed, objective={"name": objective, **OPTIONS[objective]})
     model = {"pretrained": str(folder / "pretrained")}
-    return [
-        run(folder / "finetuned", seed, labelled, model=model),
-        run(folder / "from_scratch", seed, labelled),
-    ]
+    finetuned = run(folder / "finetuned", seed, labelled, model=model)
+    return [finetuned, run(folder / "from_scratch", seed, labelled)]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("objective", choices=OBJECTIVES)
-    parser.add_argument("--labelled", type=float, default=0.04, help="part of the labels")
+    parser.add_argument("objective", choices=OPTIONS)
+    parser.add_argument("--labelled", type=float, default=0.04)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the records as JSON")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     records: list[dict[str, Any]] = []

@@ -67,9 +67,8 @@ def has_reentrant_checkpoint(output: Tensor) -> bool:
 
 def finite_samples(gradient: Tensor) -> Tensor:
     """Whether each sample's gradient ``(B, ...)`` is finite: ``(B,)``."""
-    # One pass: the largest entry is infinite or NaN where any is.
-    largest: Tensor = gradient.flatten(1).norm(float("inf"), dim=1)
-    return largest.isfinite()
+    # The largest entry is infinite or NaN where any is. (An infinity norm takes ten times as long.)
+    return gradient.flatten(1).abs().amax(dim=1).isfinite()
 
 
 def _agree_locally(flag: Tensor) -> bool:

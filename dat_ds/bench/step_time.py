@@ -11,7 +11,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     by_hand = {
         "dat.optimizer": run.dat.optimizer is None,
         "dat.threat_model.norm": run.dat.threat_model.norm == "linf",
+        "dat.objective.name": run.dat.objective.name in ("at", "dat"),
         "dat.objective.natural_weight": not run.dat.objective.natural_weight,
         "gradient_accumulation_steps": run.deepspeed.get("gradient_accumulation_steps", 1) == 1,
         "bf16, fp16 or torch_autocast": precision_of(run.deepspeed) == "float32",
@@ -129,7 +130,7 @@ class PlainSteps:
 
 
 def time_in_turn(
-    parts: dict[str, Callable[[], None]], repetitions: int, device: torch.device
+    parts: Mapping[str, Callable[[], object]], repetitions: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each part in each round, after warming up; every round runs every part once."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}

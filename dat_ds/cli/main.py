@@ -86,8 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--reference", action="store_true", help="print all keys as markdown")
     report = _add_command(commands, "report", _report, "compare records as a markdown table")
     report.add_argument("paths", nargs="+", help="folders of runs, or record files")
-    bench = _add_command(commands, "bench", _bench, "time a step against its parts")
-    bench.add_argument("table", choices=["attack"], help="which table")
+    bench = _add_command(commands, "bench", _bench, "measure what the project claims")
+    bench.add_argument(
+        "table",
+        choices=["attack", "compression", "trust-ratios"],
+        help="time of a step against its parts; codecs and bytes; LAMB's and LARS's ratios under "
+        "every ZeRO stage",
+    )
     _add_config(bench)
     bench.add_argument("--repetitions", type=int, default=20, help="timed steps of each (>= 5)")
     bench.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
@@ -162,9 +167,17 @@ def _report(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
 
 def _bench(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     run = _load(options, defaults)
+    if options.table == "trust-ratios":
+        from dat_ds.bench.trust_ratios import bench_trust_ratios
+
+        if table := bench_trust_ratios(run, output=options.output):
+            print(table)
+        return 0
+    from dat_ds.bench.compression import bench_compression
     from dat_ds.bench.step_time import bench_attack
 
-    print(bench_attack(run, repetitions=options.repetitions, output=options.output))
+    bench = {"attack": bench_attack, "compression": bench_compression}[options.table]
+    print(bench(run, repetitions=options.repetitions, output=options.output))
     return 0
 
 

@@ -6,9 +6,14 @@ from dat_ds.config.length import Length
 from dat_ds.config.load import load_config
 from dat_ds.config.reconcile import (
     adapt_to_device,
+    check_layerwise,
     check_num_classes,
+    check_one_bit,
+    one_bit_name,
+    one_bit_options,
     precision_of,
     resolve_batch,
+    scale_learning_rate,
 )
 from dat_ds.config.schema import DatConfig, RunConfig, plain
 
@@ -19,12 +24,17 @@ __all__ = [
     "RunConfig",
     "adapt_to_device",
     "attack_of",
+    "check_layerwise",
     "check_num_classes",
+    "check_one_bit",
     "load_config",
     "objective_of",
+    "one_bit_name",
+    "one_bit_options",
     "parse_evaluation_attack",
     "plain",
     "precision_of",
     "resolve_batch",
+    "scale_learning_rate",
     "threat_of",
 ]

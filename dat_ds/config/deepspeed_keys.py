@@ -55,6 +55,50 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
 """Defaults of the optimizers that DeepSpeed names; :func:`adam_weight_decay` gives the rest."""
 
 
+_ONE_BIT = {
+    "lr": 1e-3,
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "bias_correction": True,
+    "eps_inside_sqrt": False,
+    "amsgrad": False,
+    "cuda_aware": False,
+    "comm_backend_name": "nccl",
+}
+ONE_BIT_OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "onebitadam": ("one_bit_adam", {**_ONE_BIT, "freeze_step": 100_000}),
+    "onebitlamb": (
+        "one_bit_lamb",
+        {
+            **_ONE_BIT,
+            "freeze_step": 100_000,
+            "max_coeff": 10.0,
+            "min_coeff": 0.01,
+            "coeff_beta": 0.9,
+            "factor_max": 4.0,
+            "factor_min": 0.5,
+            "factor_threshold": 0.1,
+            "adapt_vectors": True,  # no parameter of theirs, but what they did
+        },
+    ),
+    "zerooneadam": (
+        "zero_one_adam",
+        {
+            **_ONE_BIT,
+            "var_freeze_step": 100_000,
+            "var_update_scaler": 16,
+            "local_step_scaler": 32_678,
+            "local_step_clipper": 16,
+        },
+    ),
+}
+"""Optimizers that DeepSpeed removed in 0.19.7: ours by another name, and 0.19.6's defaults."""
+
+NOT_READ = ("eps_inside_sqrt", "amsgrad", "cuda_aware", "comm_backend_name")
+"""Parameters of theirs that ours have not."""
+
+
 def adam_weight_decay(name: str, params: dict[str, Any]) -> float:
     """Default weight decay of DeepSpeed's Adam and AdamW, which depends on who implements them.
 

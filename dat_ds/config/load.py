@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.config.parse import parse_section
-from dat_ds.config.reconcile import resolve_dat, resolve_deepspeed
+from dat_ds.config.reconcile import notes_on, resolve_dat, resolve_deepspeed
 from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.errors import ConfigError
 
@@ -64,7 +64,7 @@ def load_config(
     deepspeed = resolve_deepspeed(values, dat, problems, client_optimizer=client_optimizer)
     if problems:
         raise ConfigError("\n".join(problems))
-    return RunConfig(deepspeed=deepspeed, dat=dat)
+    return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes_on(deepspeed, dat))
 
 
 def _is_digits(data: Any) -> bool:

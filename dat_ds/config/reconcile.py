@@ -7,6 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
+from torch import nn
+
 from dat_ds.attacks import (
     ATTACK_SETTINGS,
     FEATURE_LOSSES,
@@ -18,9 +21,12 @@ from dat_ds.attacks import (
     fgsm_step_size,
     parse_length,
 )
+from dat_ds.compression import CODECS, build_codec, codec_options
 from dat_ds.config.deepspeed_keys import (
     AUTOCAST_DEFAULTS,
     FP16_DEFAULTS,
+    NOT_READ,
+    ONE_BIT_OPTIMIZERS,
     OPTIMIZER_DEFAULTS,
     SCALAR_DEFAULTS,
     TOP_LEVEL_KEYS,
@@ -28,13 +34,15 @@ from dat_ds.config.deepspeed_keys import (
 )
 from dat_ds.config.evaluation_attack import parse_evaluation_attack
 from dat_ds.config.length import Length
-from dat_ds.config.parse import did_you_mean
+from dat_ds.config.parse import did_you_mean, parse_section
 from dat_ds.config.schema import (
     AttackConfig,
+    CompressionConfig,
     DatConfig,
     GuardConfig,
     InnerLossName,
     ObjectiveConfig,
+    OptimizerConfig,
     RunConfig,
     WeightPerturbationConfig,
 )
@@ -44,6 +52,14 @@ from dat_ds.objectives import (
     default_attack_loss,
     objective_options,
     uses_unlabelled,
+)
+from dat_ds.optim import (
+    OPTIMIZERS,
+    PRESETS,
+    CompressedOptimizer,
+    build_optimizer,
+    lr_scale,
+    optimizer_options,
 )
 
 _REFUSED_KEYS = {
@@ -71,8 +87,8 @@ _OBJECTIVE_OPTIONS = (
 )
 _ATTACK_KEYS = frozenset(field.name for field in dataclasses.fields(AttackConfig))
 ADAM_NAMES = ("adam", "adamw")
+_FLOAT16 = ("float16", "fp16", "half", "torch.float16")
 _WHOLE_LAYER_OPTIMIZERS = ("lamb", "lars", "adafactor", "lbfgs")
-_REMOVED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
 
 
 def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
@@ -91,6 +107,12 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         problems.append(
             f"dat.schedule.warmup_epochs={schedule.warmup_epochs:g} must be below "
             f"dat.schedule.epochs={schedule.epochs:g}, of which it is a part."
+        )
+    if (schedule.scaling == "none") != (schedule.base_batch is None):
+        problems.append(
+            f"dat.schedule.scaling={schedule.scaling!r} and dat.schedule.base_batch="
+            f"{schedule.base_batch} go together: write 'linear' or 'sqrt' and the global batch "
+            "that the learning rate is for, such as 256, or neither."
         )
     if (model.mean is None) != (model.std is None):
         problems.append("dat.model.mean and dat.model.std go together: give both or neither.")
@@ -112,6 +134,8 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         objective=_resolve_objective(dat, problems),
         weight_perturbation=_resolve_weight_perturbation(dat, problems),
         guard=_resolve_guard(dat, problems),
+        optimizer=_resolve_our_optimizer(dat, problems),
+        compression=_resolve_compression(dat.compression, problems),
     )
     _check_labels(resolved, problems)
     _check_self_supervision(resolved, problems)
@@ -461,6 +485,76 @@ def _resolve_guard(dat: DatConfig, problems: list[str]) -> GuardConfig:
     return dataclasses.replace(dat.guard, action=action)
 
 
+def _resolve_our_optimizer(dat: DatConfig, problems: list[str]) -> OptimizerConfig | None:
+    """Write out the optimizer's defaults; refuse keys that it does not take."""
+    optimizer = dat.optimizer
+    if optimizer is None:
+        return None
+    taken = optimizer_options(optimizer.name, optimizer.preset)
+    refused = len(problems)
+    for field in dataclasses.fields(optimizer):
+        key, value = field.name, getattr(optimizer, field.name)
+        if key != "name" and value is not None and key not in taken:
+            problems.append(
+                f"dat.optimizer.{key}={value!r} is no setting of the optimizer "
+                f"{optimizer.name!r}: remove it. It takes {', '.join(taken)}."
+            )
+    chosen = {key: value for key, value in taken.items() if getattr(optimizer, key) is None}
+    optimizer = dataclasses.replace(optimizer, **chosen)
+    if len(problems) == refused:
+        try:
+            build_optimizer(nn.Linear(1, 1), dataclasses.asdict(optimizer))
+        except ValueError as error:
+            problems.append(f"dat.optimizer: {error}")
+    return optimizer
+
+
+def _resolve_compression(config: CompressionConfig, problems: list[str]) -> CompressionConfig:
+    """Write out the codec's defaults; refuse keys that it does not take, and what cannot work."""
+    general = () if config.name == "none" else ("sides", "error_feedback", "bucket_mb")
+    options = {} if config.name == "none" else codec_options(config.name)
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
+        if key == "name" or value is None or key in options or key in general:
+            continue
+        takes = f"It takes {', '.join([*options, *general])}." if general else "Write a codec."
+        problems.append(
+            f"dat.compression.{key}={value!r} is no setting of {config.name!r}: remove it. {takes}"
+        )
+    if config.name == "none":
+        return config
+    chosen = {key: value for key, value in options.items() if getattr(config, key) is None}
+    unbiased = CODECS[config.name].unbiased
+    if config.error_feedback is None:
+        chosen["error_feedback"] = not unbiased
+    if config.bucket_mb is None:
+        chosen["bucket_mb"] = 8.0
+    config = dataclasses.replace(config, **chosen)
+    _check_error_feedback(config, list(options), problems)
+    return config
+
+
+def _check_error_feedback(
+    config: CompressionConfig, options: list[str], problems: list[str]
+) -> None:
+    if not CODECS[config.name].unbiased and not config.error_feedback:
+        problems.append(
+            f"dat.compression.error_feedback=false: {config.name!r} is biased, and training with "
+            "what it leaves out stalls or diverges. Remove it."
+        )
+    values = {key: getattr(config, key) or None for key in options}
+    try:
+        bound = build_codec(config.name, **values).variance_bound(2**20)
+    except ValueError:
+        return  # a value out of range, reported already
+    if CODECS[config.name].unbiased and config.error_feedback and bound >= 1:
+        problems.append(
+            f"dat.compression.error_feedback=true: what {config.name!r} loses may be longer than "
+            f"the gradient (squared, up to {bound:g} times) and would grow from step to step. "
+            "Remove it, or give more levels or smaller blocks."
+        )
+
+
 def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:
     """Refuse losses that need more classes than there are.
 
@@ -522,6 +616,7 @@ def resolve_deepspeed(
             )
         elif key in _REFUSED_KEYS:
             problems.append(f"Key {key!r} is refused: {_REFUSED_KEYS[key]}.")
+    _take_automatic_freeze(config)
     _find_auto(config, "", problems)
     if isinstance(config.get("zero_optimization"), bool):
         config["zero_optimization"] = {"stage": int(config["zero_optimization"])}
@@ -541,14 +636,66 @@ def resolve_deepspeed(
             f"gradient_allreduce_op={config['gradient_allreduce_op']!r} is refused: losses are "
             "weighted for the mean over ranks. Remove it."
         )
-    _check_precision(config, stage, problems)
+    _check_precision(config, problems)
     if dat.objective.grad_align and precision_of(config) == "fp16":
         problems.append(
             f"dat.objective.grad_align={dat.objective.grad_align:g} with fp16.enabled: it needs "
             "the length of input gradients, which underflow there. Write bf16 or torch_autocast."
         )
     _resolve_optimizer(config, dat, stage, client_optimizer, problems)
+    if dat.compression.name != "none":
+        _resolve_reductions(config, dat, stage, problems)
     return config
+
+
+def _resolve_reductions(
+    config: dict[str, Any], dat: DatConfig, stage: int, problems: list[str]
+) -> None:
+    """Set how DeepSpeed reduces gradients to what compression replaces; refuse the rest."""
+    zero = config["zero_optimization"]
+    zero = zero if isinstance(zero, dict) else {}
+    name = f"dat.compression.name={dat.compression.name!r}"
+    refused = {
+        "communication_data_type": config.get("communication_data_type") is not None,
+        "prescale_gradients": config["prescale_gradients"],
+        "gradient_predivide_factor": config["gradient_predivide_factor"] != 1,
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+        "zero_optimization.zero_quantized_gradients": bool(zero.get("zero_quantized_gradients")),
+        "compile.deepcompile": bool((config.get("compile") or {}).get("deepcompile")),
+    }
+    if stage in (1, 2):
+        refused["zero_optimization.reduce_scatter"] = zero.get("reduce_scatter") is True
+        refused["zero_optimization.contiguous_gradients"] = not zero.get(
+            "contiguous_gradients", True
+        )
+        zero["reduce_scatter"] = False
+    elif stage == 3:
+        refused["zero_optimization.reduce_scatter"] = not zero.get("reduce_scatter", True)
+        if dat.compression.sides == "double":
+            _check_parameter_half(dat, zero, problems)
+    problems += [
+        f"{key} with {name}, which averages gradients in its own way: remove one of them."
+        for key, is_given in refused.items()
+        if is_given
+    ]
+
+
+def _check_parameter_half(dat: DatConfig, zero: Mapping[str, Any], problems: list[str]) -> None:
+    """Refuse what parameters that travel as int8 would spoil, or what sends them otherwise."""
+    sides = "dat.compression.sides='double' with zero_optimization.stage=3"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key):
+            problems.append(f"zero_optimization.{key} with {sides}: remove one of them.")
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        problems.append(
+            f"zero_optimization.zero_hpz_partition_size with {sides}: parameters would come from "
+            "secondary shards. Remove one of them."
+        )
+    if dat.weight_perturbation.name != "none":
+        problems.append(
+            f"dat.weight_perturbation.name={dat.weight_perturbation.name!r} with {sides}: rounding "
+            "parameters for the way moves them as far as the perturbation. Write 'single'."
+        )
 
 
 def _check_objects(config: dict[str, Any], problems: list[str]) -> None:
@@ -556,6 +703,14 @@ def _check_objects(config: dict[str, Any], problems: list[str]) -> None:
         value = config.get(key, {})
         if not isinstance(value, dict):
             problems.append(f'{key}={value!r} must be an object, such as "{key}": {example}.')
+
+
+def _take_automatic_freeze(config: dict[str, Any]) -> None:
+    """Write ``freeze_step: "auto"``, which is ours and not Hugging Face's, as null."""
+    section = config.get("optimizer")
+    params = section.get("params") if isinstance(section, dict) else None
+    if isinstance(params, dict) and one_bit_name(config) and params.get("freeze_step") == "auto":
+        params["freeze_step"] = None
 
 
 def _find_auto(value: Any, path: str, problems: list[str]) -> None:
@@ -580,7 +735,7 @@ def precision_of(config: Mapping[str, Any]) -> str:
     return "fp16" if _enabled(config, "fp16") else "float32"
 
 
-def _check_precision(config: dict[str, Any], stage: int, problems: list[str]) -> None:
+def _check_precision(config: dict[str, Any], problems: list[str]) -> None:
     keys = ("bf16", "bfloat16", "fp16", "torch_autocast")
     enabled = [key for key in keys if _enabled(config, key)]
     if len(enabled) > 1:
@@ -593,12 +748,6 @@ def _check_precision(config: dict[str, Any], stage: int, problems: list[str]) ->
             problems.append(
                 "fp16.auto_cast=true is refused: it would round the pixels before normalisation. "
                 "Remove it; the model casts after normalising."
-            )
-        if stage == 0:
-            problems.append(
-                "fp16.enabled with zero_optimization.stage=0 is refused: this DeepSpeed divides "
-                "the update by a loss scale that it never applied. Write zero_optimization.stage=1 "
-                "(same results, less memory), or bf16 or torch_autocast instead of fp16."
             )
 
 
@@ -629,27 +778,179 @@ def _resolve_optimizer(
         name = str(section.get("type", "")).lower()
         if not isinstance(section.get("type"), str):
             problems.append("optimizer.type is missing: write 'AdamW' or 'SGD'.")
-        if name in _REMOVED_OPTIMIZERS:
-            problems.append(
-                f"optimizer.type={section['type']!r} is not in DeepSpeed since 0.19.7 and not yet "
-                "in dat_ds: write 'AdamW' or 'SGD'."
-            )
         given_params = section.get("params", {})
         if not isinstance(given_params, dict):
             problems.append(f"optimizer.params={given_params!r} must be an object.")
             given_params = {}
-        params = section["params"] = {**OPTIMIZER_DEFAULTS.get(name, {}), **given_params}
+        defaults = OPTIMIZER_DEFAULTS.get(name, {})
+        if name in ONE_BIT_OPTIMIZERS:
+            defaults = ONE_BIT_OPTIMIZERS[name][1]
+        params = section["params"] = {**defaults, **given_params}
+        if name in ONE_BIT_OPTIMIZERS:
+            _check_one_bit_params(section["type"], params, problems)
         if name in ADAM_NAMES:
             params.setdefault("weight_decay", adam_weight_decay(name, params))
-    if stage > 0 and name in _WHOLE_LAYER_OPTIMIZERS:
+    if dat.schedule.scaling != "none":
+        scaling = f"dat.schedule.scaling={dat.schedule.scaling!r}"
+        if client_optimizer:
+            problems.append(f"{scaling} with initialize(optimizer=...): scale its own lr instead.")
+        elif isinstance(section, dict) and "lr" not in section.get("params", {}):
+            problems.append(f"{scaling} has no learning rate to scale: write optimizer.params.lr.")
+    if dat.optimizer is not None and dat.optimizer.name in PRESETS:
+        check_layerwise(config, problems)
+    if one_bit_name(config, dat):
+        check_one_bit(config, dat, problems)
+    elif stage > 0 and name in _WHOLE_LAYER_OPTIMIZERS:
         problems.append(
             f"optimizer.type={name!r} needs whole layers, but "
             f"zero_optimization.stage={stage} hands it slices across them, which silently trains "
-            "something else: write stage 0, or 'AdamW' or 'SGD'."
+            "something else: "
+            + (
+                f"write ours, dat.optimizer.name={name!r}, which knows them."
+                if name in PRESETS
+                else "write stage 0, or 'AdamW' or 'SGD'."
+            )
         )
     elif stage > 0 and name not in ADAM_NAMES:
         # Element-wise ones work on any slice (the parity tests run SGD under every stage).
         config.setdefault("zero_allow_untested_optimizer", True)
+
+
+def one_bit_name(config: Mapping[str, Any], dat: DatConfig | None = None) -> str | None:
+    """Our name of the optimizer with compressed communication that a run has, if it has one."""
+    section = config.get("optimizer")
+    kind = str(section.get("type", "")).lower() if isinstance(section, Mapping) else ""
+    if kind in ONE_BIT_OPTIMIZERS:
+        return ONE_BIT_OPTIMIZERS[kind][0]
+    optimizer = None if dat is None else dat.optimizer
+    is_ours = optimizer is not None and _is_compressed(optimizer.name)
+    return optimizer.name if optimizer is not None and is_ours else None
+
+
+def _is_compressed(name: str) -> bool:
+    kind = OPTIMIZERS[name]
+    return isinstance(kind, type) and issubclass(kind, CompressedOptimizer)
+
+
+def one_bit_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ours from DeepSpeed's section, of a resolved run that has such a one."""
+    params = config["optimizer"]["params"]
+    return {key: value for key, value in params.items() if key not in NOT_READ}
+
+
+def _check_one_bit_params(kind: str, params: dict[str, Any], problems: list[str]) -> None:
+    """Check the parameters of DeepSpeed's section for an optimizer that is ours now."""
+    name = ONE_BIT_OPTIMIZERS[kind.lower()][0]
+    taken = [*optimizer_options(name), *NOT_READ]
+    for key in sorted(set(params) - set(taken)):
+        if key == "max_grad_norm":
+            problems.append(
+                f"optimizer.params.max_grad_norm={params[key]!r} is refused, as DeepSpeed does: "
+                f'write "gradient_clipping": {params[key]!r} at the top level.'
+            )
+            continue
+        problems.append(
+            f"optimizer.params.{key}={params[key]!r} is no parameter of {kind!r}"
+            f"{did_you_mean(key, taken)}: remove it. It takes {', '.join(taken)}."
+        )
+    for key, reason in {
+        "amsgrad": "there is no such variant",
+        "eps_inside_sqrt": "DeepSpeed never read it: eps is added to the root",
+    }.items():
+        if params[key] not in (False, None):
+            problems.append(
+                f"optimizer.params.{key}={params[key]!r} is refused: {reason}. Remove it."
+            )
+    known = {key: value for key, value in params.items() if key in optimizer_options(name)}
+    so_far = len(problems)
+    parse_section(OptimizerConfig, {"name": name, **known}, "optimizer.params", problems)
+    if len(problems) == so_far:
+        try:
+            OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **known)
+        except ValueError as error:
+            problems.append(f"optimizer.params.{error}")
+
+
+def check_one_bit(config: Mapping[str, Any], dat: DatConfig, problems: list[str]) -> None:
+    """Refuse what cannot be combined with an optimizer with compressed communication.
+
+    Args:
+        config: DeepSpeed's part of a config with such an optimizer.
+        dat: Our section.
+        problems: Receives one message per problem found.
+    """
+    stage = config["zero_optimization"]["stage"]
+    if stage:
+        problems.append(
+            f"zero_optimization.stage={stage} with an optimizer that compresses its momentum: "
+            "every rank needs its own gradient of the whole model, and the errors of compression "
+            "are as large as the shards would save. Write zero_optimization.stage=0, or another "
+            "optimizer."
+        )
+    if _enabled(config, "torch_autocast") and config["torch_autocast"]["dtype"] in _FLOAT16:
+        problems.append(
+            "torch_autocast.dtype='float16' with an optimizer that compresses its momentum: each "
+            "rank's loss scaler would skip steps by itself, and ranks would fall out of step. "
+            "Write torch_autocast.dtype='bfloat16'."
+        )
+    if dat.compression.name != "none":
+        problems.append(
+            f"dat.compression.name={dat.compression.name!r} with an optimizer that compresses its "
+            "momentum: gradients travel only while the variance is measured, which a codec's noise "
+            "would raise. Write dat.compression.name='none', or another optimizer."
+        )
+
+
+def notes_on(config: Mapping[str, Any], dat: DatConfig) -> tuple[str, ...]:
+    """What a resolved config does that its words do not say, to be said once."""
+    name = one_bit_name(config, dat)
+    if name is None:
+        return ()
+    notes = []
+    if dat.optimizer is None:
+        section = config["optimizer"]
+        notes.append(
+            f"optimizer.type={section['type']!r} is dat_ds's own {name!r}: DeepSpeed removed its "
+            "optimizer in 0.19.7"
+        )
+        if section["params"]["cuda_aware"] or section["params"]["comm_backend_name"] != "nccl":
+            notes.append(
+                "optimizer.params.cuda_aware and comm_backend_name are not used: collectives are "
+                "those of torch.distributed"
+            )
+    if config["gradient_clipping"]:
+        notes.append(
+            f"gradient_clipping={config['gradient_clipping']} acts on each rank's own gradient "
+            "where no gradient is averaged: once the variance is frozen"
+        )
+    return tuple(notes)
+
+
+def check_layerwise(config: Mapping[str, Any], problems: list[str]) -> None:
+    """Refuse what cannot be combined with trust ratios of whole layers.
+
+    Args:
+        config: DeepSpeed's part of a config with an optimizer such as ours by the name of LAMB.
+        problems: Receives one message per problem found.
+    """
+    zero = config["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
+    found = {
+        f"zero_optimization.{key}.device='nvme'": "write 'cpu'"
+        for key in ("offload_optimizer", "offload_param")
+        if (zero.get(key) or {}).get("device") == "nvme"
+    }
+    if offload.get("ratio", 1) != 1:
+        found[f"zero_optimization.offload_optimizer.ratio={offload['ratio']}"] = "remove it"
+    if offload.get("super_offload"):
+        found["zero_optimization.offload_optimizer.super_offload=true"] = "remove it"
+    if zero.get("zenflow"):
+        found["zero_optimization.zenflow"] = "remove it"
+    problems += [
+        f"{key} with a layer-wise optimizer: its trust ratios need all shards of a step before any "
+        f"is updated, but this moves them one by one. Instead, {remedy}."
+        for key, remedy in found.items()
+    ]
 
 
 def adapt_to_device(run: RunConfig, device_type: str) -> RunConfig:
@@ -679,6 +980,40 @@ def adapt_to_device(run: RunConfig, device_type: str) -> RunConfig:
         config["zero_force_ds_cpu_optimizer"] = False
         notes.append("zero_force_ds_cpu_optimizer=false: offloaded states are updated by torch")
     return dataclasses.replace(run, deepspeed=config, notes=(*run.notes, *notes))
+
+
+def scale_learning_rate(run: RunConfig, global_batch: int) -> tuple[RunConfig, str]:
+    """Scale the learning rate to the global batch, as ``dat.schedule.scaling`` says.
+
+    Args:
+        run: A resolved run; the learning rate is our optimizer's or DeepSpeed's.
+        global_batch: Images per optimizer step.
+
+    Returns:
+        The run to build the optimizer from, and what was done, in words; none where nothing was.
+    """
+    schedule = run.dat.schedule
+    if schedule.scaling == "none":
+        return run, ""
+    assert schedule.base_batch is not None
+    factor = lr_scale(schedule.scaling, global_batch, schedule.base_batch)
+    config, ours = copy.deepcopy(run.deepspeed), run.dat.optimizer
+    if ours is not None:
+        assert ours.lr is not None
+        lr = ours.lr
+        ours = dataclasses.replace(ours, lr=lr * factor)
+    else:
+        params = config["optimizer"]["params"]
+        lr = params["lr"]
+        for key in ("lr", "muon_lr", "adam_lr"):
+            if key in params:
+                params[key] *= factor
+    words = (
+        f"Learning rate {lr * factor:.6g} = {lr:g} x {factor:.4g}, scaled "
+        f"({schedule.scaling}) from a global batch of {schedule.base_batch} to {global_batch}."
+    )
+    dat = dataclasses.replace(run.dat, optimizer=ours)
+    return dataclasses.replace(run, deepspeed=config, dat=dat), words
 
 
 def resolve_batch(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:

@@ -17,7 +17,10 @@ from dat_ds.config.length import Length
 DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"]
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
 ScheduleName = Literal["constant", "cosine", "step"]
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal[
+    "adamw", "sgd", "lamb", "lars", "one_bit_adam", "one_bit_lamb", "zero_one_adam"
+]
+ScalingName = Literal["none", "linear", "sqrt"]
 Norm = Literal["linf", "l2", "l1"]
 AttackName = Literal[
     "pgd", "fgsm", "fgsm_rs", "n_fgsm", "mim", "apgd", "fat", "multi_norm", "free", "none"
@@ -26,6 +29,7 @@ InnerLossName = Literal["ce", "dlr", "cw", "kl", "dlr-targeted", "feature_distan
 ObjectiveName = Literal[
     "at", "dat", "trades", "mart", "alp", "hat", "rotation", "contrastive", "fare"
 ]
+CodecName = Literal["none", "int8", "int4", "qsgd", "natural", "topk", "sign"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 
@@ -268,31 +272,87 @@ class GuardConfig:
 class OptimizerConfig:
     """An optimizer of ours, instead of DeepSpeed's ``optimizer`` section.
 
-    Vectors (biases, normalisation weights) are excluded from weight decay, as timm does.
+    See ``docs/optimizers.md``. Vectors (biases, normalisation weights) are excluded from weight
+    decay, as timm does. A key that the chosen optimizer does not take is refused.
     """
 
     name: OptimizerName = "adamw"
-    lr: float = _above(0, 1e-3)
-    weight_decay: float = _at_least(0, 0.05)
-    betas: list[float] = _checked(
-        [0.9, 0.999],
+    preset: Literal["modern", "paper"] | None = None
+    """``lamb`` and ``lars``: where the defaults come from. ``modern`` (default) is what timm and
+    NVLAMB do; ``paper`` is DAT's bounded rule on every tensor."""
+    lr: float | None = _above(0, None)
+    """Default: 0.1 for ``sgd``, 0.005 for ``lamb``, 1 for ``lars`` (``paper``: 0.01), 0.001 for the
+    others."""
+    weight_decay: float | None = _at_least(0, None)
+    """Default: 0.05 for ``adamw``, 0.01 for ``lamb``, 0.0005 for ``sgd`` and ``lars``, 0 for the
+    others."""
+    betas: list[float] | None = _checked(
+        None,
         "two numbers in [0, 1)",
         lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
     )
-    """adamw only."""
-    eps: float = _above(0, 1e-8)
-    """adamw only."""
-    momentum: float = _fraction(0.9)
-    """sgd only."""
-    nesterov: bool = False
-    """sgd only."""
+    """All but ``sgd`` and ``lars``: default [0.9, 0.999]."""
+    eps: float | None = _above(0, None)
+    """All but ``sgd``: default 1e-8, for ``lamb`` 1e-6."""
+    momentum: float | None = _fraction(None)
+    """``sgd`` and ``lars``: default 0.9."""
+    nesterov: bool | None = None
+    """``sgd`` and ``lars``: default false."""
+    bias_correction: bool | None = None
+    """All with ``betas`` but ``adamw``: default true, of ``paper`` false."""
+    lower: float | None = _at_least(0, None)
+    """``lamb`` and ``lars``: lower bound of the weights' norm in the trust ratio. Default 0."""
+    upper: float | None = _above(0, None)
+    """``lamb`` and ``lars``: upper bound of it. Default: none, of ``paper`` 10."""
+    adapt_vectors: bool | None = None
+    """``lamb``, ``lars``, ``one_bit_lamb``: give vectors a trust ratio too. Default false, of
+    ``paper`` true."""
+    trust_coefficient: float | None = _above(0, None)
+    """``lars``: factor of the trust ratio. Default 0.001, of ``paper`` 1."""
+    scaled: Literal["gradient", "momentum"] | None = None
+    """``lars``: what the trust ratio scales. Default ``gradient``, of ``paper`` ``momentum``."""
+    freeze_step: int | None = _at_least(1, None)
+    """``one_bit_adam``, ``one_bit_lamb``: steps of the warm-up, which is not compressed. Default:
+    until the variance is stable, measured every ``1 / (1 - beta2) / 10`` steps."""
+    stability_threshold: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """``one_bit_adam``, ``one_bit_lamb``: ratio of the variance's norms, ``1 / (1 - beta2)`` steps
+    apart, from which on it counts as stable. Default 0.96."""
+    preconditioned: bool | None = None
+    """``one_bit_adam``, ``one_bit_lamb``, ``zero_one_adam``: compress the momentum divided by the
+    root of the variance. Default true; false is what the papers and DeepSpeed do, and diverges
+    where variances differ much."""
+    block_size: int | None = _at_least(0, None)
+    """Of the same three: entries that share a scale; 0 is one for all, as in DeepSpeed. Default
+    1024."""
+    scale: Literal["mean", "rms"] | None = None
+    """Of the same three: what a scale is, of magnitudes. Default ``mean``; DeepSpeed: ``rms``."""
+    max_coeff: float | None = _above(0, None)
+    """``one_bit_lamb``: largest trust ratio of the warm-up. Default 10."""
+    min_coeff: float | None = _at_least(0, None)
+    """``one_bit_lamb``: smallest. Default 0.01."""
+    coeff_beta: float | None = _fraction(None)
+    """``one_bit_lamb``: decay of their average, which is frozen with the variance. Default 0.9."""
+    factor_max: float | None = _above(0, None)
+    """``one_bit_lamb``: largest factor on the frozen ratios. Default 4."""
+    factor_min: float | None = _above(0, None)
+    """``one_bit_lamb``: smallest. Default 0.5."""
+    factor_threshold: float | None = _at_least(0, None)
+    """``one_bit_lamb``: largest relative change of that factor per step. Default 0.1."""
+    var_freeze_step: int | None = _at_least(1, None)
+    """``zero_one_adam``: last step that may measure the variance. Default 100000."""
+    var_update_scaler: int | None = _at_least(1, None)
+    """``zero_one_adam``: measurements after which their interval doubles. Default 16."""
+    local_step_scaler: int | None = _at_least(1, None)
+    """``zero_one_adam``: steps after which the interval of agreement doubles. Default 32678."""
+    local_step_clipper: int | None = _at_least(1, None)
+    """``zero_one_adam``: largest interval of agreement. Default 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """Length of the run and the learning rate along it, as fractions of the run.
 
-    The peak is the optimizer's ``lr``.
+    The peak is the optimizer's ``lr``, scaled to the global batch if told so.
     """
 
     name: ScheduleName = "cosine"
@@ -309,6 +369,12 @@ class ScheduleConfig:
     """step only."""
     decay_factor: float = _checked(0.1, "a number in (0, 1]", lambda v: 0 < v <= 1)
     """step only: factor at each milestone."""
+    scaling: ScalingName = "none"
+    """The ``lr`` that is written is for a global batch of ``base_batch``: it is multiplied by
+    ``global batch / base_batch`` (``linear``, usual for SGD and LARS) or by its square root
+    (``sqrt``, usual for Adam and LAMB). The global batch is
+    ``micro-batch * accumulation * ranks``."""
+    base_batch: int | None = _at_least(1, None)
     max_steps: int | None = _at_least(1, None)
     """Ends the run (and its schedule) after this many optimizer steps, if that is sooner."""
 
@@ -323,9 +389,32 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
-    """Compressed communication."""
+    """Compressed gradients; see ``docs/compression.md``. A key the codec does not take is refused.
 
-    name: Literal["none"] = "none"
+    With one rank nothing travels, and nothing is compressed.
+    """
+
+    name: CodecName = "none"
+    sides: Literal["single", "double"] | None = None
+    """Encode what ranks send to be averaged (``single``), or what comes back as well (``double``):
+    the mean or, under ZeRO-3, the parameters, as ``int8``. Default: ``double`` below ZeRO-3,
+    ``single`` under it."""
+    block_size: int | None = _at_least(0, None)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket. Default: 64
+    for ``int8``, ``int4`` and ``qsgd``, 1024 for ``topk`` and ``sign``."""
+    levels: int | None = _checked(None, "an integer in [1, 127]", lambda v: 1 <= v <= 127)
+    """``qsgd``: levels of a magnitude; 1 takes 2 bits, up to 7 take 4, up to 127 take 8. Default
+    127."""
+    ratio: float | None = _checked(None, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    """``topk``: share of entries sent. Default 0.01."""
+    scale: Literal["mean", "rms"] | None = None
+    """``sign``: mean of a block's magnitudes (default), or their root mean square."""
+    error_feedback: bool | None = None
+    """Add what encoding lost to the next step's gradient, on both sides. Default: true for ``topk``
+    and ``sign``, which need it, else false."""
+    bucket_mb: float | None = _above(0, None)
+    """Below ZeRO-3: megabytes of float32 gradients in one piece: a piece is encoded while others
+    travel. Default 8."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,10 @@ from dat_ds.attacks import (
 from dat_ds.config import RunConfig, precision_of, threat_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
+from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
-from dat_ds.engine.traffic import Traffic, listen, stop_listening
+from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
@@ -40,6 +41,7 @@ from dat_ds.evaluation import Task, task_of
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
 from dat_ds.objectives import Objective, num_correct, outer_batch
+from dat_ds.optim import CompressedOptimizer
 
 
 class AdversarialEngine:
@@ -59,6 +61,8 @@ class AdversarialEngine:
         ranks: The processes of the run.
         reference: The model as it was at the start, frozen, where the objective needs it.
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
+        averaging_optimizer: The optimizer, where it averages over ranks by itself.
+        compression: Averages gradients through a codec; None where they are not compressed.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
 
@@ -74,6 +78,7 @@ class AdversarialEngine:
         helper: nn.Module | None = None,
         reference: nn.Module | None = None,
         loader: DistributedLoader | None = None,
+        averaging_optimizer: CompressedOptimizer | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
@@ -88,6 +93,7 @@ class AdversarialEngine:
         self._helper = helper
         self.reference = reference
         self._loader = loader
+        self.averaging_optimizer = averaging_optimizer
         self._precision = precision_of(run.deepspeed)
         # Our own models normalise in float32 and cast after that; others get their own dtype.
         casts_itself = isinstance(self.module, PixelModel)
@@ -107,6 +113,7 @@ class AdversarialEngine:
                 "dat.weight_perturbation under ZeRO-3 needs all parameters on the device at once, "
                 f"{needed:.2f} GiB: write dat.engine.resident_parameters_gib={math.ceil(needed)}."
             )
+        self.compression = attach_compression(engine, run, ranks)
         self._perturbed = contextlib.ExitStack()
         self._traffic = Traffic()
         listen(self._traffic)
@@ -130,6 +137,17 @@ class AdversarialEngine:
     def progress(self) -> float:
         """Share of the run's optimizer steps that are done, in [0, 1]; 0 without a known length."""
         return min(1.0, self.global_steps / self._total_steps) if self._total_steps else 0.0
+
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether ranks hold weights of their own: 0/1 Adam's, once its variance is frozen."""
+        optimizer = self.averaging_optimizer
+        return (
+            optimizer is not None
+            and optimizer.steps_locally
+            and optimizer.is_frozen
+            and self.ranks.count > 1
+        )
 
     @property
     def accumulation(self) -> int:
@@ -156,12 +174,12 @@ class AdversarialEngine:
         """
         self._perturbed.close()  # where an earlier loss never went backward
         first_index, weight = self._place_in_global_batch(len(x), plan)
+        metrics = self._pending
+        metrics.timer.enter("attack")
         x, y, num_images = self._prepare(x, y, first_index)
         y, labelled, weights = self._read_labels(y)
         first_index *= self._objective.num_views
         has_accuracy = num_images > 0 and self._objective.classifies
-        metrics = self._pending
-        metrics.timer.enter("attack")
         x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
         if self.free is not None:
             x_adv.requires_grad_()
@@ -171,7 +189,7 @@ class AdversarialEngine:
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
         self._perturb_weights(x, x_adv, y, probes, weights, weight)
-        with self._traffic.counting("forward"), keep, self._restored_on_error():
+        with self._phase("forward"), keep, self._restored_on_error():
             terms, logits_adv, logits = self._outer_loss(
                 self.deepspeed, x, x_adv, y, probes, weights
             )
@@ -186,8 +204,17 @@ class AdversarialEngine:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
-        with self._traffic.counting("backward"), self._perturbed:
-            self.deepspeed.backward(loss)
+        if self.averaging_optimizer is not None:
+            hooks.reduce_in_backward(
+                self.deepspeed, self.averaging_optimizer.needs_averaged_gradients
+            )
+        if self.compression is not None:
+            self.compression.start(self.global_steps * self.accumulation + self.micro_step)
+        scale = hooks.missing_loss_scale(self.deepspeed)
+        with self._phase("backward"), self._perturbed:
+            self.deepspeed.backward(loss if scale == 1 else loss.float() * scale)
+        if self.compression is not None and self.micro_step == self.accumulation - 1:
+            self.compression.check_done()
         if self._replayed is not None:
             self._pending.timer.enter("attack")
             self._ascend_with(*self._replayed)
@@ -197,7 +224,7 @@ class AdversarialEngine:
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
         completes = self.micro_step == self.accumulation - 1
-        with self._traffic.counting("step"), hooks.named_loss_scale_error():
+        with self._phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
         self._pending.timer.leave()
         if completes:
@@ -233,7 +260,7 @@ class AdversarialEngine:
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
@@ -322,7 +349,7 @@ class AdversarialEngine:
         The objective's terms (``loss`` and others), accuracies as fractions, ``seconds_attack`` and
         ``seconds_update``, ``bytes_sent`` by kind, ``attack_zero_share`` (of gradient entries),
         ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
-        ``skipped_steps``: how many steps DeepSpeed has dropped so far for non-finite gradients.
+        ``skipped_steps``: how many steps were dropped so far for non-finite gradients.
         """
         return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
 
@@ -334,11 +361,12 @@ class AdversarialEngine:
 
     def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
         means = metrics.means(sums, ranks)
+        own_skips = 0 if self.averaging_optimizer is None else self.averaging_optimizer.num_skipped
         return {
             **means,
             **metrics.local(),
             "bytes_sent": dict(metrics.bytes_sent),
-            "skipped_steps": int(self.deepspeed.skipped_steps),
+            "skipped_steps": int(self.deepspeed.skipped_steps) + own_skips,
         }
 
     def close(self) -> None:
@@ -347,6 +375,15 @@ class AdversarialEngine:
         self.deepspeed.destroy()
 
     # ---- internals
+
+    @contextlib.contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        """A part of training, whose traffic is counted, and compressed where it is asked for."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._traffic.counting(phase))
+            if self.compression is not None:
+                stack.enter_context(self.compression.training_pass())
+            yield
 
     def _input_gradient(self) -> InputGradient:
         # float16 alone overflows, under DeepSpeed's own casts or under autocast.
@@ -408,13 +445,7 @@ class AdversarialEngine:
                 f"A batch of more than train_micro_batch_size_per_gpu={micro_batch} images: "
                 f"dat.objective.name={self._objective.name!r} compares those of all ranks."
             )
-        return rows_of_others(
-            features,
-            y,
-            self.ranks,
-            num_rows=num_rows,
-            counting=lambda: self._traffic.counting("features"),
-        )
+        return rows_of_others(features, y, self.ranks, num_rows=num_rows)
 
     def _read_labels(self, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Classes, which of them are true ``(B,)``, and each sample's weight ``(B,)``.
@@ -473,7 +504,7 @@ class AdversarialEngine:
         # A stream of its own: the attack's random start is another draw.
         generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
         threat, mode = self._attack.threat, self.run.dat.attack.model_mode
-        with self._traffic.counting("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode) as model:
             return alignment_probes(model, x, y, threat=threat, generator=generator)
 
     def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
@@ -506,7 +537,7 @@ class AdversarialEngine:
             return terms["loss"] * weight
 
         scale = hooks.loss_scale(self.deepspeed)
-        with self._traffic.counting("backward"), self._restored_on_error():
+        with self._phase("backward"), self._restored_on_error():
             if self.keeps_parameters_resident:
                 self._perturbed.enter_context(hooks.resident_parameters(self.deepspeed))
             with self._autocast():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -23,13 +24,19 @@ from dat_ds.config import (
     RunConfig,
     adapt_to_device,
     attack_of,
+    check_layerwise,
+    check_one_bit,
     load_config,
     objective_of,
+    one_bit_name,
+    one_bit_options,
     precision_of,
     resolve_batch,
+    scale_learning_rate,
     threat_of,
 )
 from dat_ds.data import DistributedLoader
+from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
@@ -37,7 +44,14 @@ from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.objectives import Objective
-from dat_ds.optim import Schedule, build_optimizer
+from dat_ds.optim import (
+    OPTIMIZERS,
+    CompressedOptimizer,
+    LayerwiseOptimizer,
+    Schedule,
+    build_optimizer,
+    usual_scaling,
+)
 
 logger = logging.getLogger("dat_ds")
 
@@ -114,23 +128,42 @@ def initialize(
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)
-    if optimizer is None and run.dat.optimizer is not None:
-        optimizer = build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
-    settings = {k: copy.deepcopy(v) for k, v in run.deepspeed.items() if k not in MONITOR_KEYS}
+    global_batch = micro_batch * accumulation * ranks.count
+    scaled, words = scale_learning_rate(run, global_batch)
+    if words and ranks.is_main:
+        logger.info("%s", words)
+        _warn_of_unusual_scaling(run)
+    if optimizer is None:
+        optimizer = _optimizer_of(model, scaled)
+    settings = {k: copy.deepcopy(v) for k, v in scaled.deepspeed.items() if k not in MONITOR_KEYS}
     settings.update(
-        train_batch_size=micro_batch * accumulation * ranks.count,
+        train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
     )
     check_deepspeed(run.deepspeed)
-    engine, optimizer, _, scheduler = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        lr_scheduler=None if schedule is None else schedule.scheduler,
-        config=settings,
-        dist_init_required=False,
-    )
+    _check_optimizer(optimizer, run)
+    ours = optimizer
+    if isinstance(ours, LayerwiseOptimizer):
+        ours.await_layout()
+    averaging = ours if isinstance(ours, CompressedOptimizer) else None
+    if averaging is not None:
+        settings.pop("optimizer", None)
+        if ranks.is_main and schedule is not None:
+            _warn_of_late_freeze(averaging, schedule.total_steps)
+    with contextlib.nullcontext() if averaging is None else averaging.paused():
+        engine, optimizer, _, scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            lr_scheduler=None if schedule is None else schedule.scheduler,
+            config=settings,
+            dist_init_required=False,
+        )
+    if isinstance(ours, LayerwiseOptimizer):
+        hooks.attach_layers(engine, ours)
+    if averaging is not None:
+        hooks.skip_huge_gradients_together(engine)
     adversarial = AdversarialEngine(
         engine,
         run=run,
@@ -141,8 +174,44 @@ def initialize(
         helper=helper,
         reference=reference,
         loader=loader,
+        averaging_optimizer=averaging,
     )
     return adversarial, optimizer, loader, scheduler
+
+
+def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:
+    """The run's optimizer where it is ours; None where DeepSpeed builds it."""
+    if run.dat.optimizer is not None:
+        return build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
+    name = one_bit_name(run.deepspeed)
+    if name is None:
+        return None
+    # One group, all of it decayed, as DeepSpeed does with its own section.
+    params = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[name](params, **one_bit_options(run.deepspeed))
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, run: RunConfig) -> None:
+    """Refuse what cannot be combined with an optimizer of ours, also with a caller's own."""
+    problems: list[str] = []
+    if isinstance(optimizer, LayerwiseOptimizer):
+        check_layerwise(run.deepspeed, problems)
+    if isinstance(optimizer, CompressedOptimizer):
+        check_one_bit(run.deepspeed, run.dat, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _warn_of_late_freeze(optimizer: CompressedOptimizer, total_steps: int) -> None:
+    if optimizer.earliest_freeze >= total_steps:
+        logger.warning(
+            "The variance of %s is frozen after step %d at the earliest, and the run has %d: "
+            "momentum is never compressed. Write a smaller freeze_step (0/1 Adam: var_freeze_step) "
+            "or, for the rule that chooses it, a smaller beta2.",
+            type(optimizer).__name__,
+            optimizer.earliest_freeze,
+            total_steps,
+        )
 
 
 def _refuse_shares_of_the_run(dat: DatConfig) -> None:
@@ -157,6 +226,19 @@ def _refuse_shares_of_the_run(dat: DatConfig) -> None:
         raise ConfigError(
             f"{' and '.join(given)} needs the length of the run: pass training_data, or write "
             "dat.schedule.max_steps."
+        )
+
+
+def _warn_of_unusual_scaling(run: RunConfig) -> None:
+    ours, scaling = run.dat.optimizer, run.dat.schedule.scaling
+    name = run.deepspeed["optimizer"]["type"] if ours is None else ours.name
+    usual = usual_scaling(name)
+    if usual not in (None, scaling):
+        logger.warning(
+            "dat.schedule.scaling=%r is unusual for %s, whose learning rate goes by %r.",
+            scaling,
+            name,
+            usual,
         )
 
 

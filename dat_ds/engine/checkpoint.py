@@ -4,7 +4,8 @@
 
     latest            name of the newest complete checkpoint
     step-00000120/    DeepSpeed's files (parameters, optimizer, schedule, loss scale), and
-      rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA
+      rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA,
+                      error feedback
       state.json      step, ranks, config, best validation so far
       model.safetensors, model.json    the model alone, for dat_ds.models.load
   reference/      the model as it was at the start, where the objective needs it
@@ -231,14 +232,19 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
         "free": None if engine.free is None else engine.free.state_dict(),
     }
+    if engine.averaging_optimizer is not None:
+        state["optimizer"] = engine.averaging_optimizer.rank_state_dict()
+    if engine.compression is not None:
+        state["compression"] = engine.compression.state_dict()
     if engine.ranks.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(engine.ranks.device)
     return state
 
 
 def _holds_ema(engine: AdversarialEngine) -> bool:
-    """Whether this rank writes the average: its own shard under ZeRO-3, else one for all ranks."""
-    return engine.run.zero_stage == 3 or engine.ranks.is_main
+    """Whether this rank writes the average: its own where weights differ, else one for all."""
+    is_own = engine.run.zero_stage == 3 or engine.replicas_differ
+    return is_own or engine.ranks.is_main
 
 
 @torch.no_grad()
@@ -249,6 +255,11 @@ def _restore_rank_state(
         buffer.copy_(state["buffers"][name])
     if ema is not None and state["ema"] is not None:
         ema.load_state_dict(state["ema"])
+    if engine.averaging_optimizer is not None:
+        engine.averaging_optimizer.load_rank_state_dict(state["optimizer"])
+        hooks.copy_master_weights(engine.deepspeed)
+    if engine.compression is not None:
+        engine.compression.load_state_dict(state["compression"])
     if engine.free is not None and state["free"] is not None:
         engine.free.load_state_dict(state["free"])
     torch.set_rng_state(state["rng_cpu"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dat_ds.compression import kind_of_traffic
 from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError, UserError
-
-Counting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -96,25 +95,25 @@ class _RowsOfOthers(torch.autograd.Function):
     """Rows ``(n, D)`` of this rank to those of the others; the backward returns their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counting: Counting) -> Tensor:
-        ctx.ranks, ctx.counting = ranks, counting
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
         gathered = [torch.empty_like(rows) for _ in range(ranks.count)]
-        with counting():
+        with kind_of_traffic("features"):
             dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered[: ranks.rank] + gathered[ranks.rank + 1 :])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         parts = list(gradients[0].chunk(ctx.ranks.count - 1))
         parts.insert(ctx.ranks.rank, torch.zeros_like(parts[0]))
         summed = torch.stack(parts)
-        with ctx.counting():
+        with kind_of_traffic("features"):
             dist.all_reduce(summed)
-        return summed[ctx.ranks.rank], None, None
+        return summed[ctx.ranks.rank], None
 
 
 def rows_of_others(
-    features: Tensor, y: Tensor, ranks: Ranks, *, num_rows: int, counting: Counting
+    features: Tensor, y: Tensor, ranks: Ranks, *, num_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Features and ``y`` of all other ranks, differentiable; one all-gather.
 
@@ -126,7 +125,6 @@ def rows_of_others(
         y: Small integers ``(n,)``.
         ranks: The processes, at least two.
         num_rows: Rows that every rank sends, at least ``n``; missing ones have a ``y`` of -1.
-        counting: Context in which the collectives run.
 
     Returns:
         ``((count - 1) * num_rows, D)`` and ``((count - 1) * num_rows,)``.
@@ -134,7 +132,7 @@ def rows_of_others(
     rows = torch.cat([features, y.to(features.dtype).unsqueeze(1)], dim=1)
     missing = rows.new_zeros(num_rows - len(rows), rows.shape[1])
     missing[:, -1] = -1
-    others = _RowsOfOthers.apply(torch.cat([rows, missing]), ranks, counting)
+    others = _RowsOfOthers.apply(torch.cat([rows, missing]), ranks)
     return others[:, :-1], others[:, -1].detach().to(y.dtype)
 
 

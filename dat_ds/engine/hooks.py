@@ -6,17 +6,31 @@ Written against deepspeed 0.19.8; ``pyproject.toml`` allows ``>=0.19.8,<0.20``.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import deepspeed.comm.comm
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from dat_ds.errors import NumericsError
+from dat_ds.errors import NumericsError, UserError
+from dat_ds.optim import PADDING, LayerwiseOptimizer, Layout, Segments
+
+_SHARDED = (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
 
 
 def skip_shared_memory_op() -> None:
@@ -57,8 +71,179 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def loss_scale(engine: DeepSpeedEngine) -> float:
-    """The factor that DeepSpeed puts on a float16 loss right now; 1 in other precisions."""
+    """The factor on a float16 loss right now; 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def missing_loss_scale(engine: DeepSpeedEngine) -> float:
+    """What to multiply a loss by, because ``backward`` does not although ``step`` divides by it.
+
+    DeepSpeed 0.19.8 scales float16 losses under ZeRO 1 to 3, and forgets to at ZeRO-0.
+    """
+    return 1.0 if isinstance(engine.optimizer, ZeROOptimizer) else loss_scale(engine)
+
+
+def reduce_in_backward(engine: DeepSpeedEngine, enabled: bool) -> None:
+    """Whether ``backward`` averages gradients over ranks, at ZeRO-0.
+
+    Where it does not, DeepSpeed's check for overflow in 16 bits asks all ranks by itself.
+    """
+    engine.enable_backward_allreduce = enabled
+
+
+_HUGE = 2.0**48  # the squares of a billion of these still add up in float32
+
+
+def skip_huge_gradients_together(engine: DeepSpeedEngine) -> None:
+    """Let all ranks skip a 16-bit step at ZeRO-0 where one's gradients are too large for a norm.
+
+    DeepSpeed asks all ranks whether an entry is infinite or NaN, but decides on each alone whether
+    the norm is: with gradients of each rank's own, ranks would fall out of step.
+    """
+
+    def is_out_of_range(gradient: Tensor, index: int) -> bool:
+        return gradient.numel() > 0 and not bool(gradient.abs().amax() < _HUGE)
+
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        engine.optimizer.overflow_checker._has_inf_or_nan = is_out_of_range
+
+
+@torch.no_grad()
+def copy_master_weights(engine: DeepSpeedEngine) -> None:
+    """Make the model's 16-bit parameters those of the float32 ones that a ZeRO-0 step updates."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            torch._foreach_copy_(halves, masters)
+
+
+def gradient_scale(engine: DeepSpeedEngine) -> float:
+    """The factor on all gradients right now, under ``fp16`` or float16 autocast; else 1."""
+    scaler = engine.torch_autocast_z0_gradscaler or getattr(
+        engine.optimizer, "torch_autocast_gradscaler", None
+    )
+    return loss_scale(engine) if scaler is None else float(scaler.get_scale())
+
+
+_AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+
+def replace_gradient_averaging(
+    engine: DeepSpeedEngine,
+    average: Callable[[str, Tensor], Tensor],
+    scatter: Callable[[str, Sequence[Tensor]], list[Tensor]],
+) -> None:
+    """Let others average gradients over the ranks, in DeepSpeed's place and at its time.
+
+    Args:
+        engine: With ``reduce_scatter`` off at ZeRO stages 1 and 2, and on at stage 3.
+        average: Stages 0 to 2: a name of the bucket, and its flat gradients in any dtype, to their
+            mean. The name stands for the parameters in it (at stage 0 for their number).
+        scatter: Stage 3: likewise a name and the gradients of some parameters, to this rank's
+            share of the mean of each, ``ceil(numel / ranks)`` entries.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+
+    def allreduce_bucket(bucket: list[Tensor], group: Any, ranks: Any = None) -> Tensor:
+        flat: Tensor = engine.flatten(bucket)
+        return flat.copy_(average(str(flat.numel()), flat))
+
+    def reduce_in_place(flat: Tensor, dtype: torch.dtype) -> Tensor:
+        places = [place[:2] for place in optimizer.ipg_buckets[dtype].params]
+        return flat.copy_(average(str(places), flat))
+
+    def average_scatter(parameters: list[Any], dtype: torch.dtype) -> list[Tensor]:
+        shares = scatter(str([order[id(p)] for p in parameters]), [p.grad for p in parameters])
+        return [share.to(optimizer.gradient_accumulation_dtype) for share in shares]
+
+    if stage == 0:
+        _replace(engine, "allreduce_bucket", allreduce_bucket)
+    elif stage < 3:
+        _replace(optimizer, "gradient_reduction_w_predivide", reduce_in_place)
+    else:
+        order = {id(p): i for i, p in enumerate(engine.module.parameters())}
+        _replace(optimizer, _AVERAGE_SCATTER, average_scatter)
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put ``function`` in the place of a method of one object."""
+    if not hasattr(owner, name):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, in whose "
+            "place dat.compression works: install deepspeed>=0.19.8,<0.20."
+        )
+    setattr(owner, name, function)
+
+
+class _GatheredParameters:
+    """Parameters whose values are known, in the place of DeepSpeed's handle of a gather."""
+
+    def __init__(self, parameters: list[Any], values: list[Tensor]) -> None:
+        self._pending = list(zip(parameters, values, strict=True))
+        accelerator = get_accelerator()
+        self._event = None if accelerator.is_synchronized_device() else accelerator.Event()
+        if self._event is not None:
+            self._event.record()  # on the stream of gathers, which is not the one that waits
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Hand the values over to the stream that computes."""
+        if self._event is not None and self._pending:
+            get_accelerator().current_stream().wait_event(self._event)
+        for parameter, value in self._pending:
+            if self._event is not None:
+                value.record_stream(get_accelerator().current_stream())
+            parameter.data = value
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self._pending.clear()
+
+
+def replace_parameter_gathers(
+    engine: DeepSpeedEngine,
+    gather: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor] | None],
+) -> None:
+    """Let others gather ZeRO-3 parameters for forward and backward passes.
+
+    Gathers outside the passes, as for exporting the model, stay DeepSpeed's.
+
+    Args:
+        engine: At ZeRO stage 3, without secondary shards (``zero_hpz_partition_size``).
+        gather: From this rank's shard of each parameter, flat and without padding, and the entries
+            of a shard with it, to each whole parameter, flat, with the padding at its end; None
+            leaves the gather to DeepSpeed.
+
+    Raises:
+        UserError: If this DeepSpeed has no such method.
+    """
+
+    def replaced(original: Any) -> Callable[..., Any]:
+        def all_gather(parameters: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
+            ordered = sorted(parameters, key=lambda p: p.ds_id)
+            shards = [_own_entries(p).to(engine.device) for p in ordered]
+            whole = gather(shards, [p.ds_tensor.ds_numel for p in ordered])
+            if whole is None:
+                return original(ordered, safe_mode=safe_mode, quantize=quantize)
+            values = []
+            for parameter, flat in zip(ordered, whole, strict=True):
+                value = flat[: parameter.ds_numel].view(parameter.ds_shape)
+                values.append(value.to(parameter.ds_tensor.dtype))
+                parameter.ds_status = ZeroParamStatus.INFLIGHT
+            return _GatheredParameters(ordered, values)
+
+        return all_gather
+
+    name = "all_gather_coalesced"
+    for parameter in engine.module.parameters():
+        _replace(parameter, name, replaced(getattr(parameter, name, None)))
+
+
+def _own_entries(parameter: Any) -> Tensor:
+    """This rank's ZeRO-3 shard of a parameter, without the padding, which is uninitialised."""
+    shard: Tensor = parameter.ds_tensor
+    start = dist.get_rank(parameter.ds_process_group) * shard.ds_numel  # type: ignore[attr-defined]
+    return shard[: max(0, parameter.ds_numel - start)]
 
 
 _RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0
@@ -150,3 +335,137 @@ def accelerator_device() -> torch.device:
     """The device that DeepSpeed assigns to this process."""
     accelerator = get_accelerator()
     return torch.device(accelerator.current_device_name())
+
+
+def basic_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer that ZeRO or the mixed precision drives: the one that was passed in."""
+    basic: torch.optim.Optimizer = engine.basic_optimizer
+    return basic
+
+
+def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> None:
+    """Tell ``optimizer``, which ``engine`` drives, where the layers lie in what it is handed.
+
+    ZeRO steps one group of its shards after another, and copies each to the model's parameters at
+    once; the trust ratios wait for the last one, and then the earlier groups are copied again.
+    """
+    zero = engine.optimizer
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    if not isinstance(zero, _SHARDED):
+        groups = zero.fp16_groups if isinstance(zero, FP16_UnfusedOptimizer) else None
+        masters = [p for group in zero.param_groups for p in group["params"]]
+        parameters = masters if groups is None else [p for group in groups for p in group]
+        whole = {p: Segments((p.numel(),), (layer,)) for layer, p in enumerate(masters)}
+        optimizer.attach(Layout(tuple(names[id(p)] for p in parameters), whole))
+        return
+    groups = _flat_groups(zero)
+    deferred = not isinstance(zero, BF16_Optimizer)
+    layout = Layout(
+        names=tuple(names[id(p)] for group in groups for p in group.parameters),
+        segments={
+            group.flat: group.cut(layer)
+            for group, layer in zip(groups, _starts([len(g.sizes) for g in groups]), strict=True)
+        },
+        process_group=zero.dp_process_group if dist.get_world_size() > 1 else None,
+        device=accelerator_device(),
+        deferred=deferred,
+    )
+    optimizer.attach(layout)
+    if deferred:
+        zero._optimizer_step = _applied_after_the_last(zero, optimizer, len(groups))
+
+
+def _applied_after_the_last(
+    zero: Any, optimizer: LayerwiseOptimizer, num_groups: int
+) -> Callable[[int], None]:
+    step_group = zero._optimizer_step
+
+    @functools.wraps(step_group)
+    def step(index: int) -> None:
+        step_group(index)
+        if index == num_groups - 1:
+            optimizer.apply()
+            for earlier in range(index):
+                _copy_to_parameters(zero, earlier)
+
+    return step
+
+
+def _copy_to_parameters(zero: Any, index: int) -> None:
+    """Copy the master weights of one group to the model's parameters, as ZeRO's step does."""
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    else:
+        rank = dist.get_rank(zero.real_dp_process_group[index])
+        shard = zero.parallel_partitioned_bit16_groups[index][rank]
+        shard.data.copy_(zero.single_partition_of_fp32_groups[index].data)
+
+
+@dataclass(frozen=True)
+class _FlatGroup:
+    """A flat tensor of master weights of this rank, and where parameters lie.
+
+    Attributes:
+        parameters: In the order in which they lie.
+        flat: Elements ``[start, start + numel)`` of a space.
+        offsets: Where each parameter begins in that space.
+        sizes: Its elements in that space.
+        start: See ``flat``.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    flat: Tensor
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    start: int = 0
+
+    def cut(self, first_layer: int) -> Segments:
+        """The pieces of ``flat``, whose layers are numbered from ``first_layer``."""
+        pieces, position, end = [], self.start, self.start + self.flat.numel()
+        for layer, offset in enumerate(self.offsets):
+            left, right = max(offset, self.start), min(offset + self.sizes[layer], end)
+            if left < right:
+                pieces += [(left - position, PADDING), (right - left, first_layer + layer)]
+                position = right
+        pieces = [piece for piece in [*pieces, (end - position, PADDING)] if piece[0]]
+        return Segments(tuple(size for size, _ in pieces), tuple(layer for _, layer in pieces))
+
+
+def _flat_groups(zero: Any) -> list[_FlatGroup]:
+    """The flat tensors that the sharding optimizer hands out, in its order."""
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return [
+            _slices(parameters, flat)
+            for parameters, flat in zip(
+                zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True
+            )
+        ]
+    ranks = [dist.get_rank(group) for group in zero.real_dp_process_group]
+    if isinstance(zero, BF16_Optimizer):
+        flats, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+        sizes = [[p.numel() for p in group] for group in groups]
+        offsets = [_starts(size) for size in sizes]
+    else:
+        # Not from ``_hp_mapping``, which is wrong where round_robin_gradients reorders parameters.
+        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        sizes = [[shape.numel() for shape in shapes] for shapes in zero.round_robin_bit16_meta]
+        offsets = zero.round_robin_bit16_offsets
+    return [
+        _FlatGroup(groups[i], flat, offsets[i], sizes[i], flat.numel() * ranks[i])
+        for i, flat in enumerate(flats)
+    ]
+
+
+def _slices(parameters: Sequence[Any], flat: Tensor) -> _FlatGroup:
+    """ZeRO-3's slices of parameters one after another; the last rank's end in unset memory."""
+    lengths = [p.partition_numel() for p in parameters]
+    begins = [p.partition_numel() * dist.get_rank(p.ds_process_group) for p in parameters]
+    sizes = [
+        min(length, max(0, p.ds_numel - begin))
+        for p, length, begin in zip(parameters, lengths, begins, strict=True)
+    ]
+    return _FlatGroup(parameters, flat, _starts(lengths), sizes)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)][:-1]

@@ -319,7 +319,7 @@ def _train_one(
         "checkpoint": "best" if trainer.best is not None else "last",
         "best_validation": trainer.best,
         "validation": trainer.history,
-        "events": trainer.events,
+        "events": trainer.all_events(),
         "steps": engine.global_steps,
         "seconds": {
             "train": train_seconds,

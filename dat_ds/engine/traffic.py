@@ -11,23 +11,29 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from dat_ds.compression import current_kind
+
 _GATHERS = ("allgather", "_allgather_base", "all_gather_single", "allgather_into_tensor_coalesced")
 _SCATTERS = ("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single")
 _REDUCES = ("allreduce", "allreduce_coalesced", "reduce")
+_EXCHANGES = ("alltoall_base", "all_to_all_single", "alltoall")
 _OTHERS = ("broadcast",)
 
-Phase = Literal["forward", "backward", "step", "features"]
+Phase = Literal["forward", "backward", "step"]
 
 
 class Traffic:
     """Counts collectives of this process, while told to.
 
     Bytes follow the ring algorithms, per rank, for ``n`` ranks and a tensor of ``s`` bytes:
-    all-reduce ``2 s (n - 1) / n``, reduce-scatter ``s (n - 1) / n`` of its input, all-gather
-    ``s (n - 1)`` of its input, broadcast ``s``. One rank sends nothing.
+    all-reduce ``2 s (n - 1) / n``, reduce-scatter and all-to-all ``s (n - 1) / n`` of their input,
+    all-gather ``s (n - 1)`` of its input, broadcast ``s``. One rank sends nothing.
 
     Attributes:
-        bytes_sent: Bytes by kind: ``gradients``, ``parameters``, ``norms``, ``features``.
+        bytes_sent: Bytes by kind: ``gradients``, ``momentum``, ``parameters``, ``norms``,
+            ``features`` and ``setup``. Whoever starts a collective may name its kind
+            (:func:`dat_ds.compression.kind_of_traffic`); else gathers and broadcasts count as
+            ``parameters``, and what else runs in backward as ``gradients``, in step as ``norms``.
         calls: Collectives by kind.
     """
 
@@ -55,15 +61,16 @@ class Traffic:
         """Count one collective of the process group."""
         if self._phase is None:
             return
-        if self._phase == "features":
-            kind = "features"
+        named = current_kind()
+        if named is not None:
+            kind = named
         elif method in _GATHERS or method in _OTHERS:
             kind = "parameters"
         else:
             kind = "gradients" if self._phase == "backward" else "norms"
         share = {
             **dict.fromkeys(_GATHERS, ranks - 1.0),
-            **dict.fromkeys(_SCATTERS, (ranks - 1) / ranks),
+            **dict.fromkeys(_SCATTERS + _EXCHANGES, (ranks - 1) / ranks),
             **dict.fromkeys(_REDUCES, 2 * (ranks - 1) / ranks),
             **dict.fromkeys(_OTHERS, 1.0 if ranks > 1 else 0.0),
         }[method]
@@ -80,8 +87,8 @@ def _num_bytes(value: Any) -> int:
 
 
 def _input_of(method: str, args: tuple[Any, ...]) -> Any:
-    """Gathers and reduce-scatters take ``(output, input)``, the others only an input."""
-    return args[1] if method in _GATHERS + _SCATTERS else args[0]
+    """Reductions and broadcasts take only an input, the others ``(output, input)``."""
+    return args[0] if method in _REDUCES + _OTHERS else args[1]
 
 
 _listeners: list[Traffic] = []
@@ -90,7 +97,7 @@ _listeners: list[Traffic] = []
 def listen(traffic: Traffic) -> None:
     """Count this process's collectives in ``traffic`` from now on."""
     if not _listeners:
-        for method in (*_GATHERS, *_SCATTERS, *_REDUCES, *_OTHERS):
+        for method in (*_GATHERS, *_SCATTERS, *_REDUCES, *_EXCHANGES, *_OTHERS):
             if method in vars(dist.ProcessGroup):
                 setattr(dist.ProcessGroup, method, _counted(method))
     _listeners.append(traffic)

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -320,8 +321,7 @@ class Trainer:
             self._warned_of_skips = True
             if self.ranks.is_main:
                 logger.warning(
-                    "DeepSpeed has skipped %d optimizer step(s) with non-finite gradients, and the "
-                    "learning-rate schedule with them.",
+                    "%d optimizer step(s) with non-finite gradients were skipped so far.",
                     skipped,
                 )
 
@@ -407,8 +407,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def exported_weights(self) -> Iterator[None]:
-        """Evaluate and export what a user gets: averaged weights, BatchNorm averaged over ranks."""
-        with self._averaged_weights(), self._averaged_buffers():
+        """Evaluate and export what a user gets: averaged weights, averaged over ranks."""
+        with self._averaged_weights(), self._averaged_over_ranks():
             yield
 
     @contextlib.contextmanager
@@ -422,21 +422,28 @@ class Trainer:
         hooks.release_parameters(self.engine.deepspeed)
 
     @contextlib.contextmanager
-    def _averaged_buffers(self) -> Iterator[None]:
-        """Replace this rank's floating-point buffers by their mean over ranks, until exit."""
-        buffers = [b for b in self.engine.module.buffers() if b.is_floating_point()]
-        if self.ranks.count == 1 or not buffers:
+    def _averaged_over_ranks(self) -> Iterator[None]:
+        """Replace what ranks have of their own by its mean over them, until exit.
+
+        These are floating-point buffers, and the weights of replicas that step by themselves.
+        """
+        own = [b for b in self.engine.module.buffers() if b.is_floating_point()]
+        if self.engine.replicas_differ:
+            own += hooks.held_weights(self.engine.deepspeed)
+        if self.ranks.count == 1 or not own:
             yield
             return
-        saved = [b.clone() for b in buffers]
-        for buffer in buffers:
-            dist.all_reduce(buffer)
-            buffer.div_(self.ranks.count)
+        saved = [tensor.clone() for tensor in own]
+        for tensor in own:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            mean = tensor.to(wide, copy=True)
+            dist.all_reduce(mean)
+            tensor.copy_(mean.div_(self.ranks.count))
         try:
             yield
         finally:
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
 
     # ---- checkpoints
 
@@ -458,6 +465,11 @@ class Trainer:
         state |= {"strengthened": self.is_strengthened, "events": self.events}
         self.checkpoints.save(self.engine, self.ema, state, model_state)
         self._checkpointed_at = self.engine.global_steps
+
+    def all_events(self) -> list[dict[str, Any]]:
+        """What the guard did and what happened to the optimizer's variance."""
+        optimizer = self.engine.averaging_optimizer
+        return [*self.events, *([] if optimizer is None else optimizer.events)]
 
     def seconds(self) -> float:
         """Wall-clock seconds of training, earlier sessions of the run included."""

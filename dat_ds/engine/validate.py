@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, Deep
 from pydantic import ValidationError
 from torch import nn
 
-from dat_ds.config import RunConfig, precision_of
+from dat_ds.config import RunConfig, one_bit_name, precision_of
 from dat_ds.config.parse import did_you_mean
 from dat_ds.config.reconcile import ADAM_NAMES
 from dat_ds.engine import hooks
@@ -37,7 +37,7 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
     except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
         problems.append(str(error))
     section = settings.get("optimizer")
-    if section is not None:
+    if section is not None and one_bit_name(settings) is None:
         problems += _optimizer_problems(section["type"], section["params"])
     if problems:
         raise ConfigError("DeepSpeed refuses its part of the config:\n" + "\n".join(problems))

@@ -97,4 +97,5 @@ def _gray(x: Tensor) -> Tensor:
     """Brightness of each pixel ``(B, 1, H, W)``."""
     if x.shape[1] != len(_LUMA):
         return x.mean(dim=1, keepdim=True)
-    return (x * x.new_tensor(_LUMA).view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+    red, green, blue = (weight * x[:, i : i + 1] for i, weight in enumerate(_LUMA))
+    return red + green + blue

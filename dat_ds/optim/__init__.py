@@ -1,7 +1,42 @@
 """Optimizers, learning-rate schedules and weight averages."""
 
-from dat_ds.optim.build import build_optimizer, parameter_groups
+from dat_ds.optim.build import (
+    OPTIMIZERS,
+    PRESETS,
+    build_optimizer,
+    optimizer_options,
+    parameter_groups,
+)
+from dat_ds.optim.compressed import CompressedOptimizer
 from dat_ds.optim.ema import WeightEma
-from dat_ds.optim.schedule import Schedule
+from dat_ds.optim.lamb import Lamb
+from dat_ds.optim.lars import Lars
+from dat_ds.optim.one_bit_adam import OneBitAdam
+from dat_ds.optim.one_bit_lamb import OneBitLamb
+from dat_ds.optim.schedule import Schedule, lr_scale, usual_scaling
+from dat_ds.optim.stability import VarianceStability
+from dat_ds.optim.trust_ratio import PADDING, LayerwiseOptimizer, Layout, Segments
+from dat_ds.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["Schedule", "WeightEma", "build_optimizer", "parameter_groups"]
+__all__ = [
+    "OPTIMIZERS",
+    "PADDING",
+    "PRESETS",
+    "CompressedOptimizer",
+    "Lamb",
+    "Lars",
+    "LayerwiseOptimizer",
+    "Layout",
+    "OneBitAdam",
+    "OneBitLamb",
+    "Schedule",
+    "Segments",
+    "VarianceStability",
+    "WeightEma",
+    "ZeroOneAdam",
+    "build_optimizer",
+    "lr_scale",
+    "optimizer_options",
+    "parameter_groups",
+    "usual_scaling",
+]

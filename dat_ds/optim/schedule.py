@@ -1,4 +1,4 @@
-"""Learning rate along a run, as a factor of the peak and a function of the fraction done."""
+"""Learning rate: its peak for a global batch, and its course along a run in units of the peak."""
 
 from __future__ import annotations
 
@@ -58,3 +58,33 @@ class Schedule:
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """A torch scheduler that sets this factor; its ``step`` is one optimizer step."""
         return LambdaLR(optimizer, self.factor)
+
+
+def lr_scale(scaling: str, global_batch: int, base_batch: int) -> float:
+    """Factor on a learning rate that was chosen for another global batch.
+
+    Args:
+        scaling: ``"linear"`` (Goyal et al. 2017, arXiv 1706.02677) or ``"sqrt"`` (Krizhevsky 2014,
+            arXiv 1404.5997).
+        global_batch: Images per optimizer step.
+        base_batch: Images per optimizer step that the learning rate was chosen for.
+
+    Raises:
+        ValueError: For an unknown rule.
+    """
+    if scaling not in ("linear", "sqrt"):
+        raise ValueError(f"scaling={scaling!r} is not one of linear, sqrt.")
+    ratio = global_batch / base_batch
+    return ratio if scaling == "linear" else math.sqrt(ratio)
+
+
+def usual_scaling(optimizer: str) -> str | None:
+    """The rule that is usual for an optimizer, by its name in any spelling; None where none is.
+
+    ``"linear"`` for SGD and LARS; ``"sqrt"`` for Adam (Malladi et al., NeurIPS 2022, arXiv
+    2205.10287), LAMB (You et al., ICLR 2020, arXiv 1904.00962) and their relatives.
+    """
+    name = optimizer.lower()
+    if name in ("sgd", "lars"):
+        return "linear"
+    return "sqrt" if "adam" in name or "lamb" in name else None

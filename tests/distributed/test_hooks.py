@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
-from tests.distributed.test_collectives import GATHERS, Collectives
+from tests.distributed.test_collectives import GATHERS, REDUCTIONS, Collectives
 
 STAGES, BATCH, SMALL = (0, 1, 2, 3), 4, 100
 PREFETCHES = (0, 50)
@@ -157,11 +157,102 @@ def train_with(disturbance: str, resident_gib: float = 4.0) -> dict[str, Any]:
     return report
 
 
+def look_at_averaging(stage: int, own: bool) -> dict[str, Any]:
+    """Three steps, averaged by DeepSpeed or, in its place, by plain collectives."""
+    from dat_ds.engine import hooks
+
+    zero = {} if stage in (0, 3) else {"reduce_scatter": not own}
+    engine = start(tiny.vit(), stage, zero_optimization={**zero, "reduce_bucket_size": 1500})
+    names: list[list[str]] = []
+
+    def average(name: str, flat: Tensor) -> Tensor:
+        names[-1].append(name)
+        mean = flat.to(torch.float32)
+        dist.all_reduce(mean)
+        return mean / 2
+
+    def scatter(name: str, gradients: Any) -> list[Tensor]:
+        names[-1].append(name)
+        shares = []
+        for gradient in gradients:
+            mean = gradient.flatten().clone()
+            dist.all_reduce(mean)
+            share = -(-mean.numel() // 2)
+            shares.append((mean / 2)[engine.ranks.rank * share :][:share])
+        return shares
+
+    if own:
+        hooks.replace_gradient_averaging(engine.deepspeed, average, scatter)
+    calls = []
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    for _ in range(3):
+        names.append([])
+        loss = engine(x, y)
+        with Collectives() as seen:
+            engine.backward(loss)
+        calls.append(seen.count("attack", REDUCTIONS))
+        engine.step()
+    state = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return {"names": names, "reductions": calls, "state": state}
+
+
+def look_at_gathers(own: bool) -> dict[str, Any]:
+    """Three steps at stage 3, parameters gathered by DeepSpeed or exactly in its place."""
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 3, dat={"engine": {"resident_parameters_gib": 0.0}})
+    gathered: list[int] = []
+    outside = [False]
+
+    def gather(shards: Any, sizes: Any) -> list[Tensor] | None:
+        if outside[0]:
+            return None
+        whole = []
+        for shard, size in zip(shards, sizes, strict=True):
+            padded = nn.functional.pad(shard, (0, size - shard.numel()))
+            whole.append(padded.new_empty(2 * size))
+            dist.all_gather_into_tensor(whole[-1], padded)
+            gathered.append(size)
+        return whole
+
+    if own:
+        hooks.replace_parameter_gathers(engine.deepspeed, gather)
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    for outside[0] in (False, True, False):
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+    state = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return {"state": state, "entries": sum(gathered)}
+
+
+def look_at_scale() -> dict[str, Any]:
+    """The scale of gradients against what an unscaled backward gives."""
+    from dat_ds.engine import hooks
+
+    report = {}
+    float16 = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    fp16 = {"fp16": {"enabled": True, "loss_scale": 64}}
+    cases = {"fp16": (1, fp16), "bf16": (1, tiny.PRECISIONS["bf16"]), "float32": (0, {})}
+    for name, (stage, sections) in {**cases, "autocast 0": (0, float16)}.items():
+        engine = start(tiny.vit(), stage, **sections)
+        report[name] = hooks.gradient_scale(engine.deepspeed)
+        engine.close()
+    for stage in (1, 3):
+        engine = start(tiny.vit(), stage, **float16)
+        report[f"autocast {stage}"] = hooks.gradient_scale(engine.deepspeed)
+        scale = float(engine.deepspeed.optimizer.torch_autocast_gradscaler.get_scale())
+        report[f"scaler {stage}"] = scale
+        engine.close()
+    return report
+
+
 def look_at_traffic() -> dict[str, Any]:
     from dat_ds.engine import traffic
 
-    methods = ("allreduce", "_allgather_base", "_reduce_scatter_base", "broadcast", "allgather")
-    before = {m: vars(dist.ProcessGroup)[m] for m in methods}
+    before = dict(vars(dist.ProcessGroup))
     counter = traffic.Traffic()
     traffic.listen(counter)
     ones = torch.ones(6)  # 24 bytes
@@ -171,6 +262,7 @@ def look_at_traffic() -> dict[str, Any]:
         "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.empty(3), ones),
         "all_gather": lambda: dist.all_gather([torch.empty(6), torch.empty(6)], ones),
         "broadcast": lambda: dist.broadcast(ones.clone(), src=0),
+        "all_to_all_single": lambda: dist.all_to_all_single(torch.empty(6), ones),
     }
     counts = {}
     for name, call in collectives.items():
@@ -184,8 +276,96 @@ def look_at_traffic() -> dict[str, Any]:
     return {
         "counts": counts,
         "after stopping": counter.take(),
-        "restored": all(vars(dist.ProcessGroup)[m] is before[m] for m in methods),
+        "restored": all(vars(dist.ProcessGroup)[m] is before[m] for m in before),
     }
+
+
+def look_at_reduction(precision: str) -> dict[str, Any]:
+    """One step with gradients of each rank's own, one without; then a NaN on one rank alone."""
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 0, **tiny.PRECISIONS[precision])
+    x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+    report: dict[Any, Any] = {}
+    for enabled in (False, True):
+        hooks.reduce_in_backward(engine.deepspeed, enabled)
+        engine.backward(engine(x, y))
+        gradients = [p.grad.flatten() for p in engine.module.parameters()]
+        report[enabled] = torch.cat(gradients).clone()
+        engine.step()
+        report["sent", enabled] = "gradients" in engine.metrics["bytes_sent"]
+    hooks.reduce_in_backward(engine.deepspeed, False)
+    engine.backward(engine(x, y) * (float("nan") if engine.ranks.rank else 1.0))
+    engine.step()
+    report["skipped"] = engine.deepspeed.skipped_steps
+    engine.close()
+    return report
+
+
+def look_at_master_weights() -> dict[str, Any]:
+    from dat_ds.engine import hooks
+
+    engine = start(tiny.vit(), 0, **tiny.PRECISIONS["bf16"])
+    masters = [p for group in engine.deepspeed.optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        torch._foreach_add_(masters, 0.5)
+    hooks.copy_master_weights(engine.deepspeed)
+    report = {
+        "halves": [p.detach().clone() for p in engine.module.parameters()],
+        "masters": [p.detach().clone() for p in masters],
+    }
+    engine.close()
+    return report
+
+
+LAYERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "0": (0, {}),
+    "0, bf16": (0, tiny.PRECISIONS["bf16"]),
+    "1": (1, {}),
+    "2, bf16": (2, tiny.PRECISIONS["bf16"]),
+    "2, round robin, bf16": (
+        2,
+        {**tiny.PRECISIONS["bf16"], "zero_optimization": {"round_robin_gradients": True}},
+    ),
+    "2, aligned": (2, {"zero_optimization": {"parameter_alignment": True}}),
+    "3, bf16": (3, tiny.PRECISIONS["bf16"]),
+    "3, sub-groups, bf16": (
+        3,
+        {**tiny.PRECISIONS["bf16"], "zero_optimization": {"sub_group_size": SMALL}},
+    ),
+    "1, BF16_Optimizer": (
+        1,
+        {**tiny.PRECISIONS["bf16"], "data_types": {"grad_accum_dtype": "fp32"}},
+    ),
+}
+
+
+def look_at_layers(stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Pieces of layers in this rank's master weights after a step, and the model's weights."""
+    from dat_ds.engine import hooks
+
+    sections = {**sections, "dat": {"optimizer": {"name": "lamb"}}}
+    config = tiny.config(stage, **sections)
+    del config["optimizer"]
+    import dat_ds
+
+    engine = dat_ds.initialize(model=tiny.vit(), config=config)[0]
+    report: dict[str, Any] = {"start": hooks.full_state_dict(engine.deepspeed)}
+    loss = engine(*tiny.images(BATCH, seed=engine.ranks.rank))
+    engine.backward(loss)
+    engine.step()
+    layout = engine.deepspeed.basic_optimizer.layout
+    report["pieces"] = {
+        layout.names[layer]: piece.detach().clone()
+        for flat, segments in layout.segments.items()
+        for layer, piece in zip(segments.layers, segments.cut(flat), strict=True)
+        if layer >= 0
+    }
+    report["names"] = layout.names
+    report["groups"] = len(layout.segments)
+    report["state"] = hooks.full_state_dict(engine.deepspeed)
+    engine.close()
+    return report
 
 
 def look_at_fp16() -> dict[str, Any]:
@@ -204,6 +384,26 @@ def look_at_fp16() -> dict[str, Any]:
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     allow_fp16()
     report["supported"] = hooks.supports_fp16()
+    for stage in (0, 1):
+        section = {"enabled": True, "initial_scale_power": 10}
+        engine = start(tiny.vit(), stage, fp16=section)
+        report["scale", stage] = hooks.missing_loss_scale(engine.deepspeed)
+        x, y = tiny.images(BATCH, seed=engine.ranks.rank)
+        if stage == 0:
+            bias = engine.module.head.bias
+            hooks.reduce_in_backward(engine.deepspeed, False)
+            engine.deepspeed.backward(engine(x, y))  # not ours, which scales
+            report["theirs"] = bias.grad.float()
+            engine.module.zero_grad()
+            engine.backward(engine(x, y))
+            report["ours"] = bias.grad.float()
+            engine.close()
+            engine = start(tiny.vit(), stage, fp16=section)
+        for _ in range(3):
+            engine.backward(engine(x, y))
+            engine.step()
+        report["end", stage] = hooks.full_state_dict(engine.deepspeed)
+        engine.close()
     return report
 
 
@@ -236,7 +436,17 @@ def look() -> dict[Any, Any]:
     for gib in (4.0, 0.0):
         reports["attack fails", gib] = train_with("attack fails", gib)
     reports["released"] = train_with("forward without backward")
+    for precision in ("float32", "bf16"):
+        reports["reduction", precision] = look_at_reduction(precision)
+    reports["masters"] = look_at_master_weights()
+    for stage, own in itertools.product(STAGES, (True, False)):
+        reports["averaging", stage, own] = look_at_averaging(stage, own)
+    for own in (True, False):
+        reports["gathers", own] = look_at_gathers(own)
+    for name, case in LAYERS.items():
+        reports["layers", name] = look_at_layers(*case)
     reports["fp16"] = look_at_fp16()
+    reports["scale"] = look_at_scale()
     return reports
 
 
@@ -255,7 +465,39 @@ def test_skip_shared_memory_op_replaces_what_deepspeed_calls(reports: dict[Any, 
 
 
 def test_supports_fp16_says_what_deepspeed_accepts(reports: dict[Any, Any]) -> None:
-    assert reports["fp16"] == {"unsupported": False, "supported": True}
+    report = reports["fp16"]
+    assert (report["unsupported"], report["supported"]) == (False, True)
+
+
+def test_deepspeed_leaves_out_the_loss_scale_at_stage_0_and_we_put_it_in(
+    reports: dict[Any, Any],
+) -> None:
+    report, begin = reports["fp16"], tiny.vit().state_dict()
+    torch.testing.assert_close(report["ours"] / 2**10, report["theirs"], rtol=0.01, atol=1e-4)
+    assert (report["scale", 0], report["scale", 1]) == (2**10, 1)
+    ends = (report["end", 0], report["end", 1])
+    assert max(float((ends[0][k] - begin[k]).abs().max()) for k in begin) > 0.01
+    # Half a step of float16 near 1, where stage 1 averages in another order.
+    assert max(float((ends[0][k] - ends[1][k]).abs().max()) for k in begin) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_reduce_in_backward_says_whether_gradients_are_averaged(
+    by_rank: list[dict[Any, Any]], precision: str
+) -> None:
+    mine, other = (reports["reduction", precision] for reports in by_rank)
+    assert torch.equal(mine[True], other[True])
+    assert not torch.allclose(mine[False], other[False])
+    assert (mine["sent", False], mine["sent", True]) == (False, True)
+    # DeepSpeed looks for overflow in 16 bits alone, and then asks all ranks.
+    assert mine["skipped"] == other["skipped"] == (precision == "bf16")
+
+
+def test_copy_master_weights_makes_the_model_follow_them(reports: dict[Any, Any]) -> None:
+    pairs = list(zip(reports["masters"]["halves"], reports["masters"]["masters"], strict=True))
+    assert all(half.dtype == torch.bfloat16 for half, _ in pairs)
+    assert all(master.dtype == torch.float32 for _, master in pairs)
+    assert all(torch.equal(half, master.to(torch.bfloat16)) for half, master in pairs)
 
 
 def test_accelerator_device_is_the_engines(reports: dict[Any, Any]) -> None:
@@ -361,6 +603,81 @@ def test_release_parameters_partitions_what_a_forward_left_gathered(
     assert all(torch.equal(report["state"][k], v) for k, v in reference["state"].items())
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_replaced_averaging_is_all_that_reduces_gradients(
+    reports: dict[Any, Any], stage: int
+) -> None:
+    ours, theirs = (reports["averaging", stage, own] for own in (True, False))
+    assert all(
+        torch.allclose(ours["state"][k], v, rtol=0, atol=1e-6) for k, v in theirs["state"].items()
+    )
+    # One name per bucket, the same names in every step, and no reduction besides.
+    first, *later = ours["names"]
+    assert len(set(first)) == len(first) >= (1 if stage == 0 else 2)
+    assert later == [first, first]
+    per_step = len(list(tiny.vit().parameters())) if stage == 3 else len(first)
+    assert ours["reductions"] == [per_step] * 3
+
+
+def test_replaced_gathers_are_what_the_passes_of_stage_3_see(reports: dict[Any, Any]) -> None:
+    ours, theirs = (reports["gathers", own] for own in (True, False))
+    assert all(torch.equal(ours["state"][k], v) for k, v in theirs["state"].items())
+    # Two of three steps; in each at least one forward and one backward of the update.
+    assert ours["entries"] >= 2 * 2 * NUMEL / 2
+    assert theirs["entries"] == 0
+
+
+def test_a_method_that_moved_is_an_error_with_its_name() -> None:
+    from dat_ds.engine import hooks
+    from dat_ds.errors import UserError
+
+    with pytest.raises(UserError, match=r"has no Tied\.allreduce_bucket, in whose place"):
+        hooks._replace(Tied(), "allreduce_bucket", lambda: None)
+
+
+def test_gradient_scale_is_deepspeeds(reports: dict[Any, Any]) -> None:
+    scale = reports["scale"]
+    assert scale["fp16"] == 64
+    assert scale["bf16"] == scale["float32"] == 1
+    assert scale["autocast 0"] == scale["autocast 1"] == scale["autocast 3"] == 2.0**16
+    assert scale["scaler 1"] == scale["scaler 3"] == 2.0**16
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_attach_layers_finds_every_layer_in_the_master_weights(
+    by_rank: list[dict[Any, Any]], name: str
+) -> None:
+    # After a step: every group of master weights has reached the model, the earlier ones too.
+    first, second = (reports["layers", name] for reports in by_rank)
+    parameters = dict(tiny.vit().named_parameters())
+    assert first["names"] == second["names"]
+    assert sorted(first["names"]) == sorted(parameters)
+    for layer in parameters:
+        pieces = [r["pieces"][layer].flatten() for r in (first, second) if layer in r["pieces"]]
+        whole = pieces[0] if name.startswith("0") else torch.cat(pieces)
+        state = first["state"][layer]
+        assert torch.equal(whole.to(state.dtype).view_as(state), state), layer
+        assert not torch.equal(first["start"][layer], state), layer
+
+
+def test_the_cases_of_attach_layers_cut_layers_and_have_several_groups(
+    by_rank: list[dict[Any, Any]],
+) -> None:
+    for name in LAYERS:
+        first, second = (reports["layers", name] for reports in by_rank)
+        if not name.startswith("0"):
+            assert first["pieces"].keys() & second["pieces"].keys(), name
+            assert first["groups"] > 1, name
+    assert by_rank[0]["layers", "3, sub-groups, bf16"]["groups"] > 4
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_deepspeeds_own_first_step_moves_nothing(reports: dict[Any, Any], name: str) -> None:
+    for key, value in tiny.vit().state_dict().items():
+        state = reports["layers", name]["start"][key]
+        assert torch.equal(state, value.to(state.dtype)), key
+
+
 def test_torch_routes_collectives_through_the_process_group(reports: dict[Any, Any]) -> None:
     # Two ranks and 24 bytes: see the formulas of Traffic.
     assert reports["traffic"]["counts"] == {
@@ -369,6 +686,7 @@ def test_torch_routes_collectives_through_the_process_group(reports: dict[Any, A
         "reduce_scatter_tensor": ({"gradients": 12}, {"gradients": 1}),
         "all_gather": ({"parameters": 24}, {"parameters": 1}),
         "broadcast": ({"parameters": 24}, {"parameters": 1}),
+        "all_to_all_single": ({"gradients": 12}, {"gradients": 1}),
     }
 
 

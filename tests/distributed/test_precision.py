@@ -18,7 +18,7 @@ STAGES_OF = {
     "float32": (0,),
     "bf16": (0, 1, 2, 3),
     "autocast": (0, 1, 2, 3),
-    "fp16": (1, 2, 3),
+    "fp16": (0, 1, 2, 3),
 }
 SETTINGS = [(precision, stage) for precision, stages in STAGES_OF.items() for stage in stages]
 HALF = [setting for setting in SETTINGS if setting[0] != "float32"]
@@ -130,12 +130,12 @@ def attack_spoiled_model(stage: int, num_spoiled: int, resident_gib: float) -> d
 
 def overfit(precision: str, stage: int) -> list[float]:
     engine = start(tiny.vit(), precision, stage, attack={"steps": 1, "step_size": 0.02})
-    # Classes differ in their colours, so that 20 steps are enough.
+    # Classes differ in their colours. AdamW leaves a plateau after 10 to 30 steps, with rounding.
     noise, y = tiny.images(BATCH, seed=engine.ranks.rank)
     colours = torch.rand(tiny.CLASSES, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     x = 0.8 * colours[y] + 0.2 * noise
     losses = []
-    for _ in range(20):
+    for _ in range(45):
         loss = engine(x, y)
         engine.backward(loss)
         engine.step()
@@ -176,7 +176,8 @@ def measure() -> dict[Any, Any]:
     # The attack above covers each stage; training is covered by one stage per precision.
     for precision, stage in (("float32", 0), ("bf16", 1), ("autocast", 0), ("fp16", 2)):
         reports["overfit", precision] = overfit(precision, stage)
-    reports["overfit", "fp16 stage 3"] = overfit("fp16", 3)
+    for stage in (0, 3):
+        reports["overfit", f"fp16 stage {stage}"] = overfit("fp16", stage)
     return reports
 
 
@@ -255,7 +256,9 @@ def test_gradient_that_stays_non_finite_is_zeroed_and_counted(
     assert (bad["x_adv"] - (x + noise).clamp(0, 1)).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["float32", "bf16", "autocast", "fp16", "fp16 stage 3"])
+@pytest.mark.parametrize(
+    "name", ["float32", "bf16", "autocast", "fp16", "fp16 stage 0", "fp16 stage 3"]
+)
 def test_training_reduces_the_loss(by_rank: list[dict[Any, Any]], name: str) -> None:
     for losses in (of_rank["overfit", name] for of_rank in by_rank):
         assert losses[-1] < 0.7 * losses[0]
@@ -273,10 +276,3 @@ def test_batch_norm_in_16_bits_is_refused_in_favour_of_autocast(reports: dict[An
         message = reports["refusals"][f"BatchNorm in {precision}"]
         assert "BatchNorm" in message
         assert f'"torch_autocast": {{"enabled": true, "dtype": "{dtype}"}}' in message
-
-
-def test_fp16_at_stage_0_is_refused_when_the_config_is_read() -> None:
-    from dat_ds.config import load_config
-
-    with pytest.raises(ConfigError, match=r"zero_optimization\.stage=1"):
-        load_config(tiny.config(0, **tiny.PRECISIONS["fp16"]))

@@ -56,7 +56,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     "fp16": {"fp16": {"enabled": True}},
 }
-"""Config sections by precision; fp16 needs ``harness.allow_fp16()`` on a CPU, and no stage 0."""
+"""Config sections by precision; fp16 needs ``harness.allow_fp16()`` on a CPU."""
 
 
 def config(stage: int, **sections: Any) -> dict[str, Any]:

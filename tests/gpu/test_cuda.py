@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, pgd
+from dat_ds.compression import CODECS, Payload, build_codec
+from dat_ds.objectives import random_view
 from tests.distributed import tiny
 
 pytestmark = [
@@ -22,6 +24,14 @@ def test_random_starts_are_the_same_on_cpu_and_gpu() -> None:
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-6)
 
 
+def test_views_are_the_same_on_cpu_and_gpu() -> None:
+    x, _ = tiny.images(8)
+    options = {"crop_area": 0.2, "color_jitter": 0.5, "flip": 0.5}
+    on_cpu = random_view(x, SampleGenerator(0, 1, 2), **options)
+    on_gpu = random_view(x.cuda(), SampleGenerator(0, 1, 2), **options)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-5)
+
+
 def test_the_attack_is_the_same_on_cpu_and_gpu() -> None:
     x, y = tiny.images(8)
     model = tiny.vit().double()
@@ -31,6 +41,22 @@ def test_the_attack_is_the_same_on_cpu_and_gpu() -> None:
         model.cuda(), x.double().cuda(), y.cuda(), generator=SampleGenerator(0, 0), **options
     )
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codecs_encode_and_decode_on_the_gpu(name: str) -> None:
+    codec, tensor = build_codec(name), torch.randn(10_007, device="cuda")
+    draws = []
+    for seed in (0, 0, 1):
+        payload = codec.encode(tensor, torch.Generator("cuda").manual_seed(seed))
+        assert payload.data.device.type == "cuda"
+        assert codec.num_bytes(payload) == codec.bytes_of(10_007)
+        draws.append(codec.decode(payload))
+    assert torch.equal(draws[0], draws[1])
+    on_cpu = codec.decode(Payload(payload.data.cpu(), payload.shape))
+    torch.testing.assert_close(draws[2].cpu(), on_cpu)
+    loss = (draws[2] - tensor).square().sum() / tensor.square().sum()
+    assert loss <= 1.1 * codec.variance_bound(10_007)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

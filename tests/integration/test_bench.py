@@ -1,4 +1,4 @@
-"""The step-time table."""
+"""The tables of step time and of compression."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dat_ds.bench.compression import codec_properties
 from dat_ds.cli.main import main
+from dat_ds.compression import CODECS, build_codec
 from tests.integration import tiny_run
 
 
@@ -32,3 +34,76 @@ def test_few_repetitions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     command = ["bench", "attack", "--deepspeed_config", str(config), "--repetitions", "4"]
     assert main(command) == 2
     assert "at least 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_measured_properties_of_a_codec_are_those_it_states(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dat_ds.bench.compression._SAMPLE", 2**16)
+    codec = build_codec(name)
+    properties = codec_properties(codec)
+    assert properties["bits"] == 8 * codec.bytes_of(2**16) / 2**16
+    assert 0 < properties["error_gaussian"] <= properties["bound"]
+    assert 0 < properties["error_student"] <= properties["bound"]
+    if codec.unbiased:
+        assert abs(properties["bias_z"]) < 4
+        assert abs(properties["bias"]) < 1e-3
+    else:
+        assert properties["bias"] < -0.1
+
+
+@pytest.mark.slow
+def test_the_compression_tables_hold_every_codec_and_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run.write(tmp_path / "c.json", tiny_run.config(tmp_path / "run"))
+    output = tmp_path / "numbers.json"
+    command = ["bench", "compression", "--deepspeed_config", str(config), "--repetitions", "5"]
+    assert main([*command, "--output", str(output)]) == 0
+    table = capsys.readouterr().out
+    numbers = json.loads(output.read_text())
+    for stage, by_codec in numbers["bytes_sent"].items():
+        plain = by_codec["none"]["gradients"]
+        assert list(by_codec) == ["none", *CODECS]
+        for name, kinds in by_codec.items():
+            assert f"| {stage} | {name} | {kinds['gradients']} |" in table
+            assert kinds["gradients"] <= 0.3 * plain or name == "none"
+    assert all(codec["share_of_update"] > 0 for codec in numbers["codecs"].values())
+
+
+def test_the_trust_ratio_table_has_a_row_for_every_way_to_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_run.config(tmp_path / "run")
+    values["dat"]["optimizer"] = {"name": "lars", "preset": "paper"}
+    del values["optimizer"]
+    config = tiny_run.write(tmp_path / "c.json", values)
+    output = tmp_path / "numbers.json"
+    command = ["bench", "trust-ratios", "--deepspeed_config", str(config)]
+    assert main([*command, "--output", str(output)]) == 0
+    assert "| 3, sub-groups, offload |" in capsys.readouterr().out
+    rows = json.loads(output.read_text())["shardings"]
+    assert len(rows) == 12
+    for row in rows.values():
+        assert row["ratios"] <= 1e-6
+        assert row["weights"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "adamw"}, "write dat.optimizer.name, one of lamb, lars"),
+        ({"name": "lamb"}, "remove bf16, fp16 or torch_autocast"),
+    ],
+)
+def test_trust_ratios_need_a_layer_wise_optimizer_in_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], section: dict[str, str], message: str
+) -> None:
+    values = tiny_run.config(tmp_path / "run")
+    values["dat"]["optimizer"] = section
+    values["bf16"] = {"enabled": section["name"] == "lamb"}
+    del values["optimizer"]
+    config = tiny_run.write(tmp_path / "c.json", values)
+    assert main(["bench", "trust-ratios", "--deepspeed_config", str(config)]) == 2
+    assert message in capsys.readouterr().err

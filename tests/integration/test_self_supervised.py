@@ -107,11 +107,11 @@ def test_a_resumed_fare_run_measures_against_the_weights_it_started_with(
     shutil.copytree(whole, resumed)
     (resumed / "record.json").unlink()
     (resumed / "checkpoints" / "latest").write_text("step-00000015")
-    for late in ("step-00000020", "step-00000024", "best"):
+    for late in ("step-00000020", "step-00000024"):
         shutil.rmtree(resumed / "checkpoints" / late)
     # Other weights to build the model from, as where the file was replaced meanwhile.
-    other = train(tmp_path / "other", objective={"name": "rotation"}, seed=7)["config"]
-    model = {**tiny_run.VIT, "pretrained": other["dat"]["output_dir"]}
+    train(tmp_path / "other", objective={"name": "rotation"}, schedule={"epochs": 1})
+    model = {**tiny_run.VIT, "pretrained": str(tmp_path / "other")}
     record = train(resumed, "--resume", "auto", objective={"name": "fare"}, model=model)
     rows = [tiny_run.rows(run) for run in (whole, resumed)]
     assert [{k: row[k] for k in TIMELESS} for row in rows[1]] == [
@@ -156,9 +156,12 @@ def test_fine_tuning_starts_from_the_best_pre_trained_model_with_a_fresh_head(
             ["train_micro_batch_size_per_gpu=1", "compares the images", "at least 2"],
         ),
         (
-            {"objective": {"name": "contrastive"}, "model": {"name": "vgg11"}},
+            {
+                "objective": {"name": "contrastive"},
+                "model": {**tiny_run.VIT, "name": "deit_tiny_distilled_patch16_224"},
+            },
             8,
-            ["dat.model.name='vgg11'", "one linear layer"],
+            ["dat.model.name='deit_tiny_distilled_patch16_224'", "one linear layer"],
         ),
     ],
     ids=["random-weights", "not-square", "batch-of-one", "head"],

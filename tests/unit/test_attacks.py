@@ -541,7 +541,10 @@ def test_build_attack_says_what_is_wrong(config, message):
     [
         ({"steps": -1}, r"steps=-1 must be at least 0"),
         ({"restarts": 0}, r"restarts=0 at least 1"),
-        ({"loss": "cee"}, r"loss='cee' is not one of ce, cw, dlr, kl, nor a callable"),
+        (
+            {"loss": "cee"},
+            r"loss='cee' is not one of ce, cw, dlr, kl, feature_distance, nt",
+        ),
         ({"model_mode": "test"}, r"model_mode='test' is not one of eval, train"),
     ],
 )

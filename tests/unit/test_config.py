@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import logging
 import math
 import pickle
+import typing
 from typing import Any, get_args
 
 import pytest
 import torch
 
 from dat_ds.attacks import ATTACKS, INNER_LOSSES, NORMS
+from dat_ds.compression import CODECS, codec_options
 from dat_ds.config import (
     Length,
     adapt_to_device,
     load_config,
+    one_bit_name,
+    one_bit_options,
     parse_evaluation_attack,
     precision_of,
     resolve_batch,
+    scale_learning_rate,
     schema,
 )
 from dat_ds.config.deepspeed_keys import (
     FP16_DEFAULTS,
+    ONE_BIT_OPTIMIZERS,
     OPTIMIZER_DEFAULTS,
     SCALAR_DEFAULTS,
     TOP_LEVEL_KEYS,
@@ -33,13 +40,20 @@ from dat_ds.config.deepspeed_keys import (
 from dat_ds.config.reconcile import _REFUSED_KEYS
 from dat_ds.errors import ConfigError, UserError
 from dat_ds.objectives import OBJECTIVES
+from dat_ds.optim import OPTIMIZERS, PRESETS, optimizer_options
 
 ADAMW = {"optimizer": {"type": "AdamW"}}
+NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 
 
 def ours(**sections: Any) -> dict[str, Any]:
     """A valid config but for ``sections`` of ``dat``."""
     return {**copy.deepcopy(ADAMW), "dat": sections}
+
+
+def one_bit(kind: str, **params: Any) -> dict[str, Any]:
+    """DeepSpeed's section for an optimizer that it removed."""
+    return {"optimizer": {"type": kind, "params": params}}
 
 
 def problems(config: dict[str, Any], **options: Any) -> list[str]:
@@ -121,6 +135,64 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (ours(seed=None), "dat.seed=None must be an integer."),
         (ours(output_dir=3), "dat.output_dir=3 must be a string."),
         ({"dat": {"optimizer": {"lr": "x"}}}, "dat.optimizer.lr='x' must be a finite number."),
+        (
+            {"dat": {"optimizer": {"name": "sgd", "betas": [0.9, 0.99]}}},
+            "dat.optimizer.betas=[0.9, 0.99] is no setting of the optimizer 'sgd': remove it. It "
+            "takes lr, weight_decay, momentum, nesterov.",
+        ),
+        (
+            {"dat": {"optimizer": {"betas": [0.9]}}},
+            "dat.optimizer.betas=[0.9] is not valid: write two numbers in [0, 1).",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "adamw", "preset": "paper"}}},
+            "dat.optimizer.preset='paper' is no setting of the optimizer 'adamw': remove it. It "
+            "takes lr, weight_decay, betas, eps.",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "lamb", "lower": 2, "upper": 1}}},
+            "dat.optimizer: upper=1.0 must be above 0 and at least lower=2.0.",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "sgd", "momentum": 0, "nesterov": True}}},
+            "dat.optimizer: Nesterov momentum requires a momentum and zero dampening",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "lamb"}}, "zero_optimization": NVME},
+            "zero_optimization.offload_optimizer.device='nvme' with a layer-wise optimizer: its "
+            "trust ratios need all shards of a step before any is updated, but this moves them "
+            "one by one. Instead, write 'cpu'.",
+        ),
+        (
+            {
+                "dat": {"optimizer": {"name": "lars"}},
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}},
+            },
+            "zero_optimization.offload_optimizer.ratio=0.5 with a layer-wise optimizer: ",
+        ),
+        (
+            {"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": 2}},
+            "optimizer.type='lamb' needs whole layers, but zero_optimization.stage=2 hands it "
+            "slices across them, which silently trains something else: write ours, "
+            "dat.optimizer.name='lamb', which knows them.",
+        ),
+        (
+            ours(schedule={"scaling": "sqrt"}),
+            "dat.schedule.scaling='sqrt' and dat.schedule.base_batch=None go together: write "
+            "'linear' or 'sqrt' and the global batch that the learning rate is for, such as 256, "
+            "or neither.",
+        ),
+        (
+            ours(schedule={"base_batch": 256}),
+            "dat.schedule.scaling='none' and dat.schedule.base_batch=256 go together: ",
+        ),
+        (
+            {
+                "optimizer": {"type": "RMSprop"},
+                "dat": {"schedule": {"scaling": "sqrt", "base_batch": 256}},
+            },
+            "dat.schedule.scaling='sqrt' has no learning rate to scale: write optimizer.params.lr.",
+        ),
         (ours(ema={"decay": math.inf}), "dat.ema.decay=inf must be a finite number."),
         (ours(ema={"decay": 1}), "dat.ema.decay=1.0 is not valid: write a number in [0, 1)."),
         (ours(model={"mean": 0.5}), "dat.model.mean=0.5 must be a list."),
@@ -179,15 +251,73 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
             "optimizer.params=[1] must be an object.",
         ),
         (
-            {"optimizer": {"type": "OneBitAdam"}},
-            "optimizer.type='OneBitAdam' is not in DeepSpeed since 0.19.7 and not yet in dat_ds: "
-            "write 'AdamW' or 'SGD'.",
+            {**one_bit("OneBitAdam"), "zero_optimization": {"stage": 1}},
+            "zero_optimization.stage=1 with an optimizer that compresses its momentum: every rank "
+            "needs its own gradient of the whole model, and the errors of compression are as large "
+            "as the shards would save. Write zero_optimization.stage=0, or another optimizer.",
         ),
         (
-            {**ADAMW, "fp16": {"enabled": True}},
-            "fp16.enabled with zero_optimization.stage=0 is refused: this DeepSpeed divides the "
-            "update by a loss scale that it never applied. Write zero_optimization.stage=1 "
-            "(same results, less memory), or bf16 or torch_autocast instead of fp16.",
+            {
+                "zero_optimization": {"stage": 3},
+                "dat": {"optimizer": {"name": "zero_one_adam"}},
+            },
+            "zero_optimization.stage=3 with an optimizer that compresses its momentum: every rank "
+            "needs its own gradient of the whole model, and the errors of compression are as large "
+            "as the shards would save. Write zero_optimization.stage=0, or another optimizer.",
+        ),
+        (
+            {
+                **one_bit("OneBitLamb"),
+                "torch_autocast": {"enabled": True, "dtype": "float16"},
+            },
+            "torch_autocast.dtype='float16' with an optimizer that compresses its momentum: each "
+            "rank's loss scaler would skip steps by itself, and ranks would fall out of step. "
+            "Write torch_autocast.dtype='bfloat16'.",
+        ),
+        (
+            {**one_bit("OneBitAdam"), "dat": {"compression": {"name": "int8"}}},
+            "dat.compression.name='int8' with an optimizer that compresses its momentum: gradients "
+            "travel only while the variance is measured, which a codec's noise would raise. Write "
+            "dat.compression.name='none', or another optimizer.",
+        ),
+        (
+            one_bit("OneBitAdam", max_grad_norm=0.5),
+            "optimizer.params.max_grad_norm=0.5 is refused, as DeepSpeed does: write "
+            '"gradient_clipping": 0.5 at the top level.',
+        ),
+        (
+            one_bit("ZeroOneAdam", amsgrad=True),
+            "optimizer.params.amsgrad=True is refused: there is no such variant. Remove it.",
+        ),
+        (
+            one_bit("OneBitAdam", eps_inside_sqrt=True),
+            "optimizer.params.eps_inside_sqrt=True is refused: DeepSpeed never read it: eps is "
+            "added to the root. Remove it.",
+        ),
+        (
+            one_bit("OneBitAdam", freeze_steps=10),
+            "optimizer.params.freeze_steps=10 is no parameter of 'OneBitAdam' (did you mean "
+            "'freeze_step'?): remove it. It takes lr, freeze_step, betas, eps, weight_decay, "
+            "bias_correction, preconditioned, block_size, scale, stability_threshold, "
+            "eps_inside_sqrt, amsgrad, cuda_aware, comm_backend_name.",
+        ),
+        (
+            one_bit("ZeroOneAdam", var_freeze_step=0),
+            "optimizer.params.var_freeze_step=0 is not valid: write a number of at least 1.",
+        ),
+        (
+            one_bit("OneBitAdam", lr="0.1"),
+            "optimizer.params.lr='0.1' must be a finite number.",
+        ),
+        (
+            one_bit("OneBitLamb", min_coeff=20.0),
+            "optimizer.params.min_coeff=20.0 must lie in [0, max_coeff=10.0].",
+        ),
+        (
+            {"dat": {"optimizer": {"name": "one_bit_adam", "var_freeze_step": 5}}},
+            "dat.optimizer.var_freeze_step=5 is no setting of the optimizer 'one_bit_adam': remove "
+            "it. It takes lr, freeze_step, betas, eps, weight_decay, bias_correction, "
+            "preconditioned, block_size, scale, stability_threshold.",
         ),
         (
             {**ADAMW, "fp16": True},
@@ -237,7 +367,7 @@ def test_every_refused_key_is_one_of_deepspeeds_and_says_why(key):
 def test_all_problems_are_reported_at_once():
     config = {
         "gradiant_clipping": 1,
-        "fp16": {"enabled": True},
+        "fp16": {"enabled": True, "auto_cast": True},
         "zero_optimization": {"stage": 0, "reduce_bucket_size": "auto"},
         "dat": {
             "threat_model": {"eps": 8},
@@ -250,7 +380,7 @@ def test_all_problems_are_reported_at_once():
     assert len(found) == 10
     for part in [
         "gradiant_clipping",
-        "fp16.enabled",
+        "fp16.auto_cast",
         "reduce_bucket_size='auto'",
         "dat.threat_model.eps=8",
         "dat.attack.stpes (did you mean 'steps'?)",
@@ -266,6 +396,13 @@ def test_all_problems_are_reported_at_once():
 def test_a_config_error_is_a_user_error_and_a_value_error():
     assert issubclass(ConfigError, UserError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_client_optimizer_scales_its_own_learning_rate():
+    config = {"dat": {"schedule": {"scaling": "linear", "base_batch": 256}}}
+    assert problems(config, client_optimizer=True) == [
+        "dat.schedule.scaling='linear' with initialize(optimizer=...): scale its own lr instead."
+    ]
 
 
 def test_a_client_optimizer_stands_in_for_the_configs_and_excludes_it():
@@ -608,13 +745,127 @@ def test_a_combination_without_sense_is_refused_with_the_reason(sections, messag
     assert problem.startswith(message), problem
 
 
+@pytest.mark.parametrize(
+    ("compression", "message"),
+    [
+        (
+            {"name": "int9"},
+            "dat.compression.name='int9' is not valid (did you mean 'int8'?). Write one of ",
+        ),
+        (
+            {"sides": "single"},
+            "dat.compression.sides='single' is no setting of 'none': remove it. Write a codec.",
+        ),
+        (
+            {"name": "int8", "levels": 7},
+            "dat.compression.levels=7 is no setting of 'int8': remove it. "
+            "It takes block_size, sides, error_feedback, bucket_mb.",
+        ),
+        (
+            {"name": "natural", "block_size": 64},
+            "dat.compression.block_size=64 is no setting of 'natural': remove it. "
+            "It takes sides, error_feedback, bucket_mb.",
+        ),
+        ({"name": "qsgd", "levels": 128}, "dat.compression.levels=128 is not valid: "),
+        ({"name": "topk", "ratio": 0}, "dat.compression.ratio=0.0 is not valid: "),
+        (
+            {"name": "sign", "error_feedback": False},
+            "dat.compression.error_feedback=false: 'sign' is biased, and training with ",
+        ),
+        (
+            {"name": "qsgd", "levels": 1, "error_feedback": True},
+            "dat.compression.error_feedback=true: what 'qsgd' loses may be longer than the "
+            "gradient (squared, up to 8 times) and would grow from step to step. ",
+        ),
+    ],
+)
+def test_compression_without_sense_is_refused_with_the_reason(compression, message):
+    (problem,) = problems(ours(compression=compression))
+    assert problem.startswith(message), problem
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "named"),
+    [
+        (0, {"communication_data_type": "bf16"}, "communication_data_type"),
+        (0, {"prescale_gradients": True}, "prescale_gradients"),
+        (1, {"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        (0, {"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        (1, {"zero_optimization": {"reduce_scatter": True}}, "zero_optimization.reduce_scatter"),
+        (3, {"zero_optimization": {"reduce_scatter": False}}, "zero_optimization.reduce_scatter"),
+        (
+            2,
+            {"zero_optimization": {"contiguous_gradients": False}},
+            "zero_optimization.contiguous_gradients",
+        ),
+        (
+            3,
+            {"zero_optimization": {"zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients",
+        ),
+        (
+            2,
+            {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
+            "zero_optimization.zenflow",
+        ),
+    ],
+)
+def test_deepspeed_keys_that_compression_would_ignore_are_refused(stage, keys, named):
+    config = {**ours(compression={"name": "int8"}), **copy.deepcopy(keys)}
+    config["zero_optimization"] = {"stage": stage, **keys.get("zero_optimization", {})}
+    (problem,) = problems(config)
+    assert problem.startswith(f"{named} with dat.compression.name='int8', which averages ")
+    del config["dat"]["compression"]
+    load_config(config)
+
+
+def test_what_parameters_that_travel_as_int8_would_spoil_is_refused():
+    sections = {"compression": {"name": "int8", "sides": "double"}}
+    config = {**ours(**sections, weight_perturbation={"name": "awp"})}
+    zero = {"zero_quantized_weights": True, "zero_hpz_partition_size": 2}
+    for stage in (0, 3):
+        config["zero_optimization"] = {"stage": stage, **zero}
+        if stage == 0:
+            load_config(config)
+    weights, shards, perturbation = problems(config)
+    assert weights.startswith("zero_optimization.zero_quantized_weights with dat.compression.sides")
+    assert shards.startswith("zero_optimization.zero_hpz_partition_size with dat.compression.sides")
+    assert perturbation.startswith("dat.weight_perturbation.name='awp' with dat.compression.sides")
+    config["dat"]["compression"]["sides"] = "single"
+    load_config(config)
+
+
 # ---- resolution
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", get_args(schema.CodecName))
+def test_compression_is_written_out_with_the_codec_s_defaults(name, stage):
+    config = {**ours(compression={"name": name}), "zero_optimization": {"stage": stage}}
+    run = load_config(config)
+    written = run.to_dict()
+    assert load_config(written) == run
+    section = {k: v for k, v in written["dat"]["compression"].items() if v is not None}
+    assert ("reduce_scatter" in written["zero_optimization"]) == (
+        name != "none" and stage in (1, 2)
+    )
+    if name == "none":
+        assert section == {"name": "none"}
+    else:
+        biased = name in ("topk", "sign")
+        general = {"name": name, "error_feedback": biased, "bucket_mb": 8.0}
+        assert section == {**codec_options(name), **general}
 
 
 def test_the_names_in_the_schema_are_those_that_can_be_built():
     assert set(get_args(schema.AttackName)) == {*ATTACKS, "free", "none"}
     assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
+    assert get_args(schema.OptimizerName) == tuple(OPTIMIZERS)
+    for presets in PRESETS.values():
+        hint = typing.get_type_hints(schema.OptimizerConfig)["preset"]
+        assert get_args(get_args(hint)[0]) == tuple(presets)
     assert get_args(schema.Norm) == NORMS
+    assert get_args(schema.CodecName) == ("none", *CODECS)
     assert set(get_args(schema.InnerLossName)) == {*INNER_LOSSES, "dlr-targeted"}
 
 
@@ -699,6 +950,18 @@ def test_dat_weighs_the_natural_loss_by_one_unless_told():
     assert weights == [1.0, 0.5, 0.0]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_our_optimizers_defaults_are_written_out_and_the_users_values_kept(name):
+    fields = {field.name for field in dataclasses.fields(schema.OptimizerConfig)}
+    options = optimizer_options(name)
+    assert options.keys() < fields
+    written = load_config({"dat": {"optimizer": {"name": name}}}).to_dict()["dat"]["optimizer"]
+    assert written == {**dict.fromkeys(fields), **options, "name": name}
+    assert json.loads(json.dumps(written)) == written
+    own = load_config({"dat": {"optimizer": {"name": name, "lr": 3.0}}}).dat.optimizer
+    assert (own.lr, own.weight_decay) == (3.0, options["weight_decay"])
+
+
 def test_deepspeeds_defaults_that_change_results_are_written_out():
     run = load_config({**ADAMW, "fp16": {"enabled": True}, "zero_optimization": {"stage": 1}})
     assert SCALAR_DEFAULTS.items() <= run.deepspeed.items()
@@ -724,6 +987,41 @@ def test_what_the_user_writes_is_not_overwritten_by_a_default():
     assert run.deepspeed["optimizer"]["params"]["lr"] == 3.0
     assert run.deepspeed["optimizer"]["params"]["weight_decay"] == 0.1
     assert run.zero_stage == 3
+
+
+@pytest.mark.parametrize("kind", ONE_BIT_OPTIMIZERS)
+def test_deepspeeds_removed_optimizers_are_ours_with_its_defaults_and_a_note(kind):
+    name, defaults = ONE_BIT_OPTIMIZERS[kind]
+    run = load_config({**one_bit(kind, lr=0.5), "gradient_clipping": 0})
+    assert run.deepspeed["optimizer"]["params"] == {**defaults, "lr": 0.5}
+    assert one_bit_name(run.deepspeed) == name
+    assert set(one_bit_options(run.deepspeed)) < set(optimizer_options(name))
+    assert run.notes == (
+        f"optimizer.type={kind!r} is dat_ds's own {name!r}: DeepSpeed removed its optimizer in "
+        "0.19.7",
+    )
+
+
+def test_what_is_not_used_of_their_parameters_and_local_clipping_are_said():
+    run = load_config(one_bit("OneBitAdam", cuda_aware=True, comm_backend_name="mpi"))
+    _, unused, clipping = run.notes
+    assert unused == (
+        "optimizer.params.cuda_aware and comm_backend_name are not used: collectives are those of "
+        "torch.distributed"
+    )
+    assert clipping == (
+        "gradient_clipping=1.0 acts on each rank's own gradient where no gradient is averaged: "
+        "once the variance is frozen"
+    )
+    ours_alone = load_config({"dat": {"optimizer": {"name": "one_bit_lamb"}}})
+    assert ours_alone.notes == (clipping,)
+
+
+@pytest.mark.parametrize("written", ["auto", None])
+def test_an_automatic_freeze_is_null_in_the_resolved_config(written):
+    run = load_config(one_bit("OneBitAdam", freeze_step=written))
+    assert run.deepspeed["optimizer"]["params"]["freeze_step"] is None
+    assert load_config(run.to_dict()) == run
 
 
 def test_an_optimizer_of_ours_is_allowed_under_zero():
@@ -757,6 +1055,8 @@ ROUND_TRIPS = [
     ours(threat_model={"norm": "l2", "eps": "128/255"}, objective={"name": "dat"}),
     ours(model={"mean": [0.5], "std": [0.2], "options": {"a": {"b": 1}}}, output_dir="x"),
     {"dat": {"optimizer": {"name": "sgd"}}, "zero_optimization": True},
+    {"dat": {"optimizer": {"name": "lamb"}}},
+    {"dat": {"optimizer": {"name": "lars", "preset": "paper", "upper": 5}}},
     {**ADAMW, "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     {**ADAMW, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4},
 ]
@@ -851,6 +1151,33 @@ def test_batch_sizes_that_do_not_agree_are_refused(sizes, message):
     with pytest.raises(ConfigError) as caught:
         resolve_batch(load_config({**ADAMW, **sizes}).deepspeed, 2)
     assert str(caught.value) == message
+
+
+# ---- learning rate
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+def test_the_learning_rate_is_scaled_to_the_global_batch_in_either_section(scaling, factor):
+    schedule = {"scaling": scaling, "base_batch": 256}
+    run = load_config({"dat": {"optimizer": {"name": "lamb", "lr": 0.5}, "schedule": schedule}})
+    scaled, words = scale_learning_rate(run, 1024)
+    assert scaled.dat.optimizer.lr == 0.5 * factor
+    assert words == (
+        f"Learning rate {0.5 * factor:g} = 0.5 x {factor:g}, scaled ({scaling}) from a global "
+        "batch of 256 to 1024."
+    )
+    params = {"lr": 0.5, "muon_lr": 3.0, "momentum": 0.9}
+    config = {"optimizer": {"type": "Muon", "params": params}, "dat": {"schedule": schedule}}
+    run = load_config(config)
+    scaled, _ = scale_learning_rate(run, 1024)
+    expected = {"lr": 0.5 * factor, "muon_lr": 3.0 * factor, "momentum": 0.9}
+    assert scaled.deepspeed["optimizer"]["params"] == expected
+    assert run.deepspeed["optimizer"]["params"] == params, "what is saved is what was written"
+
+
+def test_without_scaling_the_learning_rate_is_what_was_written():
+    run = load_config(ADAMW)
+    assert scale_learning_rate(run, 1024) == (run, "")
 
 
 # ---- devices

@@ -10,7 +10,19 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dat_ds.optim import Schedule, WeightEma, build_optimizer, parameter_groups
+from dat_ds.optim import (
+    OPTIMIZERS,
+    PRESETS,
+    Lamb,
+    Lars,
+    Schedule,
+    WeightEma,
+    build_optimizer,
+    lr_scale,
+    optimizer_options,
+    parameter_groups,
+    usual_scaling,
+)
 
 # ---- schedules
 
@@ -78,6 +90,30 @@ def test_the_torch_scheduler_sets_the_factor_of_every_step_and_group():
         assert rates == pytest.approx(expected, rel=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+# ---- scaling to the global batch
+
+
+def test_the_learning_rate_scales_with_the_batch_or_its_root():
+    assert lr_scale("linear", 1024, 256) == 4.0
+    assert lr_scale("sqrt", 1024, 256) == 2.0
+    assert lr_scale("linear", 64, 256) == 0.25
+    assert lr_scale("sqrt", 64, 256) == 0.5
+    with pytest.raises(ValueError, match="scaling='log' is not one of linear, sqrt"):
+        lr_scale("log", 1, 1)
+
+
+def test_every_optimizer_of_ours_has_a_usual_scaling():
+    rules = {name: usual_scaling(name) for name in OPTIMIZERS}
+    assert None not in rules.values()
+    assert (rules["sgd"], rules["lars"], rules["adamw"], rules["lamb"]) == (
+        "linear",
+        "linear",
+        "sqrt",
+        "sqrt",
+    )
+    assert [usual_scaling(n) for n in ("OneBitAdam", "SGD", "Muon")] == ["sqrt", "linear", None]
 
 
 # ---- weight averages
@@ -221,6 +257,34 @@ def test_the_optimizer_is_torchs_with_the_configs_numbers():
         assert group["weight_decay"] == decay
 
 
+@pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("lars", Lars)])
+def test_presets_decide_what_is_left_out_and_whether_vectors_are_adapted(name, kind):
+    for preset, values in PRESETS[name].items():
+        optimizer = build_optimizer(model(), {"name": name, "preset": preset, "momentum": None})
+        assert isinstance(optimizer, kind)
+        matrices, vectors = optimizer.param_groups
+        assert (matrices["adapt"], vectors["adapt"]) == (True, values["adapt_vectors"])
+        assert vectors["weight_decay"] == 0.0
+        for key in optimizer_options(name).keys() - {"preset", "adapt_vectors", "betas"}:
+            assert matrices[key] == optimizer_options(name, preset)[key], key
+    assert optimizer_options(name) == optimizer_options(name, "modern")
+    own = {"name": name, "preset": "paper", "upper": 3.0, "adapt_vectors": False}
+    matrices, vectors = build_optimizer(model(), own).param_groups
+    assert (matrices["upper"], vectors["adapt"]) == (3.0, False)
+
+
+def test_a_key_that_is_left_out_or_none_has_the_optimizers_default():
+    optimizer = build_optimizer(model(), {"name": "sgd", "lr": None, "momentum": 0.5})
+    (decayed, plain) = optimizer.param_groups
+    assert (decayed["lr"], decayed["momentum"], decayed["weight_decay"]) == (0.1, 0.5, 5e-4)
+    assert plain["weight_decay"] == 0.0
+
+
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer\.name='adma' is not one of adamw, sgd"):
+    with pytest.raises(ValueError, match=r"optimizer\.name='adma' is not one of adamw, sgd, lamb"):
         build_optimizer(model(), {"name": "adma", "lr": 0.1, "weight_decay": 0.0})
+
+
+def test_an_option_that_the_optimizer_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="optimizer 'sgd' has no option betas: lr, weight_decay"):
+        build_optimizer(model(), {"name": "sgd", "betas": [0.9, 0.999]})

@@ -32,10 +32,11 @@ def test_importing_the_package_neither_needs_nor_imports_deepspeed():
     assert run(code) == dat_ds.__version__
 
 
-def test_attacks_and_objectives_import_neither_timm_nor_deepspeed_nor_transformers():
+def test_the_pure_parts_import_neither_timm_nor_deepspeed_nor_transformers():
     heavy = ["timm", "deepspeed", "transformers", "torchvision", "sklearn"]
     code = (
-        "import sys, dat_ds.attacks, dat_ds.objectives, dat_ds.optim, dat_ds.config; "
+        "import sys, dat_ds.attacks, dat_ds.objectives, dat_ds.compression, dat_ds.optim, "
+        "dat_ds.config; "
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     assert run(code) == "[]"
@@ -72,8 +73,9 @@ def test_only_the_engine_imports_deepspeed():
     [
         ("attacks", {"attacks"}),
         ("objectives", {"objectives", "attacks"}),
-        ("optim", {"optim"}),
-        ("config", {"config", "attacks", "objectives", "errors"}),
+        ("compression", {"compression"}),
+        ("optim", {"optim", "compression"}),
+        ("config", {"config", "attacks", "objectives", "compression", "optim", "errors"}),
     ],
 )
 def test_imports_point_down_only(part, allowed):

@@ -1,0 +1,15 @@
+"""Convergence with every codec and optimizer, where the stationary point is known; a few minutes.
+
+python recipes/check_convergence.py --output convergence.json --plot convergence.png
+"""
+
+import argparse
+
+from dat_ds.bench.convergence import check_convergence
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", metavar="FILE", help="write every step as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="write the curves as PNG")
+    options = parser.parse_args()
+    print(check_convergence(options.output, options.plot))
