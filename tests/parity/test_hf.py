@@ -34,7 +34,7 @@ def test_foolbox_finds_the_same_images_for_a_saved_model(tmp_path: Path) -> None
     trainer.save_model(str(tmp_path))
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
     theirs = foolbox.PyTorchModel(
-        Logits(loaded), bounds=(0, 1), preprocessing={"mean": MEAN, "std": STD, "axis": -3}
+        Logits(loaded).eval(), bounds=(0, 1), preprocessing={"mean": MEAN, "std": STD, "axis": -3}
     )
     attack = foolbox.attacks.LinfFastGradientAttack()
     _, clipped, fooled = attack(theirs, data.pixels, data.labels, epsilons=threat.eps)
