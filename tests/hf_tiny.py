@@ -47,6 +47,21 @@ def vit(seed: int = 0, **options: Any) -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+def clip(seed: int = 0) -> nn.Module:
+    """An image encoder whose features have length 8."""
+    torch.manual_seed(seed)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=tiny.SIZE,
+        patch_size=4,
+        projection_dim=8,
+    )
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
 def trainer_of(
     model: nn.Module,
     folder: Any,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
 from tests.distributed.test_parity import weights_of
-from tests.hf_tiny import MEAN, STD, PixelDicts, our_hooks, trainer_of, vit
+from tests.hf_tiny import MEAN, STD, PixelDicts, clip, our_hooks, trainer_of, vit
 
 RANKS, MICRO_BATCH, STEPS = 2, 4, 5
 ATTACK = {"name": "pgd", "steps": 3, "step_size": 0.04}
@@ -25,6 +25,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "at": {"name": "at"},
     "dat": {"name": "dat"},
     "trades": {"name": "trades"},
+    "fare": {"name": "fare"},
     "grad_align": {"name": "at", "grad_align": 0.2},
 }
 PARITY = [
@@ -74,13 +75,14 @@ def train_with_callback(
 
     settings = {"threat_model": THREAT, "attack": ATTACK, "objective": OBJECTIVES[objective]}
     settings = arguments.pop("settings", settings)
+    model = arguments.pop("model", None)
     resume_from = arguments.pop("resume_from", None)
     callback = AdversarialTrainingCallback(**settings, mean=MEAN, std=STD)
     if stage != "ddp":
         sections = arguments.pop("sections", {})
         arguments["deepspeed"] = deepspeed_config(stage, **sections)
     trainer = trainer_of(
-        vit(),
+        vit() if model is None else model,
         folder,
         [callback],
         train_dataset=data(accumulation, arguments.pop("levels", 256)),
@@ -177,6 +179,11 @@ def every_case(folder: str) -> dict[Any, Any]:
     found["section"], _ = train_with_callback(
         folder, 2, "at", 1, settings={}, sections={"dat": section}
     )
+    for stage in ("ddp", 3):
+        found["fare", stage], trainer = train_with_callback(
+            folder, stage, "fare", 1, model=clip(seed=trainer.args.process_index)
+        )
+        found["fare", "metrics", stage] = trainer.evaluate()
     for stage in RESUMED:
         where = str(Path(folder) / f"zero{stage}")
         saving = {"save_strategy": "steps", "save_steps": 3}
@@ -212,6 +219,19 @@ def test_five_steps_equal_the_engines(outcomes: list[dict[Any, Any]], case: Any)
 def test_the_section_of_the_deepspeed_file_says_the_same(outcomes: list[dict[Any, Any]]) -> None:
     weights, _ = outcomes[0][2, "at", 1]
     assert all(torch.equal(outcomes[0]["section"][k], w) for k, w in weights.items())
+
+
+def test_features_stay_close_to_those_of_the_first_ranks_model(
+    outcomes: list[dict[Any, Any]],
+) -> None:
+    start = dict(clip(seed=0).named_parameters())
+    for found in outcomes:
+        weights = found["fare", "ddp"]
+        assert max((w - start[k]).abs().max().item() for k, w in weights.items()) > 1e-4
+        for name, value in found["fare", 3].items():
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+        robust = [found["fare", "metrics", stage]["eval_robust_loss"] for stage in ("ddp", 3)]
+        assert robust[0] == pytest.approx(robust[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", RESUMED)

@@ -27,7 +27,7 @@ from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.models import build_model, save_weights
 from dat_ds.objectives import Trades
 from tests.distributed import tiny
-from tests.hf_tiny import MEAN, STD, PixelDicts, our_hooks, trainer_of, vit
+from tests.hf_tiny import MEAN, STD, PixelDicts, clip, our_hooks, trainer_of, vit
 
 THREAT = {"norm": "linf", "eps": 0.1}
 ATTACK = {"name": "pgd", "steps": 2, "step_size": 0.05}
@@ -170,8 +170,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, reentrant: bool,
     for model, checkpointing in zip(models, [False, True], strict=True):
         arguments: dict[str, Any] = {}
         if checkpointing:
-            arguments["gradient_checkpointing"] = True
-            arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+            arguments["activation_checkpointing"] = True
+            arguments["activation_checkpointing_kwargs"] = {"use_reentrant": reentrant}
         callback = callback_of(attack={**ATTACK, "model_mode": mode})
         trainer_of(
             model, tmp_path, [callback], train_dataset=data, max_steps=3, **arguments
@@ -435,16 +435,14 @@ def test_a_loss_computed_elsewhere_is_refused(tmp_path: Path, kind: Any, message
 
 
 def test_fare_keeps_an_encoders_features(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.CLIPVisionConfig(**WIDTHS, image_size=SIZE, projection_dim=8)
-    model = transformers.CLIPVisionModelWithProjection(config)
+    model = clip()
     callback = callback_of(objective="fare", evaluation={"attacks": ["pgd-3"]})
     trainer = trainer_of(
         model,
         tmp_path,
         [callback],
-        train_dataset=PixelDicts(64, size=SIZE),
-        eval_dataset=PixelDicts(8, size=SIZE),
+        train_dataset=PixelDicts(64),
+        eval_dataset=PixelDicts(8),
         max_steps=8,
         learning_rate=0.05,
         optim="adamw_torch",
@@ -597,6 +595,8 @@ def test_missing_labels_and_scales_are_refused(tmp_path: Path) -> None:
     trainer = trainer_of(vit(), tmp_path, [callback_of()], train_dataset=Unlabelled(8))
     with pytest.raises(ConfigError, match="no labels"):
         trainer.train()
+    with pytest.raises(ConfigError, match="Robust accuracy needs labels"):
+        trainer_of(vit(), tmp_path, [callback_of()], eval_dataset=Unlabelled(8)).evaluate()
     with pytest.raises(ConfigError, match="scale of pixel_values is unknown"):
         trainer_of(vit(), tmp_path, [callback_of(mean=None, std=None)])
 

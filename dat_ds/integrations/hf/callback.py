@@ -16,7 +16,12 @@ from dat_ds.config import check_num_classes
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.evaluation import robust_metrics
-from dat_ds.integrations.hf.forward import AdversarialForward, Moment, PixelView
+from dat_ds.integrations.hf.forward import (
+    AdversarialForward,
+    Moment,
+    PixelView,
+    share_from_first_rank,
+)
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.integrations.hf.settings import Request, Section, Settings
 from dat_ds.models import load
@@ -126,7 +131,8 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             helper = load(settings.dat.objective.helper_model, map_location=device)
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if self._reference is not None:
-            self._reference.to(dtype=next(iter(half), None))
+            self._reference.to(device, dtype=next(iter(half), None))
+            share_from_first_rank(self._reference)
         if half and args.deepspeed_plugin is not None:
             internals.wrap_collator(train_dataloader, Float32Collator)
         self._forward = AdversarialForward(
@@ -238,14 +244,13 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         model: nn.Module,
         loader: Any,
     ) -> dict[str, float]:
-        evaluation = self.request.evaluation or {}
         return robust_metrics(
             model,
             loader,
             settings,
             pixels,
             reference=self._original(settings, pixels, next(model.parameters()).device),
-            batch_size=evaluation.get("batch_size", args.per_device_eval_batch_size),
+            batch_size=settings.evaluation_batch or args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
         )
 

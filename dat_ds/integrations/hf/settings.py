@@ -30,12 +30,14 @@ class Settings:
         attack: Training attack; None trains naturally.
         objective: The outer loss.
         threat: Allowed perturbations.
+        evaluation_batch: Images per forward and rank in evaluation; None leaves it to the Trainer.
     """
 
     dat: DatConfig
     attack: Attack | None
     objective: Objective
     threat: ThreatModel
+    evaluation_batch: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ class Request:
             attack=self._attack(dat, objective),
             objective=objective,
             threat=threat_of(dat),
+            evaluation_batch=values.get("evaluation", {}).get("batch_size"),
         )
 
     def _smoothed(self, objective: Any, problems: list[str]) -> Any:
