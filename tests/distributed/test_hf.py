@@ -29,9 +29,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "grad_align": {"name": "at", "grad_align": 0.2},
 }
 PARITY = [
-    *itertools.product(["ddp", 0, 1, 2, 3], ["at", "trades"], [1]),
-    *itertools.product(["ddp", 2, 3], ["dat"], [2]),
-    ("ddp", "grad_align", 1),
+    *((stage, "at", 1) for stage in ("ddp", 0, 1, 2, 3)),
+    *itertools.product(["ddp", 2, 3], ["trades"], [1]),
+    *itertools.product(["ddp", 3], ["dat"], [2]),
     (3, "grad_align", 1),
 ]
 RESUMED = [2, 3]
@@ -249,11 +249,10 @@ def test_nothing_is_left_on_the_model(outcomes: list[dict[Any, Any]]) -> None:
 
 
 def test_robust_metrics_do_not_depend_on_the_stage(outcomes: list[dict[Any, Any]]) -> None:
-    for objective in ("at", "trades"):
-        metrics = [outcomes[0][stage, objective, 1][1] for stage in ("ddp", 0, 1, 2, 3)]
-        assert metrics[0].keys() == {"eval_natural_accuracy", "eval_robust_accuracy"}
-        assert all(m == metrics[0] for m in metrics)
-        assert outcomes[1]["ddp", objective, 1][1] == metrics[0]
+    metrics = [outcomes[0][stage, "at", 1][1] for stage in ("ddp", 0, 1, 2, 3)]
+    assert metrics[0].keys() == {"eval_natural_accuracy", "eval_robust_accuracy"}
+    assert all(m == metrics[0] for m in metrics)
+    assert outcomes[1]["ddp", "at", 1][1] == metrics[0]
 
 
 @pytest.mark.parametrize("half", HALF, ids=["-".join(map(str, half)) for half in HALF])
