@@ -13,7 +13,7 @@ from typing import Any
 from dat_ds.cli.main import main
 
 OUTPUT = Path("runs/compare_methods")
-ATTACKS = ["pgd-20", "apgd-ce-50", "apgd-t-50"]
+ATTACKS = ["pgd-20", "apgd-ce-50", "apgd-dlr-50"]
 FEW = {"labelled_fraction": 0.1}
 ROWS: dict[str, dict[str, Any]] = {
     "natural": {"attack": {"name": "none"}},

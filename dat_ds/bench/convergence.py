@@ -214,7 +214,7 @@ def _run(
         x = problem.batch(step, engine.ranks.rank, _GLOBAL_BATCH // ranks)
         engine.backward(engine(x, torch.zeros(len(x), dtype=torch.int64)))
         engine.step()
-        found.append(problem.stationarity(model.theta.detach()))
+        found.append(float(f"{problem.stationarity(model.theta.detach()):.5g}"))
     engine.close()
     return found
 

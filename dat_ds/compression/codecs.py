@@ -176,7 +176,8 @@ class BlockCodec(Codec):
 
     def _scaled(self, codes: Tensor, scales: Tensor) -> Tensor:
         """``codes`` ``(n, m)`` times each block's scale ``(n, b)``, float32."""
-        values = self._blocks(codes) * scales.unsqueeze(2)
+        # Converted first: multiplied as they are, codes would be converted much more slowly.
+        values = self._blocks(codes).to(torch.float32).mul_(scales.unsqueeze(2))
         return values.reshape(len(codes), -1)[:, : codes.shape[1]]
 
 

@@ -284,15 +284,15 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
         They had no gradient up to the freeze, and are left as they are from then on.
         """
-        if "has_variance" in self._buffers:
-            flat.mul_(self._buffers["has_variance"])
+        if "no_variance" in self._buffers:
+            flat.masked_fill_(self._buffers["no_variance"], 0.0)
 
     def _freeze_variance(self, flat: FlatParameters, measurements: int) -> None:
         """Put ``sqrt(v) + eps`` in the place of ``v``."""
         variance = self._buffers.pop("variance")
-        has_variance = variance > 0
-        if not bool(has_variance.all()):
-            self._buffers["has_variance"] = has_variance
+        no_variance = variance == 0
+        if bool(no_variance.any()):
+            self._buffers["no_variance"] = no_variance
         for part, group in zip(flat.parts, self.param_groups, strict=True):
             _, of_variance = self._corrections(group, measurements)
             variance[part].div_(of_variance).sqrt_().add_(group["eps"])

@@ -154,9 +154,9 @@ class ZeroOneAdam(CompressedOptimizer):
             torch.div(variance[part], of_variance, out=denominator[part])
             denominator[part].sqrt_().add_(group["eps"])
         if not measures:
-            has_variance = variance > 0  # as _mask does
-            self._average(gradient.mul_(has_variance), denominator)
-            gradient.mul_(has_variance)
+            no_variance = variance == 0  # as _mask does
+            self._average(gradient.masked_fill_(no_variance, 0.0), denominator)
+            gradient.masked_fill_(no_variance, 0.0)
         for part, group in zip(flat.parts, self.param_groups, strict=True):
             beta1, new = group["betas"][0], gradient[part]
             momentum[part].mul_(kept(beta1, usable)).add_(new, alpha=1 - beta1)
