@@ -54,9 +54,9 @@ def train(how: str, attack: Any, options: argparse.Namespace) -> None:
     images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
     width = {"hidden_size": 64, "intermediate_size": 256, "initializer_range": 0.1}
     config = ViTConfig(**images, **width, num_hidden_layers=4, num_attention_heads=4)
-    digits = build_data("digits")
+    digits, threat = build_data("digits"), {"norm": "linf", "eps": "2/16"}
     callback = AdversarialTrainingCallback(
-        threat_model={"norm": "linf", "eps": "2/16"}, attack=attack, mean=[0.5], std=[0.5]
+        threat_model=threat, attack=attack, mean=[0.5], std=[0.5]
     )
     trainer = Trainer(
         ViTForImageClassification(config),
@@ -67,7 +67,7 @@ def train(how: str, attack: Any, options: argparse.Namespace) -> None:
     )
     trainer.train()
     found = trainer.evaluate()
-    clean, robust = found["eval_natural_accuracy"], found["eval_robust_accuracy"]
+    clean, robust = (found[f"eval_{kind}_accuracy"] for kind in ("natural", "robust"))
     if trainer.is_world_process_zero():
         print(f"Trained {how}: clean {clean:.1%}, under PGD-20 {robust:.1%}")
 
