@@ -55,9 +55,8 @@ def train(how: str, attack: Any, options: argparse.Namespace) -> None:
     width = {"hidden_size": 64, "intermediate_size": 256, "initializer_range": 0.1}
     config = ViTConfig(**images, **width, num_hidden_layers=4, num_attention_heads=4)
     digits, threat = build_data("digits"), {"norm": "linf", "eps": "2/16"}
-    callback = AdversarialTrainingCallback(
-        threat_model=threat, attack=attack, mean=[0.5], std=[0.5]
-    )
+    scale = {"mean": [0.5], "std": [0.5]}
+    callback = AdversarialTrainingCallback(threat_model=threat, attack=attack, **scale)
     trainer = Trainer(
         ViTForImageClassification(config),
         arguments,
