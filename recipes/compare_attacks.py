@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from dat_ds import load_config, models
 from dat_ds.attacks import ThreatModel
 from dat_ds.bench.attack_strength import apgd_table, pgd_table
-from dat_ds.engine.build import threat_of
+from dat_ds.config import threat_of
 from dat_ds.engine.run import build_data_of
 
 

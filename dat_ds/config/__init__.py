@@ -1,5 +1,6 @@
 """One JSON per run: a DeepSpeed config plus our ``"dat"`` section."""
 
+from dat_ds.config.build import attack_of, objective_of, threat_of
 from dat_ds.config.evaluation_attack import EvaluationAttack, parse_evaluation_attack
 from dat_ds.config.length import Length
 from dat_ds.config.load import load_config
@@ -22,10 +23,12 @@ __all__ = [
     "Length",
     "RunConfig",
     "adapt_to_device",
+    "attack_of",
     "check_layerwise",
     "check_num_classes",
     "check_one_bit",
     "load_config",
+    "objective_of",
     "one_bit_name",
     "one_bit_options",
     "parse_evaluation_attack",
@@ -33,4 +36,5 @@ __all__ = [
     "precision_of",
     "resolve_batch",
     "scale_learning_rate",
+    "threat_of",
 ]

@@ -27,21 +27,20 @@ from dat_ds.attacks import (
     finite_samples,
     preserved_buffers,
 )
-from dat_ds.config import RunConfig, precision_of
+from dat_ds.config import RunConfig, precision_of, threat_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
-from dat_ds.engine.task import task_of
 from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
-from dat_ds.evaluation import Task
+from dat_ds.evaluation import Task, task_of
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
-from dat_ds.objectives import Objective, helper_images
+from dat_ds.objectives import Objective, num_correct, outer_batch
 from dat_ds.optim import CompressedOptimizer
 
 
@@ -196,9 +195,9 @@ class AdversarialEngine:
             )
         natural_logits = logits_adv if self._attack is None else logits
         if has_accuracy and natural_logits is not None:
-            metrics.add_natural(*_num_correct(natural_logits, y, labelled))
+            metrics.add_natural(*num_correct(natural_logits, y, labelled))
         if has_accuracy and self._attack is not None:
-            metrics.add_robust(*_num_correct(logits_adv, y, labelled))
+            metrics.add_robust(*num_correct(logits_adv, y, labelled))
         metrics.add_terms(terms, weight / self.accumulation)
         loss = terms["loss"]
         return loss if weight == 1.0 else loss * weight
@@ -320,8 +319,8 @@ class AdversarialEngine:
         with self.frozen() as model:
             x_adv = attack(model, x, y, generator, gradient=self._input_gradient())
             with torch.no_grad():
-                num_correct, _ = _num_correct(model(x_adv), y)
-        counts = torch.tensor([float(num_correct) if num_images else 0.0, float(num_images)])
+                correct_here, _ = num_correct(model(x_adv), y)
+        counts = torch.tensor([float(correct_here) if num_images else 0.0, float(num_images)])
         correct, total = self.ranks.sum(counts.double()).tolist()
         return float(correct / total) if total else 0.0
 
@@ -339,7 +338,7 @@ class AdversarialEngine:
         with self.frozen() as model, torch.no_grad():
             logits = model(x)
         if num_images:
-            self._last.add_natural(*_num_correct(logits, y, labelled))
+            self._last.add_natural(*num_correct(logits, y, labelled))
 
     # ---- metrics
 
@@ -482,48 +481,21 @@ class AdversarialEngine:
         probes: AlignmentProbes | None,
         weights: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """The objective's terms, the adversarial and, where needed, the natural logits.
-
-        All images go through the model in one forward: several forwards before one backward would
-        break ZeRO's bookkeeping, and double ZeRO-3's gathers.
-        """
-        objective, views = self._objective, len(x_adv) // len(x)
-        kinds = {"natural": x} if objective.needs_natural_logits else {}
-        kinds["adversarial"] = x_adv
-        if objective.needs_helper_logits:
-            threat = self.run.dat.threat_model
-            kinds["helper"] = helper_images(
-                x.repeat(views, 1, 1, 1), x_adv.detach(), threat.lower, threat.upper
-            )
-        if probes is not None:
-            kinds["alignment"] = probes.images
-        sizes = [len(images) for images in kinds.values()]
-        joint = torch.cat(list(kinds.values())) if len(kinds) > 1 else x_adv
-        with self._batch_norm_of(sizes):
-            parts = torch.split(self._forward(model, joint, training=True), sizes)
-        by_kind = dict(zip(kinds, parts, strict=True))
-        logits_adv, logits = by_kind["adversarial"], by_kind.get("natural")
-        extra: dict[str, Any] = {}
-        if objective.compares_samples and self.ranks.count > 1:
-            extra["gather"] = self._features_of_others
-        if objective.needs_helper_logits:
-            assert self._helper is not None
-            with torch.no_grad():
-                labels = self._helper(x_adv).argmax(dim=1)
-            extra |= {"logits_helper": by_kind["helper"], "y_helper": labels}
-        repeated, y_adv = logits, y
-        if views > 1:
-            repeated = None if logits is None else logits.repeat(views, 1)
-            y_adv = y.repeat(views, *[1] * (y.ndim - 1))
-            weights = None if weights is None else weights.repeat(views)
-        if weights is not None:
-            extra["weights"] = weights
-        terms = objective(logits_adv, y_adv, repeated, **extra)
-        if probes is not None:
-            penalty = probes.penalty(by_kind["alignment"], y)
-            terms["loss"] = terms["loss"] + self.run.dat.objective.grad_align * penalty
-            terms["alignment_loss"] = penalty.detach()
-        return terms, logits_adv, logits
+        """The objective's terms, the adversarial and, where needed, the natural logits."""
+        dat = self.run.dat
+        batch = outer_batch(self._objective, x, x_adv, threat=threat_of(dat), probes=probes)
+        with self._batch_norm_of(list(batch.sizes.values())):
+            outputs = self._forward(model, batch.images, training=True)
+        compares = self._objective.compares_samples and self.ranks.count > 1
+        outer = batch.terms(
+            outputs,
+            y,
+            weights=weights,
+            helper=self._helper,
+            gather=self._features_of_others if compares else None,
+            grad_align=dat.objective.grad_align,
+        )
+        return outer.terms, outer.logits_adv, outer.logits
 
     def _alignment_probes(self, x: Tensor, y: Tensor, first_index: int) -> AlignmentProbes | None:
         """GradAlign's images for the outer forward; None where it is off."""
@@ -624,21 +596,3 @@ def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:
         return None
     assert settings.radius is not None
     return WeightPerturbation(settings.name, settings.radius, settings.scope)
-
-
-@torch.no_grad()
-def _num_correct(
-    logits: Tensor, y: Tensor, labelled: Tensor | None = None
-) -> tuple[Tensor, Tensor | int]:
-    """Correct images and how many count: those whose true class is known.
-
-    Args:
-        logits: Logits of one or several views of the images ``(n B, K)``.
-        y: Class indices ``(B,)``, or probabilities ``(B, K)``, of which the likeliest counts.
-        labelled: Which images count ``(B,)``; None for all.
-    """
-    classes = y.argmax(dim=1) if y.is_floating_point() else y
-    correct = logits.argmax(dim=1).view(-1, len(y)) == classes
-    if labelled is None:
-        return correct.sum(), correct.numel()
-    return (correct & labelled).sum(), labelled.sum() * len(correct)

@@ -18,28 +18,22 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import (
-    Attack,
-    CallableAttack,
-    FreeAttack,
-    ThreatModel,
-    UserAttack,
-    attack_options,
-    build_attack,
-    patch_tokens,
-)
+from dat_ds.attacks import Attack, CallableAttack, FreeAttack, UserAttack, patch_tokens
 from dat_ds.config import (
     DatConfig,
     RunConfig,
     adapt_to_device,
+    attack_of,
     check_layerwise,
     check_one_bit,
     load_config,
+    objective_of,
     one_bit_name,
     one_bit_options,
     precision_of,
     resolve_batch,
     scale_learning_rate,
+    threat_of,
 )
 from dat_ds.data import DistributedLoader
 from dat_ds.engine import hooks
@@ -49,7 +43,7 @@ from dat_ds.engine.monitor import MONITOR_KEYS
 from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
-from dat_ds.objectives import Objective, build_objective
+from dat_ds.objectives import Objective
 from dat_ds.optim import (
     OPTIMIZERS,
     CompressedOptimizer,
@@ -248,12 +242,6 @@ def _warn_of_unusual_scaling(run: RunConfig) -> None:
         )
 
 
-def threat_of(dat: DatConfig) -> ThreatModel:
-    """The threat model of a run."""
-    threat = dat.threat_model
-    return ThreatModel(threat.norm, float(threat.eps), threat.lower, threat.upper)
-
-
 def _frozen_copy(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
     """Rank 0's model as it is now, on every rank's device, in the run's precision."""
     if any(hasattr(p, "ds_status") for p in model.parameters()):
@@ -267,31 +255,6 @@ def _frozen_copy(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
         if ranks.count > 1:
             dist.broadcast(tensor, src=0)
     return copied.requires_grad_(False).eval()
-
-
-def attack_of(dat: DatConfig, objective: Objective) -> Attack | None:
-    """The training attack of a run against its objective; None for natural training."""
-    if dat.attack.name == "none":
-        return None
-    options = dataclasses.asdict(dat.attack)
-    for key in {"steps", "model_mode"} - set(attack_options(dat.attack.name)):
-        del options[key]  # written out though it takes none
-    if objective.inner_loss is not None and "loss" in attack_options(dat.attack.name):
-        options["loss"] = objective.inner_loss
-    return build_attack({**options, "threat_model": threat_of(dat)})
-
-
-def objective_of(dat: DatConfig) -> Objective:
-    """The objective of a run."""
-    options = dataclasses.asdict(dat.objective)
-    for key in (
-        "helper_model",
-        "unlabelled_weight",
-        "grad_align",
-        "batch_norm",
-    ):  # the engine's part
-        del options[key]
-    return build_objective(options)
 
 
 def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | None:

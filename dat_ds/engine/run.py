@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from dat_ds.config import RunConfig, adapt_to_device, check_num_classes, plain
+from dat_ds.config import (
+    RunConfig,
+    adapt_to_device,
+    check_num_classes,
+    objective_of,
+    plain,
+    threat_of,
+)
 from dat_ds.config.schema import (
     AttackConfig,
     DataConfig,
@@ -22,11 +29,10 @@ from dat_ds.config.schema import (
     WeightPerturbationConfig,
 )
 from dat_ds.data import DataSplits, build_data, evaluation_batches
-from dat_ds.engine.build import initialize, objective_of, threat_of
+from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.stopping import StopSignal
-from dat_ds.engine.task import task_of
 from dat_ds.engine.trainer import Trainer
 from dat_ds.errors import CheckpointError, ConfigError
 from dat_ds.evaluation import (
@@ -38,6 +44,7 @@ from dat_ds.evaluation import (
     draw_examples,
     evaluate,
     hardware,
+    task_of,
     versions,
 )
 from dat_ds.files import write_json

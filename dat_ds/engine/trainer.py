@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dat_ds.config import threat_of
 from dat_ds.data import BatchPlan, DistributedLoader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
-from dat_ds.engine.build import build_schedule, threat_of
+from dat_ds.engine.build import build_schedule
 from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.engine.guard import Guard, GuardReading, multi_step
 from dat_ds.engine.monitor import Monitor

@@ -5,6 +5,7 @@ from dat_ds.evaluation.environment import commit, hardware, versions
 from dat_ds.evaluation.pictures import draw_examples
 from dat_ds.evaluation.record import describe
 from dat_ds.evaluation.report import describe_training
+from dat_ds.evaluation.task import task_of
 
 __all__ = [
     "Record",
@@ -15,5 +16,6 @@ __all__ = [
     "draw_examples",
     "evaluate",
     "hardware",
+    "task_of",
     "versions",
 ]

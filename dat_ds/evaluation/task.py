@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dat_ds.evaluation import Task
+from dat_ds.evaluation.accuracy import Task
 from dat_ds.objectives import Objective
 
 

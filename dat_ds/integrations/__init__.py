@@ -1,0 +1,1 @@
+"""Adversarial training inside other people's training loops."""

@@ -1,0 +1,342 @@
+"""Adversarial training as a callback of Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dat_ds.attacks import Attack, ThreatModel, patch_tokens
+from dat_ds.config import check_num_classes
+from dat_ds.errors import ConfigError
+from dat_ds.integrations.hf import internals
+from dat_ds.integrations.hf.evaluation import robust_metrics
+from dat_ds.integrations.hf.forward import (
+    AdversarialForward,
+    Moment,
+    PixelView,
+    share_from_first_rank,
+)
+from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
+from dat_ds.integrations.hf.settings import Request, Section, Settings
+from dat_ds.models import load
+from dat_ds.objectives import Objective
+
+logger = logging.getLogger("dat_ds")
+
+
+class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
+    """Makes ``transformers.Trainer`` train adversarially.
+
+    In every micro-step the images of the model's forward are attacked first, by calling the bare
+    model with frozen parameters; the model then sees what the objective needs (natural and
+    adversarial images in one batch), and the loss that it returns is the objective's. Nothing else
+    of the Trainer changes: optimizer, precision, DDP or DeepSpeed, accumulation, checkpoints.
+
+    Evaluation is left as it is; robust metrics are added to what it measured.
+
+    Args:
+        threat_model: Allowed perturbations: the keys of ``dat.threat_model``, or an object.
+            Default: those of the ``"dat"`` section in the file of
+            ``TrainingArguments(deepspeed=...)``, where it has one; likewise below.
+        attack: The inner maximisation: the keys of ``dat.attack``, its name alone, an object, or a
+            function ``(model, x, y, generator) -> x_adv``.
+        objective: The outer loss: the keys of ``dat.objective``, its name alone, or an object.
+            Default: ``"at"``.
+        mean: Per channel, what the data were normalised by, in pixel units. Default: the image
+            processor's (``Trainer(processing_class=...)``).
+        std: Likewise.
+        seed: Of the attack's random numbers, which are a function of it, the optimizer step, and
+            an image's place in the global batch. Default: 0.
+        evaluation: Keys ``attacks`` (names such as ``"pgd-20"``), ``num_examples`` and
+            ``batch_size`` of ``dat.evaluation``. ``{"attacks": []}`` measures nothing.
+
+    Attributes:
+        request: The arguments.
+        labels: Labels that the model is not given; see :class:`AdversarialTrainer`, likewise below.
+        user_computes_loss: Whether the model's outputs go to a loss function of the user's.
+
+    Raises:
+        ConfigError: With all problems of the arguments; where a DeepSpeed file may complete them,
+            when the Trainer is made.
+    """
+
+    def __init__(
+        self,
+        *,
+        threat_model: Mapping[str, Any] | ThreatModel | None = None,
+        attack: Section | Attack | Callable[..., Any] | None = None,
+        objective: Section | Objective | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.request = Request(
+            threat_model=threat_model,
+            attack=attack,
+            objective=objective,
+            mean=None if mean is None else list(mean),
+            std=None if std is None else list(std),
+            seed=seed,
+            evaluation=evaluation,
+        )
+        if threat_model is not None and attack is not None:
+            self.request.resolve(None)
+        self.labels: Tensor | None = None
+        self.user_computes_loss = False
+        self._settings: Settings | None = None
+        self._pixels: PixelScale | None = None
+        self._reference: nn.Module | None = None
+        self._forward: AdversarialForward | None = None
+        self._micro_step = 0
+
+    # ---- the Trainer's events
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check everything that is known, and keep a copy of the model where one is needed."""
+        assert model is not None
+        self._settings = None  # of an earlier Trainer
+        self._prepare(args, model, processing_class)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Get ready for the first step."""
+        assert model is not None
+        settings, pixels = self._prepare(args, model, processing_class)
+        device = next(model.parameters()).device
+        helper = None
+        if settings.dat.objective.helper_model is not None:
+            helper = load(settings.dat.objective.helper_model, map_location=device)
+        half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+        if self._reference is not None:
+            self._reference.to(device, dtype=next(iter(half), None))
+            share_from_first_rank(self._reference)
+        if half and args.deepspeed_plugin is not None:
+            internals.wrap_collator(train_dataloader, Float32Collator)
+        self._forward = AdversarialForward(
+            model,
+            settings,
+            pixels,
+            reference=self._original(settings, pixels, device),
+            helper=helper,
+            overflows=bool(args.fp16) or torch.float16 in half,
+            other_labels=lambda: self.labels,
+            user_computes_loss=self.user_computes_loss,
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attack the step's first micro-batch."""
+        self._micro_step = 0
+        self._arm(args, state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attack the step's next micro-batch."""
+        self.forward.check_micro_step()
+        self._micro_step += 1
+        self._arm(args, state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the step trained on what it should."""
+        self.forward.check_micro_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave nothing on the model."""
+        self.detach()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that reporters come later, for an evaluation before any training."""
+        internals.come_first(self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        model: nn.Module | None = None,
+        eval_dataloader: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add accuracies to the logs of training, and robust metrics to those of evaluations.
+
+        The Trainer goes on to use the same dict for its reporters, its result, the choice of the
+        best model and early stopping.
+        """
+        if logs is None or model is None:
+            return
+        prefix = internals.evaluation_prefix(logs)
+        if prefix is not None:
+            settings, pixels = self._prepare(args, model, processing_class)
+            if settings.dat.evaluation.attacks:
+                metrics = self._robust_metrics(args, settings, pixels, model, eval_dataloader)
+                self._add(state, logs, {f"{prefix}_{k}": v for k, v in metrics.items()})
+        elif "loss" in logs and self._forward is not None:
+            self._add(state, logs, self._forward.take_means())
+
+    def detach(self) -> None:
+        """Leave nothing on the model; to be called where ``train()`` was broken off."""
+        if self._forward is not None:
+            self._forward.disarm()
+        self._forward = None
+
+    # ---- internals
+
+    @property
+    def forward(self) -> AdversarialForward:
+        """The hooks of the training that is running."""
+        assert self._forward is not None
+        return self._forward
+
+    @property
+    def settings(self) -> Settings:
+        """The resolved settings, once a Trainer was made with this callback."""
+        assert self._settings is not None
+        return self._settings
+
+    def _arm(self, args: TrainingArguments, state: TrainerState) -> None:
+        slot = self._micro_step * args.world_size + args.process_index
+        self.forward.arm(
+            Moment(
+                step=state.global_step,
+                progress=min(1.0, state.global_step / max(1, state.max_steps)),
+                first_image=slot * args.train_batch_size,
+            )
+        )
+
+    def _robust_metrics(
+        self,
+        args: TrainingArguments,
+        settings: Settings,
+        pixels: PixelScale,
+        model: nn.Module,
+        loader: Any,
+    ) -> dict[str, float]:
+        return robust_metrics(
+            model,
+            loader,
+            settings,
+            pixels,
+            reference=self._original(settings, pixels, next(model.parameters()).device),
+            batch_size=settings.evaluation_batch or args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+        )
+
+    def _original(
+        self, settings: Settings, pixels: PixelScale, device: torch.device
+    ) -> PixelView | None:
+        """The model as it was at the start, where the objective needs it."""
+        if self._reference is None:
+            return None
+        return PixelView(self._reference.to(device), pixels, settings.objective.head)
+
+    @staticmethod
+    def _add(state: TrainerState, logs: dict[str, float], metrics: Mapping[str, float]) -> None:
+        logs.update(metrics)
+        if state.log_history:  # written before callbacks are told
+            state.log_history[-1].update(metrics)
+
+    def _prepare(
+        self, args: TrainingArguments, model: nn.Module, processor: Any
+    ) -> tuple[Settings, PixelScale]:
+        internals.come_first(self)
+        if self._settings is None or self._pixels is None:
+            plugin = args.deepspeed_plugin
+            section = None if plugin is None else plugin.hf_ds_config.config.get("dat")
+            settings = self.request.resolve(section)
+            _check_trainer(args, model, settings)
+            mean, std = settings.dat.model.mean, settings.dat.model.std
+            self._pixels = pixels_of(mean, std, processor)
+            if settings.objective.needs_reference:
+                self._reference = _frozen_copy(model, settings)
+            self._settings = settings
+        return self._settings, self._pixels
+
+
+def _frozen_copy(model: nn.Module, settings: Settings) -> nn.Module:
+    if any(hasattr(p, "ds_status") for p in model.parameters()):
+        raise ConfigError(
+            f"dat.objective.name={settings.objective.name!r} copies the model before training, but "
+            "its parameters are sharded already: build it before TrainingArguments(deepspeed=...) "
+            "is made, and hand the callback to Trainer(callbacks=[...])."
+        )
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings) -> None:
+    """Refuse what the hooks cannot honour.
+
+    Raises:
+        ConfigError: With all problems, one per line.
+    """
+    problems: list[str] = []
+    kind, main_input = type(model).__name__, getattr(model, "main_input_name", None)
+    if main_input != "pixel_values":
+        problems.append(
+            f"{kind} takes {main_input!r}, not 'pixel_values': adversarial training here is for "
+            "models of images, such as ViTForImageClassification."
+        )
+    if args.label_smoothing_factor:
+        problems.append(
+            f"label_smoothing_factor={args.label_smoothing_factor:g} takes the labels away before "
+            "the model sees them: write objective={'name': 'at', 'label_smoothing': "
+            f"{args.label_smoothing_factor:g}}} instead, or use AdversarialTrainer."
+        )
+    if args.n_gpu > 1:
+        problems.append(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process "
+            "per GPU with torchrun, accelerate launch or deepspeed."
+        )
+    if args.fsdp:
+        problems.append(f"fsdp={args.fsdp!r} is not supported: use DeepSpeed's ZeRO or DDP.")
+    config = getattr(model, "config", None)
+    if settings.objective.head == "classes" and main_input == "pixel_values":
+        num_labels = int(getattr(config, "num_labels", 2))
+        problem_type = getattr(config, "problem_type", None)
+        if num_labels < 2 or problem_type not in (None, "single_label_classification"):
+            problems.append(
+                f"config.problem_type={problem_type!r} with num_labels={num_labels}: adversarial "
+                "training here is for classes that exclude one another. Set problem_type="
+                "'single_label_classification'."
+            )
+        check_num_classes(settings.dat, num_labels, problems)
+    keep_tokens = settings.dat.attack.keep_tokens
+    if keep_tokens is not None and patch_tokens(model) is None:
+        problems.append(
+            f"dat.attack.keep_tokens={keep_tokens:g} needs a ViT, DeiT or DINOv2, not {kind}: "
+            "remove it, or write dat.attack.resolution."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,131 @@
+"""Robust metrics on what ``Trainer.evaluate`` was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dat_ds.errors import ConfigError
+from dat_ds.evaluation import Record, evaluate, task_of
+from dat_ds.integrations.hf.forward import PixelView, num_ranks
+from dat_ds.integrations.hf.pixels import PixelScale
+from dat_ds.integrations.hf.settings import Settings
+
+
+class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
+    """The samples of a Trainer's evaluation as pixels and class."""
+
+    def __init__(self, loader: DataLoader[Any], pixels: PixelScale, settings: Settings) -> None:
+        self._samples: Any = loader.dataset
+        self._collate: Any = loader.collate_fn
+        self._pixels = pixels
+        self._threat = settings.threat
+        self._needs_labels = settings.objective.head == "classes"
+        self._checked = False
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        batch = self._collate([self._samples[index]])
+        values = batch["pixel_values"]
+        if not self._checked:
+            self._pixels.check(values, self._threat)
+            if self._needs_labels and "labels" not in batch:
+                raise ConfigError(
+                    "Robust accuracy needs labels, and eval_dataset has none: give it a column "
+                    "'label' or 'labels', or pass evaluation={'attacks': []}."
+                )
+            self._checked = True
+        label = batch["labels"][0] if "labels" in batch else torch.zeros((), dtype=torch.int64)
+        return self._pixels.to_pixels(values, self._threat)[0], label
+
+
+def robust_metrics(
+    module: nn.Module,
+    loader: DataLoader[Any],
+    settings: Settings,
+    pixels: PixelScale,
+    *,
+    reference: Any,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, float]:
+    """Attack the model on a Trainer's evaluation data; a collective.
+
+    Args:
+        module: The bare model; left as it was.
+        loader: The Trainer's; its samples are read one by one, each once over all ranks.
+        settings: Threat model and attacks.
+        pixels: Scale of the data.
+        reference: Outputs of the model as it was at the start; None where no objective asks.
+        batch_size: Images per forward and rank, where the settings leave it open.
+        num_workers: Worker processes that read the images.
+
+    Returns:
+        ``natural_accuracy``; ``robust_accuracy`` of images that withstand every attack, and of each
+        attack by name where there are several; where the model does not classify, ``natural_loss``
+        and ``robust_loss``, the largest.
+
+    Raises:
+        ConfigError: For data without a length, or without labels.
+    """
+    config = settings.dat.evaluation
+    if not hasattr(loader.dataset, "__len__"):
+        raise ConfigError(
+            "Robust evaluation reads samples by their index, and eval_dataset is iterable: give a "
+            "map-style dataset, or evaluation={'attacks': []}."
+        )
+    data = _PixelDataset(loader, pixels, settings)
+    record = evaluate(
+        PixelView(module, pixels, settings.objective.head),
+        data,
+        settings.threat,
+        config.attacks,
+        num_examples=config.num_examples,
+        batch_size=batch_size,
+        seed=settings.dat.seed,
+        device=next(module.parameters()).device,
+        rank=dist.get_rank() if num_ranks() > 1 else 0,
+        ranks=num_ranks(),
+        gather=_gather,
+        num_workers=num_workers,
+        task=task_of(settings.objective, reference),
+    )
+    return _metrics(record)
+
+
+def _metrics(record: Record) -> dict[str, float]:
+    if record.natural_loss is not None:
+        return {
+            "natural_loss": record.natural_loss,
+            "robust_loss": max(record.robust_loss.values()),
+            **_by_name("robust_loss", record.robust_loss),
+        }
+    assert record.natural_acc is not None
+    outcomes = [record.outcomes[name] for name in record.robust_acc]
+    withstood = sum(all(c == "1" for c in image) for image in zip(*outcomes, strict=True))
+    return {
+        "natural_accuracy": record.natural_acc,
+        "robust_accuracy": withstood / record.num_examples,
+        **_by_name("robust_accuracy", record.robust_acc),
+    }
+
+
+def _by_name(metric: str, values: Mapping[str, float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {}
+    return {f"{metric}_{attack}": value for attack, value in values.items()}
+
+
+def _gather(value: object) -> list[object]:
+    if num_ranks() == 1:
+        return [value]
+    values: list[object] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values

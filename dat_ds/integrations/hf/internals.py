@@ -1,0 +1,44 @@
+"""Every reach into transformers' internals, each pinned by a test in ``tests/unit/test_hf.py``.
+
+Written against transformers 5.24 and accelerate 1.15.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+
+def come_first(callback: TrainerCallback) -> None:
+    """Move a callback that is being told of an event to the front of the Trainer's.
+
+    What a callback adds to the logs is seen by those after it alone, and the Trainer puts its
+    reporters (TensorBoard, W&B) first. The list is known only to the handler that is calling.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            if callback in handler.callbacks and handler.callbacks[0] is not callback:
+                handler.callbacks.remove(callback)
+                handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back
+
+
+def evaluation_prefix(logs: Mapping[str, float]) -> str | None:
+    """``"eval"`` of an evaluation's logs, or the prefix it was given; None for other logs."""
+    ending = "_samples_per_second"
+    prefixes = [key.removesuffix(ending) for key in logs if key.endswith(ending)]
+    return next((prefix for prefix in prefixes if prefix != "train"), None)
+
+
+def wrap_collator(loader: Any, wrapper: Callable[[Any], Any]) -> None:
+    """Put ``wrapper`` around the collator of a Trainer's data loader, before it is iterated."""
+    loader = getattr(loader, "base_dataloader", loader)
+    if not isinstance(loader.collate_fn, wrapper):  # type: ignore[arg-type]
+        loader.collate_fn = wrapper(loader.collate_fn)

@@ -1,0 +1,201 @@
+"""What the callback was asked for, read and checked by the rules of a run config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dat_ds.attacks import Attack, CallableAttack, FreeAttack, ThreatModel
+from dat_ds.config import DatConfig, attack_of, objective_of, threat_of
+from dat_ds.config.parse import parse_section
+from dat_ds.config.reconcile import resolve_dat
+from dat_ds.errors import ConfigError
+from dat_ds.objectives import OBJECTIVES, Objective
+
+_HONOURED = ("model", "threat_model", "attack", "objective", "evaluation", "seed")
+_HONOURED_OF_MODEL = ("mean", "std")
+_HONOURED_OF_EVALUATION = ("attacks", "num_examples", "batch_size")
+
+Section = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Resolved settings of one adversarial training.
+
+    Attributes:
+        dat: The section of a run config that says the same.
+        attack: Training attack; None trains naturally.
+        objective: The outer loss.
+        threat: Allowed perturbations.
+        evaluation_batch: Images per forward and rank in evaluation; None leaves it to the Trainer.
+    """
+
+    dat: DatConfig
+    attack: Attack | None
+    objective: Objective
+    threat: ThreatModel
+    evaluation_batch: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Arguments of the callback, before the DeepSpeed file's ``"dat"`` section is known.
+
+    Attributes are those of :class:`dat_ds.integrations.hf.AdversarialTrainingCallback`, and
+    ``label_smoothing``, the Trainer's own, for the objective.
+    """
+
+    threat_model: Mapping[str, Any] | ThreatModel | None = None
+    attack: Section | Attack | Callable[..., Any] | None = None
+    objective: Section | Objective | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    seed: int | None = None
+    evaluation: Mapping[str, Any] | None = None
+    label_smoothing: float | None = None
+
+    def resolve(self, section: Mapping[str, Any] | None) -> Settings:
+        """Merge with a ``"dat"`` section, fill in defaults, check everything.
+
+        Args:
+            section: Of the DeepSpeed file, where it has one; the arguments take precedence.
+
+        Raises:
+            ConfigError: With all problems, one per line.
+        """
+        problems: list[str] = []
+        values = _honoured(section, problems)
+        threat = self.threat_model
+        if threat is None and isinstance(self.attack, Attack):
+            threat = self.attack.threat
+        if isinstance(threat, ThreatModel):
+            threat = dataclasses.asdict(threat)
+        own = {
+            "threat_model": threat,
+            "attack": _as_section(self.attack),
+            "objective": _as_section(self.objective),
+            "evaluation": self.evaluation,
+            "seed": self.seed,
+        }
+        values |= {key: value for key, value in own.items() if value is not None}
+        if self.label_smoothing is not None:
+            values["objective"] = self._smoothed(values.get("objective", {}), problems)
+        model = {"mean": self.mean, "std": self.std}
+        given = {key: list(value) for key, value in model.items() if value is not None}
+        if given:
+            values["model"] = given
+        for key in ("threat_model", "attack"):
+            if key not in values:
+                problems.append(
+                    f"{key} is missing: pass it to AdversarialTrainingCallback, or write "
+                    f"dat.{key} into the file of TrainingArguments(deepspeed=...)."
+                )
+        _check_evaluation(values.get("evaluation"), problems)
+        dat = resolve_dat(parse_section(DatConfig, values, "dat", problems), problems)
+        _refuse_what_needs_the_engine(dat, problems)
+        if isinstance(self.attack, FreeAttack):
+            problems.append(_FREE)
+        if problems:
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        objective = self.objective if isinstance(self.objective, Objective) else objective_of(dat)
+        return Settings(
+            dat=dat,
+            attack=self._attack(dat, objective),
+            objective=objective,
+            threat=threat_of(dat),
+            evaluation_batch=values.get("evaluation", {}).get("batch_size"),
+        )
+
+    def _smoothed(self, objective: Any, problems: list[str]) -> Any:
+        """The objective's section with the Trainer's label smoothing."""
+        given = objective.get("label_smoothing") if isinstance(objective, Mapping) else None
+        if isinstance(self.objective, Objective) or given not in (None, self.label_smoothing):
+            problems.append(
+                f"label_smoothing_factor={self.label_smoothing:g} and the objective's own "
+                f"label_smoothing={given}: give one of them."
+            )
+        if not isinstance(objective, Mapping):
+            return objective
+        return {**objective, "label_smoothing": self.label_smoothing}
+
+    def _attack(self, dat: DatConfig, objective: Objective) -> Attack | None:
+        attack = self.attack
+        if isinstance(attack, Attack):
+            if attack.threat != threat_of(dat):
+                raise ConfigError(
+                    f"attack was built for {attack.threat}, but threat_model is {threat_of(dat)}: "
+                    "leave threat_model out, or make them equal."
+                )
+            return attack
+        if callable(attack):
+            name = getattr(attack, "__name__", "callable")
+            return CallableAttack(name, threat_of(dat), function=attack)
+        return attack_of(dat, objective)
+
+
+def _honoured(section: Mapping[str, Any] | None, problems: list[str]) -> dict[str, Any]:
+    """A DeepSpeed file's section, after refusing what the Trainer does in its own way."""
+    values = dict(section or {})
+    for key in values:
+        if key in _HONOURED or key not in {field.name for field in dataclasses.fields(DatConfig)}:
+            continue  # an unknown key is reported where the section is parsed
+        problems.append(
+            f"dat.{key} is not read under Hugging Face's Trainer, whose arguments say this: remove "
+            f"it. Read are {', '.join('dat.' + k for k in _HONOURED)}."
+        )
+    model = values.get("model")
+    if isinstance(model, Mapping):
+        unread = [key for key in model if key not in _HONOURED_OF_MODEL]
+        problems += [
+            f"dat.model.{key} is not read under Hugging Face's Trainer, which is given a model: "
+            "remove it."
+            for key in unread
+        ]
+    return values
+
+
+def _as_section(value: Any) -> Any:
+    """``value`` as a section of the config, by name; None where it is an object of the user's."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Objective):
+        if type(value) is not OBJECTIVES.get(value.name):
+            return {}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"name": value.name, **fields}
+    if isinstance(value, Attack) or (callable(value) and not isinstance(value, Mapping)):
+        return {}
+    return value
+
+
+def _check_evaluation(evaluation: Any, problems: list[str]) -> None:
+    for key in evaluation if isinstance(evaluation, Mapping) else ():
+        if key not in _HONOURED_OF_EVALUATION:
+            problems.append(
+                f"dat.evaluation.{key} is not read under Hugging Face's Trainer: remove it. Read "
+                f"are {', '.join(_HONOURED_OF_EVALUATION)}."
+            )
+
+
+_FREE = (
+    "dat.attack.name='free' replays batches, which Hugging Face's Trainer does not: write "
+    "dat.attack.name='fgsm_rs', or train with dat_ds.initialize."
+)
+
+
+def _refuse_what_needs_the_engine(dat: DatConfig, problems: list[str]) -> None:
+    if dat.attack.name == "free":
+        problems.append(_FREE)
+    if dat.objective.name in ("rotation", "contrastive"):
+        problems.append(
+            f"dat.objective.name={dat.objective.name!r} trains a head of its own: pre-train with "
+            "dat-ds train and dat.model.name='hf:PATH', and fine-tune the result here."
+        )
+    if dat.objective.unlabelled_weight != 1.0:
+        problems.append(
+            f"dat.objective.unlabelled_weight={dat.objective.unlabelled_weight:g} is not read "
+            "under Hugging Face's Trainer: remove it."
+        )
