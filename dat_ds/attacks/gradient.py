@@ -170,7 +170,9 @@ class InputGradient:
         Returns:
             ``gradient``.
         """
-        gradient.masked_fill_(~per_sample(finite, gradient), 0.0)
+        # On a CPU it costs nothing to ask, and a pass over the gradient not to.
+        if gradient.device.type != "cpu" or not bool(finite.all()):
+            gradient.masked_fill_(~per_sample(finite, gradient), 0.0)
         num_zero = (gradient.numel() - gradient.count_nonzero()).double()
         num_non_finite = (~finite).sum().double()
         self.num_zero = num_zero if self.num_zero is None else self.num_zero + num_zero
