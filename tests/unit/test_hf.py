@@ -417,11 +417,7 @@ class _OwnLoss(transformers.Trainer):
 
 class _NoForward(transformers.Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return (
-            model.module(**inputs).loss
-            if hasattr(model, "module")
-            else model.forward(**inputs).loss
-        )
+        return getattr(model, "module", model).forward(**inputs).loss
 
 
 @pytest.mark.parametrize(

@@ -380,8 +380,9 @@ class AdversarialForward:
         slot = len(self._awaited)
         self._awaited.append(False)
 
-        def note(_gradient: Tensor) -> None:
-            self._awaited[slot] = True
+        def note(gradient: Tensor | None) -> None:
+            # DDP goes backward through all outputs, with None where the loss passed one by.
+            self._awaited[slot] = gradient is not None
 
         loss.register_hook(note)  # type: ignore[no-untyped-call]
 
