@@ -90,12 +90,12 @@ class Problem:
         codec = build_codec(name)
         if not codec.unbiased:
             return None
-        size = _GLOBAL_BATCH // ranks
+        size, generator = _GLOBAL_BATCH // ranks, torch.Generator().manual_seed(_SEED)
         lost = total = 0.0
         for step in range(64):
             gradient = (self.stationary - self.batch(step, 0, size)).mean(dim=0).flatten()
             for chunk in gradient.chunk(ranks):
-                lost += float((codec.decode(codec.encode(chunk)) - chunk).square().sum())
+                lost += float((codec.decode(codec.encode(chunk, generator)) - chunk).square().sum())
                 total += float(chunk.square().sum())
         return lost / total
 
