@@ -192,9 +192,9 @@ class StochasticRounding(BlockCodec):
     norm: ClassVar[Literal["max", "l2"]] = "max"
 
     @property
+    @abstractmethod
     def max_level(self) -> int:
         """Largest multiple of the step."""
-        raise NotImplementedError
 
     @property
     def width(self) -> int:

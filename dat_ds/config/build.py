@@ -30,11 +30,7 @@ def attack_of(dat: DatConfig, objective: Objective) -> Attack | None:
 def objective_of(dat: DatConfig) -> Objective:
     """The objective of a run."""
     options = dataclasses.asdict(dat.objective)
-    for key in (
-        "helper_model",
-        "unlabelled_weight",
-        "grad_align",
-        "batch_norm",
-    ):  # the engine's part
+    for key in ("helper_model", "unlabelled_weight", "grad_align", "batch_norm"):
+        # What the batch is made of, not how its logits are weighed.
         del options[key]
     return build_objective(options)

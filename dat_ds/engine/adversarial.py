@@ -86,6 +86,7 @@ class AdversarialEngine:
         self.run = run
         self.ranks = ranks
         self._attack = attack
+        self._threat = threat_of(run.dat)
         self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
         self._replayed: tuple[Tensor, Tensor] | None = None
         self._objective = objective
@@ -482,8 +483,7 @@ class AdversarialEngine:
         weights: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """The objective's terms, the adversarial and, where needed, the natural logits."""
-        dat = self.run.dat
-        batch = outer_batch(self._objective, x, x_adv, threat=threat_of(dat), probes=probes)
+        batch = outer_batch(self._objective, x, x_adv, threat=self._threat, probes=probes)
         with self._batch_norm_of(list(batch.sizes.values())):
             outputs = self._forward(model, batch.images, training=True)
         compares = self._objective.compares_samples and self.ranks.count > 1
@@ -493,7 +493,7 @@ class AdversarialEngine:
             weights=weights,
             helper=self._helper,
             gather=self._features_of_others if compares else None,
-            grad_align=dat.objective.grad_align,
+            grad_align=self.run.dat.objective.grad_align,
         )
         return outer.terms, outer.logits_adv, outer.logits
 

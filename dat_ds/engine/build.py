@@ -13,7 +13,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
@@ -43,6 +42,7 @@ from dat_ds.engine.monitor import MONITOR_KEYS
 from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
+from dat_ds.models.replicas import share_from_first_rank
 from dat_ds.objectives import Objective
 from dat_ds.optim import (
     OPTIMIZERS,
@@ -251,9 +251,7 @@ def _frozen_copy(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
         )
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     copied = copy.deepcopy(model).to(ranks.device, dtype=half.get(precision_of(run.deepspeed)))
-    for tensor in copied.state_dict().values():
-        if ranks.count > 1:
-            dist.broadcast(tensor, src=0)
+    share_from_first_rank(copied)
     return copied.requires_grad_(False).eval()
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -91,7 +91,7 @@ class FlatParameters:
             torch._foreach_copy_([view for view, _ in present], [grad for _, grad in present])
 
 
-class CompressedOptimizer(torch.optim.Optimizer):
+class CompressedOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer that averages over ranks by itself, compressed, in a later phase of the run.
 
     Whoever computes gradients asks :attr:`needs_averaged_gradients` before every step.

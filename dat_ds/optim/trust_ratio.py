@@ -11,6 +11,7 @@ sums those of all ranks in one all-reduce of two numbers per layer, and moves th
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ class _Update:
     layers: Tensor | None  # of each piece of the directions; None: not adapted
 
 
-class LayerwiseOptimizer(torch.optim.Optimizer):
+class LayerwiseOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer that scales each layer's direction by a trust ratio.
 
     Without DeepSpeed it is an ordinary torch optimizer and every tensor is one layer. Under it,
@@ -216,12 +217,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     # ---- what a subclass says
 
+    @abstractmethod
     def _directions(
         self, group: dict[str, Any], params: list[Tensor]
     ) -> tuple[Sequence[Tensor], list[Tensor]]:
         """The tensors whose norms count, and new tensors that are to be scaled by the ratios."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _ratio(
         self, group: dict[str, Any], bounded: Tensor, weight_norms: Tensor, norms: Tensor
     ) -> Tensor:
@@ -234,11 +236,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             norms: Norm of what :meth:`_directions` measured. Where it or ``bounded`` is 0, the
                 result is not used.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _move(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
         """Move the weights along the scaled directions."""
-        raise NotImplementedError
 
     # ---- internals
 

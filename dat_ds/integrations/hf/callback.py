@@ -20,11 +20,11 @@ from dat_ds.integrations.hf.forward import (
     AdversarialForward,
     Moment,
     PixelView,
-    share_from_first_rank,
 )
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.integrations.hf.settings import Request, Section, Settings
 from dat_ds.models import load
+from dat_ds.models.replicas import share_from_first_rank
 from dat_ds.objectives import Objective
 
 logger = logging.getLogger("dat_ds")

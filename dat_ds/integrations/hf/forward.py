@@ -406,13 +406,6 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share_from_first_rank(module: nn.Module) -> None:
-    """Give every rank the first one's weights and buffers; a collective."""
-    if num_ranks() > 1:
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
-
-
 def any_rank(flag: Tensor) -> bool:
     """Whether ``flag``, a 0-dim bool tensor, is true on any rank; synchronises the host."""
     if num_ranks() == 1:
