@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dat_ds.bench.ranks import on_ranks
-from dat_ds.bench.step_time import MIN_REPETITIONS, PlainSteps, time_in_turn
+from dat_ds.bench.records import write_record
+from dat_ds.bench.step_time import PlainSteps
+from dat_ds.bench.timing import check_repetitions, time_in_turn
 from dat_ds.compression import CODECS, Codec, build_codec
 from dat_ds.config import RunConfig, load_config, resolve_batch
-from dat_ds.errors import ConfigError
-from dat_ds.evaluation import commit, hardware, versions
 
 RANKS, STAGES = 2, (0, 1, 2, 3)
 _SAMPLE, _DRAWS, _FREEDOM = 2**20, 32, 2.0
@@ -39,8 +37,7 @@ def bench_compression(run: RunConfig, *, repetitions: int, output: str | None = 
     Raises:
         ConfigError: Fewer than 5 repetitions.
     """
-    if repetitions < MIN_REPETITIONS:
-        raise ConfigError(f"--repetitions {repetitions}: give at least {MIN_REPETITIONS}.")
+    check_repetitions(repetitions)
     codecs = {name: codec_properties(build_codec(name)) for name in CODECS}
     numel, update = _add_times(codecs, run, repetitions)
     sent = bytes_by_stage(run)
@@ -51,12 +48,8 @@ def bench_compression(run: RunConfig, *, repetitions: int, output: str | None = 
         "bytes_sent": sent,
         "ranks": RANKS,
         "config": run.to_dict(),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
-        "commit": commit(),
     }
-    if output is not None:
-        Path(output).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_record(output, values, torch.device("cpu"))
     batch, _ = resolve_batch(run.deepspeed, 1)
     return "\n".join(
         [

@@ -16,12 +16,10 @@ fixed rate it ends on a floor, that of the noise ``s^2`` of sampling and of the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,8 +27,8 @@ from torch import Tensor, nn
 
 from dat_ds.attacks import Attack, ThreatModel
 from dat_ds.bench.ranks import on_ranks
+from dat_ds.bench.records import write_record
 from dat_ds.compression import CODECS, build_codec
-from dat_ds.evaluation import commit, hardware, versions
 from dat_ds.objectives import Objective
 
 RANKS = (1, 2, 4)
@@ -147,14 +145,7 @@ def check_convergence(output: str | None = None, plot: str | None = None) -> str
         logarithms, and floors against predicted ones; of optimizers, the fall of stationarity.
     """
     by_ranks = {str(ranks): on_ranks(_run_all, ranks) for ranks in RANKS}
-    values = {
-        "by_ranks": by_ranks,
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
-        "commit": commit(),
-    }
-    if output is not None:
-        Path(output).write_text(json.dumps(values) + "\n", encoding="utf-8")
+    write_record(output, {"by_ranks": by_ranks}, torch.device("cpu"))
     if plot is not None:
         _draw(by_ranks, plot)
     return _describe(by_ranks)

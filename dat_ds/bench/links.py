@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from dat_ds.bench.network import ShapedNetwork
-from dat_ds.bench.step_time import MIN_REPETITIONS
+from dat_ds.bench.records import write_record
+from dat_ds.bench.timing import check_repetitions
 from dat_ds.config import load_config
 from dat_ds.errors import ConfigError
-from dat_ds.evaluation import commit, hardware, versions
 
 _PORT = 29_511
 _WARM_UP = 2
@@ -56,8 +56,7 @@ def bench_links(
     Raises:
         ConfigError: Fewer than 5 repetitions, no right to make hosts, or a rank that failed.
     """
-    if repetitions < MIN_REPETITIONS:
-        raise ConfigError(f"repetitions={repetitions}: give at least {MIN_REPETITIONS}.")
+    check_repetitions(repetitions)
     runs = {name: _laid_over(config, overrides) for name, overrides in variants.items()}
     first = next(iter(runs))
     runs[f"{first}, again"] = runs[first]
@@ -69,10 +68,8 @@ def bench_links(
         plan.write_text(json.dumps({"runs": runs, "repetitions": repetitions}), encoding="utf-8")
         _run_on_hosts(network, [str(plan), str(result)])
         measured = json.loads(result.read_text(encoding="utf-8"))
-    measured |= {"ranks": ranks, "mbit": mbit, "config": dict(config), "versions": versions()}
-    measured |= {"hardware": hardware(torch.device("cpu")), "commit": commit()}
-    if output is not None:
-        Path(output).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    measured |= {"ranks": ranks, "mbit": mbit, "config": dict(config)}
+    write_record(output, measured, torch.device("cpu"))
     return _describe(measured, first)
 
 

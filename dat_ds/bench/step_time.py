@@ -7,25 +7,24 @@ evaluation mode without graph: forward ``F``, input gradient ``F``, full backwar
 
 from __future__ import annotations
 
-import copy
-import json
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dat_ds.bench.records import write_record
+from dat_ds.bench.timing import (
+    check_alone,
+    check_drift,
+    check_repetitions,
+    clock_drift,
+    time_in_turn,
+)
 from dat_ds.config import RunConfig, precision_of, resolve_batch
 from dat_ds.errors import ConfigError
-from dat_ds.evaluation import commit, hardware, versions
-
-MIN_REPETITIONS = 5
-_WARM_UP = 3
-_MAX_DRIFT = 1.2
 
 
 def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None) -> str:
@@ -41,10 +40,10 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
         A markdown table of medians, and the two ratios.
 
     Raises:
-        ConfigError: Fewer than 5 repetitions, several ranks, or a run without an attack.
+        ConfigError: Fewer than 5 repetitions, several ranks, a run without an attack, or a machine
+            that was not steady.
     """
-    if repetitions < MIN_REPETITIONS:
-        raise ConfigError(f"--repetitions {repetitions}: give at least {MIN_REPETITIONS}.")
+    check_repetitions(repetitions)
     if run.dat.attack.name == "none" or run.dat.attack.steps is None:
         raise ConfigError("dat.attack.name='none': there is no attack to time.")
     by_hand = {
@@ -63,6 +62,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     engine, model, x, y = prepared_engine(run)
     if engine.ranks.count > 1:
         raise ConfigError("'bench attack' times one rank: start it without --num_accelerators.")
+    check_alone(engine.ranks.device)
     steps = run.dat.attack.steps
     micro_batch, _ = resolve_batch(run.deepspeed, 1)
     plain = PlainSteps(model, run, x, y)
@@ -79,7 +79,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     }
     rounds = time_in_turn(parts, repetitions, engine.ranks.device)
     engine.close()
-    return _describe(run, micro_batch, steps, rounds, output)
+    return _describe(run, micro_batch, steps, rounds, engine.ranks.device, output)
 
 
 class PlainSteps:
@@ -129,32 +129,12 @@ class PlainSteps:
         self.model.train()
 
 
-def time_in_turn(
-    parts: Mapping[str, Callable[[], object]], repetitions: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each part in each round, after warming up; every round runs every part once."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for repetition in range(-_WARM_UP, repetitions):
-        for name, run_part in parts.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            run_part()
-            _synchronize(device)
-            if repetition >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _describe(
     run: RunConfig,
     micro_batch: int,
     steps: int,
     rounds: dict[str, list[float]],
+    device: torch.device,
     output: str | None,
 ) -> str:
     medians = {name: statistics.median(values) for name, values in rounds.items()}
@@ -163,26 +143,17 @@ def _describe(
     # Ratios round by round: both sides of a ratio saw the same machine.
     over_parts = [e / sum(p) for e, p in zip(engine, parts, strict=True)]
     over_floor = [e / ((2 * steps + 3) * f) for e, f in zip(engine, forward, strict=True)]
-    half = len(forward) // 2
-    drift = statistics.median(forward[half:]) / statistics.median(forward[:half])
+    drift = clock_drift(forward)
     values: dict[str, Any] = {
         "seconds": rounds,
         "median_seconds": medians,
         "over_parts": statistics.median(over_parts),
         "over_floor": statistics.median(over_floor),
         "clock_drift": drift,
-        "config": copy.deepcopy(run.to_dict()),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "commit": commit(),
+        "config": run.to_dict(),
     }
-    if output is not None:
-        Path(output).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    if not 1 / _MAX_DRIFT <= drift <= _MAX_DRIFT:
-        raise ConfigError(
-            f"The machine's speed changed by a factor {drift:.2f} during the run, more than "
-            f"{_MAX_DRIFT}: no ratio is reported. Repeat it on a quieter machine."
-        )
+    write_record(output, values, device)
+    check_drift(drift)
     rows = [
         f"{run.dat.model.name}, batch {micro_batch}, {run.dat.attack.name}-{steps}, "
         f"ZeRO-{run.zero_stage}, medians of {len(engine)} rounds",

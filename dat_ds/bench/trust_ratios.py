@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dat_ds.bench.records import write_record
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.config.schema import ScheduleConfig
 from dat_ds.errors import ConfigError
-from dat_ds.evaluation import commit, hardware, versions
 from dat_ds.optim import PRESETS, LayerwiseOptimizer, build_optimizer
 
 if TYPE_CHECKING:
@@ -86,10 +84,8 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
             rows[name] = _errors(found, reference, start)
     if not ranks.is_main:
         return ""
-    if output is not None:
-        numbers = {"shardings": rows, "ranks": ranks.count, "config": run.to_dict()}
-        origin = {"hardware": hardware(ranks.device), "versions": versions(), "commit": commit()}
-        Path(output).write_text(json.dumps({**numbers, **origin}, indent=2), encoding="utf-8")
+    numbers = {"shardings": rows, "ranks": ranks.count, "config": run.to_dict()}
+    write_record(output, numbers, ranks.device)
     return _table(run, rows, ranks.count)
 
 

@@ -86,16 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--reference", action="store_true", help="print all keys as markdown")
     report = _add_command(commands, "report", _report, "compare records as a markdown table")
     report.add_argument("paths", nargs="+", help="folders of runs, or record files")
-    bench = _add_command(commands, "bench", _bench, "measure what the project claims")
-    bench.add_argument(
-        "table",
-        choices=["attack", "compression", "trust-ratios"],
-        help="time of a step against its parts; codecs and bytes; LAMB's and LARS's ratios under "
-        "every ZeRO stage",
-    )
-    _add_config(bench)
-    bench.add_argument("--repetitions", type=int, default=20, help="timed steps of each (>= 5)")
-    bench.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
+    bench = commands.add_parser("bench", help="measure what the project claims")
+    tables = bench.add_subparsers(required=True, metavar="TABLE")
+    for name, run, summary in (
+        ("attack", _bench_attack, "time of a step against its parts"),
+        ("compression", _bench_compression, "codecs, and the bytes that ranks send"),
+    ):
+        table = _add_command(tables, name, run, summary)
+        _add_config(table)
+        table.add_argument("--repetitions", type=int, default=20, help="timed steps (>= 5)")
+        _add_output(table)
+    ratios = "LAMB's and LARS's trust ratios under every ZeRO stage"
+    table = _add_command(tables, "trust-ratios", _bench_trust_ratios, ratios)
+    _add_config(table)
+    _add_output(table)
     return parser
 
 
@@ -123,6 +127,10 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a key of the config, such as dat.attack.steps=10; repeatable",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
 
 
 def _load(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:
@@ -165,19 +173,27 @@ def _report(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
-    run = _load(options, defaults)
-    if options.table == "trust-ratios":
-        from dat_ds.bench.trust_ratios import bench_trust_ratios
-
-        if table := bench_trust_ratios(run, output=options.output):
-            print(table)
-        return 0
-    from dat_ds.bench.compression import bench_compression
+def _bench_attack(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     from dat_ds.bench.step_time import bench_attack
 
-    bench = {"attack": bench_attack, "compression": bench_compression}[options.table]
-    print(bench(run, repetitions=options.repetitions, output=options.output))
+    run = _load(options, defaults)
+    print(bench_attack(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _bench_compression(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.compression import bench_compression
+
+    run = _load(options, defaults)
+    print(bench_compression(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _bench_trust_ratios(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.trust_ratios import bench_trust_ratios
+
+    if table := bench_trust_ratios(_load(options, defaults), output=options.output):
+        print(table)
     return 0
 
 

@@ -16,7 +16,7 @@ from tests.integration import tiny_run
 def test_the_table_compares_the_step_with_its_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dat_ds.bench.step_time._MAX_DRIFT", 100.0)  # a busy machine may drift
+    monkeypatch.setattr("dat_ds.bench.timing.MAX_DRIFT", 100.0)  # a busy machine may drift
     config = tiny_run.write(tmp_path / "c.json", tiny_run.config(tmp_path / "run"))
     output = tmp_path / "numbers.json"
     command = ["bench", "attack", "--deepspeed_config", str(config), "--repetitions", "5"]
