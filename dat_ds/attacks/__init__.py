@@ -14,6 +14,7 @@ from dat_ds.attacks.build import (
     build_attack,
     parse_length,
 )
+from dat_ds.attacks.folding import folded_batch_norm
 from dat_ds.attacks.free import FreePerturbation
 from dat_ds.attacks.gradient import InputGradient, finite_samples
 from dat_ds.attacks.losses import (
@@ -42,6 +43,12 @@ from dat_ds.attacks.pgd import (
     pgd,
     threat_like,
 )
+from dat_ds.attacks.precision import (
+    PRECISIONS,
+    Precision,
+    gradient_speedup,
+    product_speedup,
+)
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
 from dat_ds.attacks.threat import NORMS, ThreatModel
 from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
@@ -54,6 +61,7 @@ __all__ = [
     "MIN_CLASSES",
     "MODEL_MODES",
     "NORMS",
+    "PRECISIONS",
     "REQUIRED",
     "AlignmentProbes",
     "Attack",
@@ -63,6 +71,7 @@ __all__ = [
     "Generator",
     "InnerLoss",
     "InputGradient",
+    "Precision",
     "SampleGenerator",
     "ThreatModel",
     "UserAttack",
@@ -81,6 +90,8 @@ __all__ = [
     "fgsm_rs",
     "fgsm_step_size",
     "finite_samples",
+    "folded_batch_norm",
+    "gradient_speedup",
     "kl_divergence",
     "mim",
     "multi_norm",
@@ -90,6 +101,7 @@ __all__ = [
     "patch_tokens",
     "pgd",
     "preserved_buffers",
+    "product_speedup",
     "project_l1",
     "project_l1_box",
     "project_l2",

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dat_ds.attacks.apgd import apgd
+from dat_ds.attacks.folding import folded_batch_norm
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.modes import attack_mode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.pgd import fat, fgsm, fgsm_rs, mim, multi_norm, n_fgsm, pgd
+from dat_ds.attacks.precision import PRECISIONS, Precision, in_half_precision
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.attacks.tokens import dropped_tokens
 
@@ -32,7 +34,14 @@ FREE_OPTIONS = {"step_size": None, "replays": 4}
 """Options of ``free``, which is part of the training step; see :class:`FreeAttack`."""
 
 _GIVEN_WITH_EACH_CALL = ("model", "x", "y", "threat", "generator", "gradient")
-ATTACK_SETTINGS = ("resolution", "keep_tokens", "eps_warmup", "steps_from")
+ATTACK_SETTINGS = (
+    "precision",
+    "fold_batch_norm",
+    "resolution",
+    "keep_tokens",
+    "eps_warmup",
+    "steps_from",
+)
 """What every attack takes besides its own options; see :class:`Attack`."""
 
 REQUIRED = inspect.Parameter.empty
@@ -58,6 +67,11 @@ class Attack:
         name: Name of the attack.
         threat: Allowed perturbations.
         options: Further keyword arguments of the attack.
+        precision: Float of the model's forwards and backwards during the attack, by autocast;
+            pixels, steps and projections stay float32. None: the model's own.
+        fold_batch_norm: Compute convolutions and the BatchNorm behind them as one during the
+            attack, which must run in evaluation mode; see
+            :func:`dat_ds.attacks.folded_batch_norm`.
         resolution: Height and width in pixels at which the model sees images during the attack
             (area interpolation; the model must accept them). The perturbation keeps the full size.
             None: the images' own.
@@ -73,6 +87,8 @@ class Attack:
     name: str
     threat: ThreatModel
     options: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision | None = None
+    fold_batch_norm: bool = False
     resolution: int | None = None
     keep_tokens: float | None = None
     eps_warmup: float = 0.0
@@ -93,14 +109,22 @@ class Attack:
             if self.keep_tokens is not None:
                 source = fresh_generator(x.device) if generator is None else generator
                 stack.enter_context(dropped_tokens(model, self.keep_tokens, source))
-            if self.resolution is not None:
-                size = (self.resolution, self.resolution)
+            if self.fold_batch_norm or self.resolution or self.precision:
+                # The attack itself sees a function around the model, or a folded one.
                 mode = self.options.get("model_mode", "eval")
                 stack.enter_context(attack_mode(model, mode))
+            if self.fold_batch_norm:
+                stack.enter_context(folded_batch_norm(model, x))
+            if self.resolution is not None:
+                size = (self.resolution, self.resolution)
 
                 def seen(images: Tensor) -> Tensor:
                     return model(F.interpolate(images, size, mode="area"))
 
+            if self.precision is not None:
+                seen = in_half_precision(seen, self.precision)
+                if gradient is None:
+                    gradient = InputGradient(retry_non_finite=self.precision == "fp16")
             return ATTACKS[self.name](
                 seen,
                 x,
@@ -239,6 +263,9 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
     if not isinstance(threat, ThreatModel):
         threat = _build_threat_model(threat)
     settings = {key: options.pop(key) for key in ATTACK_SETTINGS if key in options}
+    if settings.get("precision") not in (None, *PRECISIONS):
+        names = ", ".join(PRECISIONS)
+        raise ValueError(f"attack.precision={settings['precision']!r} is not one of {names}.")
     if "step_size" in options:
         options["step_size"] = parse_length(options["step_size"])
     if "other_norms" in options:

@@ -22,6 +22,8 @@ def attack_of(dat: DatConfig, objective: Objective) -> Attack | None:
     options = dataclasses.asdict(dat.attack)
     for key in {"steps", "model_mode"} - set(attack_options(dat.attack.name)):
         del options[key]  # written out though it takes none
+    if options["precision"] == "auto":
+        del options["precision"]  # the engine chooses, once it can time the model
     if objective.inner_loss is not None and "loss" in attack_options(dat.attack.name):
         options["loss"] = objective.inner_loss
     return build_attack({**options, "threat_model": threat_of(dat)})

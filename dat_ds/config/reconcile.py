@@ -227,12 +227,17 @@ def _check_attack(attack: AttackConfig, dat: DatConfig, problems: list[str]) -> 
             "image itself nothing pulls its features away. Write dat.attack.random_start=true, or "
             "dat.attack.name='pgd'."
         )
-    for key in ("resolution", "keep_tokens"):
-        if name == "free" and getattr(attack, key) is not None:
+    for key in ("precision", "fold_batch_norm", "resolution", "keep_tokens"):
+        if name == "free" and getattr(attack, key) not in (None, False):
             problems.append(
                 f"dat.attack.{key}={getattr(attack, key)!r} makes the attack cheaper than the "
                 "update, of which dat.attack.name='free' is a part: remove it."
             )
+    if attack.fold_batch_norm and attack.model_mode == "train":
+        problems.append(
+            "dat.attack.fold_batch_norm=true with dat.attack.model_mode='train': batch statistics "
+            "are known only in the forward. Write dat.attack.model_mode='eval'."
+        )
     if attack.steps_from is not None and "steps" not in attack_options(name):
         problems.append(
             f"dat.attack.steps_from={attack.steps_from} makes no sense for {name!r}, which takes "
@@ -637,6 +642,17 @@ def resolve_deepspeed(
             "weighted for the mean over ranks. Remove it."
         )
     _check_precision(config, problems)
+    if dat.attack.fold_batch_norm and stage == 3:
+        problems.append(
+            "dat.attack.fold_batch_norm=true with zero_optimization.stage=3, under which weights "
+            "are not there before the forward: remove one of them."
+        )
+    _check_compile(dat, problems)
+    if dat.attack.precision is not None and precision_of(config) in ("bf16", "fp16"):
+        problems.append(
+            f"dat.attack.precision={dat.attack.precision!r} with {precision_of(config)}.enabled: "
+            "the whole model has that precision, the attack too. Remove one of them."
+        )
     if dat.objective.grad_align and precision_of(config) == "fp16":
         problems.append(
             f"dat.objective.grad_align={dat.objective.grad_align:g} with fp16.enabled: it needs "
@@ -646,6 +662,23 @@ def resolve_deepspeed(
     if dat.compression.name != "none":
         _resolve_reductions(config, dat, stage, problems)
     return config
+
+
+def _check_compile(dat: DatConfig, problems: list[str]) -> None:
+    """Refuse what changes the model from call to call, and so would be compiled anew each time."""
+    compiled = dat.engine.compile
+    changing = {
+        "dat.attack.keep_tokens": dat.attack.keep_tokens is not None,
+        "dat.attack.fold_batch_norm": dat.attack.fold_batch_norm,
+        "dat.model.activation_checkpointing": dat.model.activation_checkpointing == "reentrant",
+        "dat.objective.batch_norm": compiled == "all" and dat.objective.batch_norm == "split",
+    }
+    problems += [
+        f"dat.engine.compile={compiled!r} with {key}, which changes the model from call to call: "
+        "remove one of them."
+        for key, is_given in changing.items()
+        if is_given and compiled != "none"
+    ]
 
 
 def _resolve_reductions(

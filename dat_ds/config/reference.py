@@ -8,7 +8,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dat_ds.config.schema import DatConfig, plain
 
@@ -69,6 +69,8 @@ def _spelled(cls: type, name: str) -> str:
     """The field's type as JSON users say it."""
     hint = get_type_hints(cls)[name]
     options = [arg for arg in getattr(hint, "__args__", (hint,)) if arg is not type(None)]
+    if len(options) == 1 and get_origin(options[0]) is Literal:
+        options = list(get_args(options[0]))
     if all(isinstance(option, str) for option in options):
         return ", ".join(f"`{option}`" for option in options)
     words = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}

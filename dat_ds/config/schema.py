@@ -180,6 +180,12 @@ class AttackConfig:
     """``multi_norm``: train on each image's worst ball (default), or on all of them."""
     replays: int | None = _at_least(1, None)
     """``free``: optimizer steps in a row on the same batch. Default 4."""
+    precision: Literal["bf16", "fp16", "auto"] | None = None
+    """Float of the model's passes in the attack alone; pixels and the update keep theirs. ``auto``
+    takes ``bf16`` where, timed at the start, it makes the attack faster. Default: the engine's."""
+    fold_batch_norm: bool = False
+    """Compute convolutions and the BatchNorm behind them as one during the attack, which saves two
+    passes over every activation. Needs ``model_mode`` ``eval``, and ZeRO 0-2."""
     resolution: int | None = _above(0, None)
     """Size in pixels at which the model sees images during the attack; the update is at full size.
     The model must accept it (a ViT: ``dat.model.options.dynamic_img_size``)."""
@@ -468,6 +474,10 @@ class EngineConfig:
     resident_parameters_gib: float = _at_least(0, 4.0)
     """ZeRO-3: parameters are gathered once per attack and stay on the device until it ends where
     they fit into this much memory; else they are gathered again on every pass."""
+    compile: Literal["none", "attack", "all"] = "none"
+    """What ``torch.compile`` compiles: the attack's passes, or the update's as well."""
+    channels_last: bool = False
+    """Images, and so what convolutions make of them, in the layout NHWC."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,12 @@ Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -21,11 +23,14 @@ from dat_ds.attacks import (
     FreeAttack,
     FreePerturbation,
     InputGradient,
+    Precision,
     SampleGenerator,
     alignment_probes,
     attack_mode,
     finite_samples,
+    gradient_speedup,
     preserved_buffers,
+    product_speedup,
 )
 from dat_ds.config import RunConfig, precision_of, threat_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
@@ -42,6 +47,11 @@ from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
 from dat_ds.objectives import Objective, num_correct, outer_batch
 from dat_ds.optim import CompressedOptimizer
+
+logger = logging.getLogger(__name__)
+
+_WORTHWHILE = 1.1
+"""Speedup of the attack from which on ``auto`` takes a shorter float."""
 
 
 class AdversarialEngine:
@@ -63,6 +73,8 @@ class AdversarialEngine:
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
         averaging_optimizer: The optimizer, where it averages over ranks by itself.
         compression: Averages gradients through a codec; None where they are not compressed.
+        attack_precision: That of the attack's passes, ``bf16`` or ``fp16``; None for the engine's;
+            ``auto`` until the first attack has timed which is faster.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
 
@@ -103,6 +115,15 @@ class AdversarialEngine:
             torch.float32 if casts_itself else half.get(self._precision, torch.float32)
         )
         self._has_batch_norm = has_batch_norm(self.module)
+        self._layout = (
+            torch.channels_last if run.dat.engine.channels_last else torch.preserve_format
+        )
+        self._attacked = _compiled(engine, run.dat.engine.compile)
+        self.attack_precision: Precision | Literal["auto"] | None = run.dat.attack.precision
+        if self.attack_precision is None and attack is not None:
+            self.attack_precision = attack.precision
+        if self.attack_precision is not None and self.attack_precision != "auto":
+            _warn_of_slow_products(self.attack_precision, ranks)
         budget = run.dat.engine.resident_parameters_gib * 2**30
         self.keeps_parameters_resident = (
             run.zero_stage == 3 and hooks.gathered_bytes(engine) <= budget
@@ -261,18 +282,23 @@ class AdversarialEngine:
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         mode = self.run.dat.attack.model_mode
-        with self._phase("forward"), self.frozen(mode) as model:
+        with self._phase("forward"), self.frozen(mode, self._attacked) as model:
+            if self.attack_precision == "auto":
+                self.attack_precision = self._faster_precision(model, x)
+            attack = dataclasses.replace(attack, precision=self.attack_precision)
             x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
 
     @contextlib.contextmanager
-    def frozen(self, model_mode: str = "eval") -> Iterator[Callable[[Tensor], Tensor]]:
+    def frozen(
+        self, model_mode: str = "eval", called: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
         """The model as an attack or an evaluation may use it: pixels in, logits out, no trace left.
 
         Parameters are frozen, modules are in ``model_mode``, the engine's autocast applies, and
         ZeRO-3 parameters stay gathered where the memory budget allows it. Every rank must call
-        the model the same number of times.
+        the model the same number of times. ``called`` stands in for the module's own call.
         """
         resident = (
             hooks.resident_parameters(self.deepspeed)
@@ -281,7 +307,8 @@ class AdversarialEngine:
         )
         try:
             with resident, attack_mode(self.module, model_mode), self._autocast():  # type: ignore[arg-type]
-                yield _FrozenModel(self.module, self._forward, model_mode == "train")
+                called = self.module if called is None else called
+                yield _FrozenModel(self.module, called, self._forward, model_mode == "train")
         except BaseException:
             # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.
             hooks.release_parameters(self.deepspeed)
@@ -386,9 +413,29 @@ class AdversarialEngine:
                 stack.enter_context(self.compression.training_pass())
             yield
 
+    def _faster_precision(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Precision | None:
+        """``bf16`` where it makes the attack faster on every rank, else None; a collective."""
+        device = self.ranks.device
+
+        def slower_anywhere(speedup: float) -> bool:
+            return self.ranks.any(torch.tensor(speedup < _WORTHWHILE))
+
+        # Where a processor lacks the instructions, the model would take minutes.
+        of_products = product_speedup(device, "bf16")
+        chosen: Precision | None = None
+        found = f"matrix products in bfloat16 run at {of_products:.2f}x the speed"
+        if not slower_anywhere(of_products):
+            speedup = gradient_speedup(model, x, "bf16")
+            found = f"input gradients in bfloat16 run at {speedup:.2f}x the speed"
+            chosen = None if slower_anywhere(speedup) else "bf16"
+        if self.ranks.is_main:
+            what = "the engine's precision" if chosen is None else chosen
+            logger.info("dat.attack.precision='auto': %s; taking %s.", found, what)
+        return chosen
+
     def _input_gradient(self) -> InputGradient:
         # float16 alone overflows, under DeepSpeed's own casts or under autocast.
-        overflows = self._precision == "fp16" or (
+        overflows = "fp16" in (self._precision, self.attack_precision) or (
             self._precision == "autocast" and self.deepspeed.torch_autocast_dtype() == torch.float16
         )
         return InputGradient(retry_non_finite=overflows, agree=self.ranks.any)
@@ -572,7 +619,7 @@ class AdversarialEngine:
         A single image runs twice where BatchNorm takes statistics, which it refuses to do of one
         value per channel; its logits and gradients are those of running once.
         """
-        x = x.to(self._input_dtype)
+        x = x.to(self._input_dtype, memory_format=self._layout)
         if training and len(x) == 1 and self._has_batch_norm:
             return model(torch.cat([x, x]))[:1]
         return model(x)
@@ -583,11 +630,30 @@ class _FrozenModel:
     """What :meth:`AdversarialEngine.frozen` gives: the module, called as the engine calls it."""
 
     module: nn.Module
+    called: Callable[[Tensor], Tensor]
     forward: Callable[..., Tensor]
     training: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(self.module, x, training=self.training)
+        return self.forward(self.called, x, training=self.training)
+
+
+def _compiled(engine: DeepSpeedEngine, what: str) -> Callable[[Tensor], Tensor]:
+    """What the training attack calls, after compiling ``"attack"`` or ``"all"``."""
+    if what == "all":
+        engine.compile()
+    module: nn.Module = engine.module
+    return torch.compile(module) if what == "attack" else module
+
+
+def _warn_of_slow_products(precision: Precision, ranks: Ranks) -> None:
+    if ranks.is_main and (speedup := product_speedup(ranks.device, precision)) < 1:
+        logger.warning(
+            "dat.attack.precision=%r is slow here: matrix products run at %.2fx the speed of "
+            "float32's. Remove it, or write 'auto'.",
+            precision,
+            speedup,
+        )
 
 
 def _weight_perturbation_of(run: RunConfig) -> WeightPerturbation | None:

@@ -39,7 +39,7 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
-from dat_ds.engine.validate import check_deepspeed, check_precision
+from dat_ds.engine.validate import check_deepspeed, check_precision, has_batch_norm
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.models.replicas import share_from_first_rank
@@ -110,6 +110,11 @@ def initialize(
             f"dat.attack.keep_tokens={attack.keep_tokens:g} needs a vision transformer: timm's "
             f"VisionTransformer, or Hugging Face's ViT, DeiT or DINOv2, not this model "
             f"({run.dat.model.name}). Remove it, or write dat.attack.resolution."
+        )
+    if attack is not None and attack.fold_batch_norm and not has_batch_norm(model):
+        raise ConfigError(
+            f"dat.attack.fold_batch_norm=true, but this model ({run.dat.model.name}) has no "
+            "BatchNorm: remove it."
         )
     helper = None
     if run.dat.objective.helper_model is not None:

@@ -231,6 +231,7 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "buffers": {name: b.detach().cpu() for name, b in engine.module.named_buffers()},
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
         "free": None if engine.free is None else engine.free.state_dict(),
+        "attack_precision": engine.attack_precision,
     }
     if engine.averaging_optimizer is not None:
         state["optimizer"] = engine.averaging_optimizer.rank_state_dict()
@@ -262,6 +263,7 @@ def _restore_rank_state(
         engine.compression.load_state_dict(state["compression"])
     if engine.free is not None and state["free"] is not None:
         engine.free.load_state_dict(state["free"])
+    engine.attack_precision = state["attack_precision"]
     torch.set_rng_state(state["rng_cpu"])
     if "rng_cuda" in state and engine.ranks.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng_cuda"], engine.ranks.device)

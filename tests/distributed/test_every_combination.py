@@ -49,6 +49,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     },
     "mixed": {"data": {"mixup": 0.2}, "objective": {"name": "trades"}},
     "keep_tokens": {"model": "vit", "attack": {"steps": 2, "keep_tokens": 0.5}},
+    "bf16_attack": {"model": "vit", "attack": {"steps": 2, "precision": "bf16"}},
+    "channels_last": {"attack": {"steps": 2}, "engine": {"channels_last": True}},
     "resolution": {"attack": {"steps": 2, "resolution": 4}},
     "split": {"objective": {"name": "dat", "batch_norm": "split"}},
     "rotation": {"attack": {"steps": 2}, "objective": {"name": "rotation", "natural_weight": 1}},

@@ -128,8 +128,8 @@ def problems(config: dict[str, Any], **options: Any) -> list[str]:
         (
             ours(attack={"name": "fgsm", "steps": 3}),
             "dat.attack.steps=3 is no setting of the attack 'fgsm': remove it. It takes step_size, "
-            "loss, random_start, restarts, model_mode, resolution, keep_tokens, eps_warmup, "
-            "steps_from.",
+            "loss, random_start, restarts, model_mode, precision, fold_batch_norm, resolution, "
+            "keep_tokens, eps_warmup, steps_from.",
         ),
         (ours(attack=[]), "dat.attack=[] must be an object with the keys name, steps, step_size, "),
         (ours(seed=None), "dat.seed=None must be an integer."),
@@ -584,6 +584,22 @@ def test_loading_leaves_the_given_config_alone():
         (
             {"attack": {"name": "free", "keep_tokens": 0.5}},
             "dat.attack.keep_tokens=0.5 makes the attack cheaper than the update, of which ",
+        ),
+        (
+            {"attack": {"name": "free", "precision": "bf16"}},
+            "dat.attack.precision='bf16' makes the attack cheaper than the update, of which ",
+        ),
+        (
+            {"attack": {"fold_batch_norm": True, "model_mode": "train"}},
+            "dat.attack.fold_batch_norm=true with dat.attack.model_mode='train': batch statistics ",
+        ),
+        (
+            {"attack": {"keep_tokens": 0.5}, "engine": {"compile": "attack"}},
+            "dat.engine.compile='attack' with dat.attack.keep_tokens, which changes the model ",
+        ),
+        (
+            {"objective": {"name": "dat", "batch_norm": "split"}, "engine": {"compile": "all"}},
+            "dat.engine.compile='all' with dat.objective.batch_norm, which changes the model ",
         ),
         (
             {"attack": {"name": "free", "steps": 3}},

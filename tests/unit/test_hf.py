@@ -470,6 +470,7 @@ def test_other_objectives_and_attacks_train(tmp_path: Path) -> None:
         {"objective": hat},
         {"objective": "trades", "attack": views},
         {"attack": {**ATTACK, "keep_tokens": 0.5}},
+        {"attack": {**ATTACK, "precision": "bf16"}},
         {"attack": "apgd"},
         {"attack": lambda model, x, y, generator: (x + 0.1).clamp(0, 1)},
     ):

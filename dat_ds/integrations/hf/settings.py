@@ -189,6 +189,13 @@ _FREE = (
 def _refuse_what_needs_the_engine(dat: DatConfig, problems: list[str]) -> None:
     if dat.attack.name == "free":
         problems.append(_FREE)
+    if dat.attack.precision == "auto":
+        problems.append(
+            "dat.attack.precision='auto' needs dat_ds's own engine: write 'bf16', 'fp16', or "
+            "nothing."
+        )
+    if dat.attack.fold_batch_norm:
+        problems.append("dat.attack.fold_batch_norm=true needs dat_ds's own engine: remove it.")
     if dat.objective.name in ("rotation", "contrastive"):
         problems.append(
             f"dat.objective.name={dat.objective.name!r} trains a head of its own: pre-train with "

@@ -1,0 +1,93 @@
+"""The attack's forwards in a shorter float than the update's.
+
+Only the sign or direction of the attack's gradient moves pixels, and pixels themselves stay
+float32, so the attack tolerates less precision than the update.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dat_ds.attacks.gradient import Model
+
+Precision = Literal["bf16", "fp16"]
+PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+_PRODUCT = 512  # rows and columns of the matrices of the first probe
+_ROUNDS = 3
+
+
+@contextlib.contextmanager
+def half_precision(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Autocast to ``precision``, with the attention that is fast in it.
+
+    On a CPU that is the plain one: the backward of torch's fused attention in bfloat16 takes four
+    times as long there as in float32, the plain one's matrix products half as long.
+    """
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, dtype=PRECISIONS[precision]), plain:
+        yield
+
+
+def in_half_precision(model: Model, precision: Precision) -> Model:
+    """``model`` with its forwards, and so their backwards, in ``precision``."""
+
+    def halved(images: Tensor) -> Tensor:
+        with half_precision(images.device, precision):
+            return model(images)
+
+    return halved
+
+
+def product_speedup(device: torch.device, precision: Precision) -> float:
+    """How much faster ``device`` multiplies matrices in ``precision`` than in float32.
+
+    A processor without instructions for it can be tens of times slower; this takes milliseconds.
+    """
+    matrix = torch.rand(_PRODUCT, _PRODUCT, device=device)
+    half = matrix.to(PRECISIONS[precision])
+    return _speedup(lambda: matrix @ matrix, lambda: half @ half, device)
+
+
+def gradient_speedup(model: Model, x: Tensor, precision: Precision) -> float:
+    """How much faster input gradients of ``model`` at ``x`` are in ``precision``.
+
+    Args:
+        model: Frozen, in the mode of the attack. Called ``2 * (1 + 3)`` times, whatever comes out.
+        x: Images ``(B, C, H, W)``, float32.
+        precision: Compared with the precision in which ``model`` runs by itself.
+    """
+
+    def gradient(called: Model) -> None:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.grad(called(leaf).float().sum(), leaf)
+
+    halved = in_half_precision(model, precision)
+    return _speedup(lambda: gradient(model), lambda: gradient(halved), x.device)
+
+
+def _speedup(
+    plain: Callable[[], object], half: Callable[[], object], device: torch.device
+) -> float:
+    """Least time of ``plain`` over that of ``half``, run in turn."""
+    best = [float("inf"), float("inf")]
+    for run in range(1 + _ROUNDS):
+        for index, function in enumerate((plain, half)):
+            _wait_for(device)
+            start = time.perf_counter()
+            function()
+            _wait_for(device)
+            if run:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best[0] / best[1]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,171 @@
+"""What makes the attack's passes cheaper trains the same model under every ZeRO stage."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dat_ds.errors import ConfigError
+from tests.distributed import tiny
+from tests.distributed.harness import run_ranks
+
+RANKS, STEPS = 2, 2
+STAGES = [0, 1, 2, 3]
+SPEEDUPS: dict[str, dict[str, Any]] = {
+    "compiled attack": {"engine": {"compile": "attack"}},
+    "compiled": {"engine": {"compile": "all"}},
+    "compiled attack in bf16": {
+        "engine": {"compile": "attack"},
+        "attack": {"steps": 2, "precision": "bf16"},
+    },
+    "channels last": {"engine": {"channels_last": True}},
+    "folded": {"attack": {"steps": 2, "fold_batch_norm": True}},
+    "folded, bf16": {"attack": {"steps": 2, "fold_batch_norm": True, "precision": "bf16"}},
+}
+EXACT = ["compiled attack", "compiled", "channels last", "folded"]
+CASES = [
+    case for case in itertools.product(SPEEDUPS, STAGES) if "folded" not in case[0] or case[1] < 3
+]
+
+
+def with_quick_compiler() -> None:
+    """Trace as ever, but leave out the slow generation of C++."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    DeepSpeedEngine.compile = functools.partialmethod(DeepSpeedEngine.compile, backend="aot_eager")
+
+
+def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import dat_ds
+    from dat_ds.engine import hooks
+
+    config = tiny.config(stage, dat={"attack": {"steps": 2}, **dat})
+    engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
+    for step in range(STEPS):
+        x, y = tiny.images(8, seed=step)
+        part = slice(4 * engine.ranks.rank, 4 * engine.ranks.rank + 4)
+        engine.backward(engine(x[part], y[part]))
+        engine.step()
+    weights = {k: v.clone() for k, v in hooks.full_state_dict(engine.deepspeed).items()}
+    metrics = engine.metrics
+    engine.close()
+    return weights, metrics
+
+
+def every_case() -> dict[Any, Any]:
+    with_quick_compiler()
+    outcomes: dict[Any, Any] = {stage: train(stage, {}) for stage in STAGES}
+    for name, stage in CASES:
+        outcomes[name, stage] = train(stage, SPEEDUPS[name])
+    outcomes["auto"] = {
+        speedups: chosen_precision(*speedups) for speedups in ((2.0, 2.0), (2.0, 1.0), (0.1, 2.0))
+    }
+    outcomes["resumed"] = chosen_after_resume()
+    return outcomes
+
+
+def chosen_precision(of_products: float, of_gradients: float) -> Any:
+    """What ``auto`` takes where rank 1 measures these speedups, and rank 0 ones of 2."""
+    import dat_ds
+    from dat_ds.engine import adversarial
+
+    seen: list[str] = []
+
+    def probe(name: str, speedup: float) -> Any:
+        def measured(*_arguments: Any) -> float:
+            seen.append(name)
+            return speedup if torch.distributed.get_rank() else 2.0
+
+        return measured
+
+    originals = adversarial.product_speedup, adversarial.gradient_speedup
+    adversarial.product_speedup = probe("products", of_products)
+    adversarial.gradient_speedup = probe("gradients", of_gradients)
+    config = tiny.config(0, dat={"attack": {"steps": 2, "precision": "auto"}})
+    engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
+    for _ in range(2):
+        engine.backward(engine(*tiny.images(4)))
+        engine.step()
+    adversarial.product_speedup, adversarial.gradient_speedup = originals
+    engine.close()
+    return engine.attack_precision, seen
+
+
+def chosen_after_resume() -> Any:
+    """A choice comes back with the checkpoint: another timing might fall out differently."""
+    import dat_ds
+    from dat_ds.engine.checkpoint import _rank_state, _restore_rank_state
+
+    config = tiny.config(0, dat={"attack": {"steps": 2, "precision": "auto"}})
+    found = []
+    for choice in ("bf16", None, "auto"):
+        engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
+        engine.attack_precision = choice
+        state = _rank_state(engine, None)
+        engine.close()
+        again, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
+        _restore_rank_state(state, again, None)
+        found.append(again.attack_precision)
+        again.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[dict[Any, Any]]:
+    return run_ranks(every_case, RANKS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", EXACT)
+def test_it_trains_the_same_model(outcomes: list[dict[Any, Any]], name: str, stage: int) -> None:
+    if (name, stage) not in outcomes[0]:
+        pytest.skip("refused under ZeRO-3, see below")
+    weights, _ = outcomes[0][name, stage]
+    for key, expected in outcomes[0][stage][0].items():
+        torch.testing.assert_close(weights[key], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "stage"), [case for case in CASES if "bf16" in case[0]])
+def test_bf16_attacks_train_a_model_close_by(
+    outcomes: list[dict[Any, Any]], name: str, stage: int
+) -> None:
+    weights, metrics = outcomes[0][name, stage]
+    plain, plain_metrics = outcomes[0][stage]
+    assert all(value.isfinite().all() for value in weights.values())
+    assert metrics["loss"] == pytest.approx(plain_metrics["loss"], rel=0.02)
+    assert any(not torch.equal(weights[key], plain[key]) for key in plain)
+
+
+def test_a_slow_probe_on_one_rank_decides_for_all(outcomes: list[dict[Any, Any]]) -> None:
+    for rank in outcomes:
+        assert rank["auto"] == {
+            (2.0, 2.0): ("bf16", ["products", "gradients"]),
+            (2.0, 1.0): (None, ["products", "gradients"]),
+            (0.1, 2.0): (None, ["products"]),
+        }
+
+
+def test_the_choice_is_kept_by_checkpoints(outcomes: list[dict[Any, Any]]) -> None:
+    assert outcomes[0]["resumed"] == ["bf16", None, "auto"]
+
+
+def test_folding_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dat_ds.config import load_config
+
+    attack = {"steps": 2, "fold_batch_norm": True}
+    with pytest.raises(ConfigError, match=r"fold_batch_norm=true with zero_optimization\.stage=3"):
+        load_config(tiny.config(3, dat={"attack": attack}))
+
+
+def test_a_precision_the_model_has_anyway_is_refused() -> None:
+    from dat_ds.config import load_config
+
+    config = tiny.config(0, bf16={"enabled": True}, dat={"attack": {"precision": "bf16"}})
+    with pytest.raises(ConfigError, match=r"dat\.attack\.precision='bf16' with bf16\.enabled"):
+        load_config(config)
