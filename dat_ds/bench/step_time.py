@@ -1,19 +1,27 @@
-"""Time of an adversarial step against the sum of its parts in hand-written PyTorch.
+"""Time of an adversarial step against the sum of its parts, and against how others write it.
 
 The parts of a K-step step are K stand-alone input-gradient passes and one training step (forward,
-backward, clipping, optimizer). The floor is ``(2 K + 3) F`` with ``F`` the time of one forward in
-evaluation mode without graph: forward ``F``, input gradient ``F``, full backward ``2 F``.
+backward, clipping, optimizer), in hand-written float32 PyTorch. The floor is ``(2 K + 3) F`` with
+``F`` the time of one forward in evaluation mode without graph: forward ``F``, input gradient ``F``,
+full backward ``2 F``. The others are torchattacks' PGD on a model under DistributedDataParallel,
+and an attack that calls ``backward`` through it, which computes the parameters' gradients in every
+pass and sums them over ranks.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dat_ds.bench.records import write_record
 from dat_ds.bench.timing import (
@@ -21,27 +29,38 @@ from dat_ds.bench.timing import (
     check_drift,
     check_repetitions,
     clock_drift,
+    peak_bytes,
     time_in_turn,
 )
 from dat_ds.config import RunConfig, precision_of, resolve_batch
 from dat_ds.errors import ConfigError
 
+STEP, GRADIENTS, TRAINING, FORWARD, DATA = (
+    "engine step",
+    "input gradients",
+    "training step",
+    "forward",
+    "data",
+)
+TORCHATTACKS, BACKWARD = "torchattacks + DDP", "backward through DDP"
+
 
 def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None) -> str:
-    """Time the engine's step and its parts in turn, and print how they compare.
+    """Time the engine's step, its parts and what others do in turn; a collective.
 
     Args:
-        run: What to time; its data gives the image size, the images themselves are random.
+        run: What to time; its data gives the size of the images, which are random.
         repetitions: Timed rounds; each times every part once, so that a drifting machine
             slows all of them alike.
-        output: JSON file for the numbers.
+        output: JSON file for the numbers, written by rank 0.
 
     Returns:
-        A markdown table of medians, and the two ratios.
+        Markdown: medians and peak memory of the parts, ratios, and the shares of a step. Empty on
+        other ranks than 0.
 
     Raises:
-        ConfigError: Fewer than 5 repetitions, several ranks, a run without an attack, or a machine
-            that was not steady.
+        ConfigError: Fewer than 5 repetitions, a run without an attack, or a machine that was not
+            steady.
     """
     check_repetitions(repetitions)
     if run.dat.attack.name == "none" or run.dat.attack.steps is None:
@@ -57,29 +76,44 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     other = [key for key, is_default in by_hand.items() if not is_default]
     if other:
         raise ConfigError(f"The parts are not written by hand for {', '.join(other)}: remove it.")
-    from dat_ds.engine.bench import prepared_engine
+    from dat_ds.engine.bench import prepared_engine, training_loader
 
     engine, model, x, y = prepared_engine(run)
-    if engine.ranks.count > 1:
-        raise ConfigError("'bench attack' times one rank: start it without --num_accelerators.")
-    check_alone(engine.ranks.device)
-    steps = run.dat.attack.steps
-    micro_batch, _ = resolve_batch(run.deepspeed, 1)
+    ranks, steps = engine.ranks, run.dat.attack.steps
+    check_alone(ranks.device)
+    loader = training_loader(run, ranks)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     plain = PlainSteps(model, run, x, y)
+    others = OtherSteps(model, run, x, y)
 
     def engine_step() -> None:
         engine.backward(engine(x, y))
         engine.step()
 
-    parts: dict[str, Callable[[], None]] = {
-        "engine step": engine_step,
-        "input gradients": lambda: plain.input_gradients(steps),
-        "training step": plain.training_step,
-        "forward": plain.forward,
+    parts: dict[str, Callable[[], object]] = {
+        STEP: engine_step,
+        GRADIENTS: lambda: plain.input_gradients(steps),
+        TRAINING: plain.training_step,
+        FORWARD: plain.forward,
+        DATA: lambda: next(batches),
+        BACKWARD: lambda: others.backward_through(steps),
     }
-    rounds = time_in_turn(parts, repetitions, engine.ranks.device)
+    if importlib.util.find_spec("torchattacks") is not None:
+        parts[TORCHATTACKS] = lambda: others.torchattacks(steps)
+    rounds = time_in_turn(parts, repetitions, ranks.device)
+    memory = {name: peak_bytes(part, ranks.device) for name, part in parts.items()}
+    metrics = engine.metrics
+    engine_step()
+    communication = _seconds_alone(sum(metrics["bytes_sent"].values()), repetitions, ranks.device)
     engine.close()
-    return _describe(run, micro_batch, steps, rounds, engine.ranks.device, output)
+    if not ranks.is_main:
+        return ""
+    values = _summary(steps, rounds, metrics, communication)
+    values |= {"peak_bytes": memory, "ranks": ranks.count, "config": run.to_dict()}
+    values |= {"attack_precision": engine.attack_precision, "num_parameters": _size_of(model)}
+    write_record(output, values, ranks.device)
+    check_drift(values["clock_drift"])
+    return _describe(run, values)
 
 
 class PlainSteps:
@@ -109,14 +143,14 @@ class PlainSteps:
             x_adv.requires_grad_()
             loss = F.cross_entropy(self.model(x_adv), self.y)
             (gradient,) = torch.autograd.grad(loss, x_adv)
-            x_adv = x_adv.detach() + self.step_size * gradient.sign()
-            x_adv = torch.min(torch.max(x_adv, self.x - self.eps), self.x + self.eps).clamp(0, 1)
+            x_adv = self._moved(x_adv, gradient)
         self.model.train().requires_grad_(True)
 
-    def training_step(self) -> None:
-        """Forward, backward, clipping, optimizer step."""
+    def training_step(self, x: Tensor | None = None) -> None:
+        """Forward, backward, clipping, optimizer step; on ``x`` in the place of the images."""
         self.optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(self.model(self.x), self.y))
+        logits = self.model(self.x if x is None else x)
+        torch.autograd.backward(F.cross_entropy(logits, self.y))
         if self.clipping:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping)
         self.optimizer.step()
@@ -128,41 +162,116 @@ class PlainSteps:
         self.model(self.x)
         self.model.train()
 
+    def _moved(self, x_adv: Tensor, gradient: Tensor) -> Tensor:
+        """A sign step, and the projection onto the ball and the pixels."""
+        x_adv = x_adv.detach() + self.step_size * gradient.sign()
+        return torch.min(torch.max(x_adv, self.x - self.eps), self.x + self.eps).clamp(0, 1)
 
-def _describe(
-    run: RunConfig,
-    micro_batch: int,
-    steps: int,
-    rounds: dict[str, list[float]],
-    device: torch.device,
-    output: str | None,
-) -> str:
+
+class OtherSteps(PlainSteps):
+    """Whole adversarial steps as others write them, on the model under DistributedDataParallel.
+
+    Args:
+        model: Copied.
+        run: As for :class:`PlainSteps`.
+        x: Images ``(B, C, H, W)``.
+        y: Labels ``(B,)``.
+    """
+
+    def __init__(self, model: nn.Module, run: RunConfig, x: Tensor, y: Tensor) -> None:
+        own = DistributedDataParallel(copy.deepcopy(model))
+        super().__init__(own, run, x, y)
+
+    def torchattacks(self, steps: int) -> None:
+        """Torchattacks' PGD, then a training step."""
+        library: Any = importlib.import_module("torchattacks")
+        attack = library.PGD(
+            self.model, eps=self.eps, alpha=self.step_size, steps=steps, random_start=False
+        )
+        self.training_step(attack(self.x, self.y))
+
+    def backward_through(self, steps: int) -> None:
+        """An attack that calls ``backward`` on the loss of the wrapped model, then a step."""
+        self.model.eval()
+        x_adv = self.x.clone()
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            torch.autograd.backward(F.cross_entropy(self.model(x_adv), self.y))
+            assert x_adv.grad is not None
+            x_adv = self._moved(x_adv, x_adv.grad)
+        self.model.train()
+        self.training_step(x_adv)
+
+
+def _size_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _seconds_alone(num_bytes: int, repetitions: int, device: torch.device) -> float:
+    """Seconds of an all-reduce that sends as many bytes per rank, by itself; a collective."""
+    count = dist.get_world_size()
+    if count == 1:
+        return 0.0
+    payload = torch.zeros(round(num_bytes * count / (2 * (count - 1)) / 4), device=device)
+    parts = {"all-reduce": lambda: dist.all_reduce(payload)}
+    return statistics.median(time_in_turn(parts, repetitions, device)["all-reduce"])
+
+
+def _summary(
+    steps: int, rounds: dict[str, list[float]], metrics: Mapping[str, Any], communication: float
+) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in rounds.items()}
-    engine, forward = rounds["engine step"], rounds["forward"]
-    parts = zip(rounds["input gradients"], rounds["training step"], strict=True)
-    # Ratios round by round: both sides of a ratio saw the same machine.
-    over_parts = [e / sum(p) for e, p in zip(engine, parts, strict=True)]
-    over_floor = [e / ((2 * steps + 3) * f) for e, f in zip(engine, forward, strict=True)]
-    drift = clock_drift(forward)
-    values: dict[str, Any] = {
+    sums = [sum(pair) for pair in zip(rounds[GRADIENTS], rounds[TRAINING], strict=True)]
+    floors = [(2 * steps + 3) * forward for forward in rounds[FORWARD]]
+    attack, update = metrics["seconds_attack"], metrics["seconds_update"]
+    step = medians[STEP]
+    return {
         "seconds": rounds,
         "median_seconds": medians,
-        "over_parts": statistics.median(over_parts),
-        "over_floor": statistics.median(over_floor),
-        "clock_drift": drift,
-        "config": run.to_dict(),
+        "over_parts": _ratio(rounds[STEP], sums),
+        "over_floor": _ratio(rounds[STEP], floors),
+        "over_others": {
+            name: _ratio(rounds[STEP], rounds[name])
+            for name in (TORCHATTACKS, BACKWARD)
+            if name in rounds
+        },
+        "shares": {
+            "attack": attack / (attack + update),
+            "update": update / (attack + update),
+            "communication": communication / step,
+            "data": medians[DATA] / step,
+        },
+        "clock_drift": clock_drift(rounds[FORWARD]),
     }
-    write_record(output, values, device)
-    check_drift(drift)
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median of ratios round by round: both sides of each saw the same machine."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _describe(run: RunConfig, values: Mapping[str, Any]) -> str:
+    batch, _ = resolve_batch(run.deepspeed, values["ranks"])
+    precision = values["attack_precision"] or "the engine's precision"
     rows = [
-        f"{run.dat.model.name}, batch {micro_batch}, {run.dat.attack.name}-{steps}, "
-        f"ZeRO-{run.zero_stage}, medians of {len(engine)} rounds",
+        f"{run.dat.model.name} ({values['num_parameters']} parameters), {values['ranks']} rank(s), "
+        f"batch {batch} each, {run.dat.attack.name}-{run.dat.attack.steps} in {precision}, "
+        f"ZeRO-{run.zero_stage}, medians of {len(values['seconds'][STEP])} rounds",
         "",
-        "| what | milliseconds |",
-        "| --- | --- |",
-        *(f"| {name} | {1000 * value:.1f} |" for name, value in medians.items()),
+        "| what | milliseconds | peak MB |",
+        "| --- | --- | --- |",
+        *(
+            f"| {name} | {1000 * seconds:.1f} | {values['peak_bytes'][name] / 1e6:.1f} |"
+            for name, seconds in values["median_seconds"].items()
+        ),
         "",
         f"engine step / sum of its parts: {values['over_parts']:.3f}",
         f"engine step / (2K+3) forwards: {values['over_floor']:.3f}",
+        *(f"engine step / {name}: {v:.3f}" for name, v in values["over_others"].items()),
+        "shares of a step: "
+        + ", ".join(f"{name} {100 * share:.1f} %" for name, share in values["shares"].items())
+        + " (communication: the same bytes by themselves; data: a batch by itself)",
     ]
+    if TORCHATTACKS not in values["median_seconds"]:
+        rows.append(f"{TORCHATTACKS} was left out: pip install 'dat-ds[bench]'.")
     return "\n".join(rows)

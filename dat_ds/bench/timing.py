@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dat_ds.errors import ConfigError
 
@@ -47,6 +49,28 @@ def time_in_turn(
             if repetition >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Largest amount of memory that a call holds above what was held before it.
+
+    On a CPU, of torch's own allocations.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports itself on standard error
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dat_ds.config import RunConfig, adapt_to_device, resolve_batch
+from dat_ds.data import DistributedLoader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
-from dat_ds.engine.build import initialize
+from dat_ds.engine.build import build_loader, initialize
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.run import build_data_of, build_model_of
 from dat_ds.optim import LayerwiseOptimizer
@@ -36,6 +37,14 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
     x = torch.rand(micro_batch, *splits.image_shape, generator=generator)
     y = torch.randint(splits.num_classes, (micro_batch,), generator=generator)
     return engine, twin, x.to(ranks.device), y.to(ranks.device)
+
+
+def training_loader(run: RunConfig, ranks: Ranks) -> DistributedLoader:
+    """The loader of a run's training data, as a training run has it."""
+    with ranks.together():
+        train = build_data_of(run).train
+    micro_batch, accumulation = resolve_batch(run.deepspeed, ranks.count)
+    return build_loader(train, run.dat, ranks, micro_batch, accumulation)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def initialize(
     loader = None
     if training_data is not None:
         replays = attack.replays if isinstance(attack, FreeAttack) else 1
-        loader = _build_loader(training_data, run.dat, ranks, micro_batch, accumulation, replays)
+        loader = build_loader(training_data, run.dat, ranks, micro_batch, accumulation, replays)
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)
@@ -282,14 +282,15 @@ def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | No
     )
 
 
-def _build_loader(
+def build_loader(
     data: Dataset[Any],
     dat: DatConfig,
     ranks: Ranks,
     micro_batch: int,
     accumulation: int,
-    replays: int,
+    replays: int = 1,
 ) -> DistributedLoader:
+    """The loader of a run's training data, which hands out each batch ``replays`` times."""
     pin_memory = dat.data.pin_memory
     return DistributedLoader(
         data,

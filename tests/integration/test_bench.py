@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from dat_ds.bench.compression import codec_properties
+from dat_ds.bench.timing import check_alone, check_drift, clock_drift, peak_bytes
 from dat_ds.cli.main import main
 from dat_ds.compression import CODECS, build_codec
+from dat_ds.errors import ConfigError
 from tests.integration import tiny_run
 
 
@@ -22,11 +27,54 @@ def test_the_table_compares_the_step_with_its_parts(
     command = ["bench", "attack", "--deepspeed_config", str(config), "--repetitions", "5"]
     assert main([*command, "--output", str(output)]) == 0
     table = capsys.readouterr().out
-    for part in ("engine step", "input gradients", "training step", "(2K+3) forwards"):
+    for part in ("engine step", "input gradients", "training step", "(2K+3) forwards", "data"):
         assert part in table
     numbers = json.loads(output.read_text())
     assert all(len(values) == 5 for values in numbers["seconds"].values())
     assert numbers["over_parts"] > 0.5
+    shares = numbers["shares"]
+    assert shares["attack"] + shares["update"] == pytest.approx(1)
+    assert shares["communication"] == 0
+    peaks = numbers["peak_bytes"]
+    assert 0 < peaks["forward"] < peaks["training step"]
+    assert peaks["input gradients"] < peaks["backward through DDP"]
+    seconds = numbers["median_seconds"]
+    assert set(numbers["over_others"]) == {"backward through DDP", "torchattacks + DDP"} & set(
+        seconds
+    )
+
+
+def test_peak_memory_is_what_a_call_holds_at_most() -> None:
+    def call() -> None:
+        first = torch.ones(1000)
+        second = torch.ones(2000)
+        del first
+        torch.ones(500)
+        del second
+
+    assert peak_bytes(call, torch.device("cpu")) == pytest.approx(4 * 3000, abs=256)
+
+
+def test_a_machine_that_changes_its_speed_is_refused() -> None:
+    check_drift(clock_drift([1.0, 1.0, 1.1, 1.1]))
+    with pytest.raises(ConfigError, match=r"speed changed by a factor 1\.50"):
+        check_drift(clock_drift([1.0, 1.0, 1.5, 1.5]))
+
+
+def test_a_shared_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        uuid = "abc"
+
+    def answer(*_arguments: object, **_options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 0, stdout=f"{os.getpid()}\n{others}", stderr="")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: Found)
+    monkeypatch.setattr(subprocess, "run", answer)
+    others = ""
+    check_alone(torch.device("cuda"))
+    others = "123456789\n"
+    with pytest.raises(ConfigError, match=r"shared with the processes 123456789"):
+        check_alone(torch.device("cuda"))
 
 
 def test_few_repetitions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
