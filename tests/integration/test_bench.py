@@ -37,11 +37,8 @@ def test_the_table_compares_the_step_with_its_parts(
     assert shares["communication"] == 0
     peaks = numbers["peak_bytes"]
     assert 0 < peaks["forward"] < peaks["training step"]
-    assert peaks["input gradients"] < peaks["backward through DDP"]
-    seconds = numbers["median_seconds"]
-    assert set(numbers["over_others"]) == {"backward through DDP", "torchattacks + DDP"} & set(
-        seconds
-    )
+    others = {"backward through DDP", "torchattacks + DDP"}
+    assert set(numbers["over_others"]) == others & set(numbers["median_seconds"])
 
 
 def test_peak_memory_is_what_a_call_holds_at_most() -> None:
