@@ -1,16 +1,18 @@
 """Time of an adversarial step against the sum of its parts, and against how others write it.
 
 The parts of a K-step step are K stand-alone input-gradient passes and one training step (forward,
-backward, clipping, optimizer), in hand-written float32 PyTorch. The floor is ``(2 K + 3) F`` with
-``F`` the time of one forward in evaluation mode without graph: forward ``F``, input gradient ``F``,
-full backward ``2 F``. The others are torchattacks' PGD on a model under DistributedDataParallel,
-and an attack that calls ``backward`` through it, which computes the parameters' gradients in every
-pass and sums them over ranks.
+backward, clipping, optimizer), in hand-written PyTorch, under autocast where the run is. The floor
+is ``(2 K + 3) F`` with ``F`` the time of one forward in evaluation mode without graph: forward
+``F``, input gradient ``F``, full backward ``2 F``. The others are torchattacks' PGD on a model
+under DistributedDataParallel, and an attack that calls ``backward`` through it, which computes the
+parameters' gradients in every pass and sums them over ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import importlib.util
 import itertools
 import statistics
@@ -22,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from dat_ds.bench.records import write_record
 from dat_ds.bench.timing import (
@@ -71,7 +74,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
         "dat.objective.name": run.dat.objective.name in ("at", "dat"),
         "dat.objective.natural_weight": not run.dat.objective.natural_weight,
         "gradient_accumulation_steps": run.deepspeed.get("gradient_accumulation_steps", 1) == 1,
-        "bf16, fp16 or torch_autocast": precision_of(run.deepspeed) == "float32",
+        "bf16 or fp16": precision_of(run.deepspeed) in ("float32", "autocast"),
     }
     other = [key for key, is_default in by_hand.items() if not is_default]
     if other:
@@ -109,6 +112,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     if not ranks.is_main:
         return ""
     values = _summary(steps, rounds, metrics, communication)
+    values |= {"flops_forward": plain.flops(), "images": len(x) * ranks.count}
     values |= {"peak_bytes": memory, "ranks": ranks.count, "config": run.to_dict()}
     values |= {"attack_precision": engine.attack_precision, "num_parameters": _size_of(model)}
     write_record(output, values, ranks.device)
@@ -128,6 +132,12 @@ class PlainSteps:
 
     def __init__(self, model: nn.Module, run: RunConfig, x: Tensor, y: Tensor) -> None:
         self.model, self.x, self.y = model, x, y
+        self.autocast: Callable[[], contextlib.AbstractContextManager[object]]
+        self.autocast = contextlib.nullcontext
+        if precision_of(run.deepspeed) == "autocast":
+            name = run.deepspeed["torch_autocast"].get("dtype") or "bfloat16"
+            dtype = getattr(torch, str(name).removeprefix("torch."))
+            self.autocast = functools.partial(torch.autocast, x.device.type, dtype=dtype)
         self.clipping = float(run.deepspeed["gradient_clipping"])
         section = run.deepspeed.get("optimizer", {"type": "adamw", "params": {}})
         kind = torch.optim.SGD if section["type"].lower() == "sgd" else torch.optim.AdamW
@@ -141,16 +151,14 @@ class PlainSteps:
         x_adv = self.x.clone()
         for _ in range(steps):
             x_adv.requires_grad_()
-            loss = F.cross_entropy(self.model(x_adv), self.y)
-            (gradient,) = torch.autograd.grad(loss, x_adv)
+            (gradient,) = torch.autograd.grad(self.loss(x_adv), x_adv)
             x_adv = self._moved(x_adv, gradient)
         self.model.train().requires_grad_(True)
 
     def training_step(self, x: Tensor | None = None) -> None:
         """Forward, backward, clipping, optimizer step; on ``x`` in the place of the images."""
         self.optimizer.zero_grad()
-        logits = self.model(self.x if x is None else x)
-        torch.autograd.backward(F.cross_entropy(logits, self.y))
+        torch.autograd.backward(self.loss(self.x if x is None else x))
         if self.clipping:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping)
         self.optimizer.step()
@@ -159,8 +167,20 @@ class PlainSteps:
     def forward(self) -> None:
         """One forward without graph, in evaluation mode."""
         self.model.eval()
-        self.model(self.x)
+        with self.autocast():
+            self.model(self.x)
         self.model.train()
+
+    def flops(self) -> int:
+        """Floating-point operations of one forward: of matrix products and convolutions."""
+        with FlopCounterMode(display=False) as counter:
+            self.forward()
+        return int(counter.get_total_flops())
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Mean cross-entropy at images ``x``."""
+        with self.autocast():
+            return F.cross_entropy(self.model(x), self.y)
 
     def _moved(self, x_adv: Tensor, gradient: Tensor) -> Tensor:
         """A sign step, and the projection onto the ball and the pixels."""
@@ -188,7 +208,9 @@ class OtherSteps(PlainSteps):
         attack = library.PGD(
             self.model, eps=self.eps, alpha=self.step_size, steps=steps, random_start=False
         )
-        self.training_step(attack(self.x, self.y))
+        with self.autocast():
+            x_adv = attack(self.x, self.y)
+        self.training_step(x_adv.float())
 
     def backward_through(self, steps: int) -> None:
         """An attack that calls ``backward`` on the loss of the wrapped model, then a step."""
@@ -196,7 +218,7 @@ class OtherSteps(PlainSteps):
         x_adv = self.x.clone()
         for _ in range(steps):
             x_adv.requires_grad_()
-            torch.autograd.backward(F.cross_entropy(self.model(x_adv), self.y))
+            torch.autograd.backward(self.loss(x_adv))
             assert x_adv.grad is not None
             x_adv = self._moved(x_adv, x_adv.grad)
         self.model.train()
@@ -235,6 +257,7 @@ def _summary(
             for name in (TORCHATTACKS, BACKWARD)
             if name in rounds
         },
+        "over_training": _ratio(rounds[STEP], rounds[TRAINING]),
         "shares": {
             "attack": attack / (attack + update),
             "update": update / (attack + update),
@@ -245,6 +268,14 @@ def _summary(
     }
 
 
+def utilisation(steps: int, values: Mapping[str, Any]) -> float:
+    """FLOPs per second of a step over those of a natural training step by hand.
+
+    Both count what they need: ``2 K + 3`` forwards' worth, and 3.
+    """
+    return float((2 * steps + 3) / 3 / values["over_training"])
+
+
 def _ratio(ours: list[float], theirs: list[float]) -> float:
     """Median of ratios round by round: both sides of each saw the same machine."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -253,6 +284,8 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 def _describe(run: RunConfig, values: Mapping[str, Any]) -> str:
     batch, _ = resolve_batch(run.deepspeed, values["ranks"])
     precision = values["attack_precision"] or "the engine's precision"
+    steps, seconds = run.dat.attack.steps, values["median_seconds"]
+    assert steps is not None
     rows = [
         f"{run.dat.model.name} ({values['num_parameters']} parameters), {values['ranks']} rank(s), "
         f"batch {batch} each, {run.dat.attack.name}-{run.dat.attack.steps} in {precision}, "
@@ -261,13 +294,15 @@ def _describe(run: RunConfig, values: Mapping[str, Any]) -> str:
         "| what | milliseconds | peak MB |",
         "| --- | --- | --- |",
         *(
-            f"| {name} | {1000 * seconds:.1f} | {values['peak_bytes'][name] / 1e6:.1f} |"
-            for name, seconds in values["median_seconds"].items()
+            f"| {name} | {1000 * value:.1f} | {values['peak_bytes'][name] / 1e6:.1f} |"
+            for name, value in seconds.items()
         ),
         "",
         f"engine step / sum of its parts: {values['over_parts']:.3f}",
         f"engine step / (2K+3) forwards: {values['over_floor']:.3f}",
         *(f"engine step / {name}: {v:.3f}" for name, v in values["over_others"].items()),
+        f"images per second: {values['images'] / seconds[STEP]:.1f}",
+        f"FLOP utilisation over natural training's: {utilisation(steps, values):.3f}",
         "shares of a step: "
         + ", ".join(f"{name} {100 * share:.1f} %" for name, share in values["shares"].items())
         + " (communication: the same bytes by themselves; data: a batch by itself)",

@@ -1,0 +1,78 @@
+"""The speedup tables: attack, precision, batch; then workers, compression, sharding.
+
+python recipes/bench_speedup.py --output docs/results/speedup     # about 20 minutes on 2 CPU cores
+
+Each row is one `dat-ds bench attack`, the second part one `dat-ds bench scaling`; on a GPU models
+are ViT-B/16 and ResNet-50 at 224 pixels, else a ViT-Tiny and a ResNet-18 at 32. With --mbit (needs
+root) every worker sits behind a link of that speed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from dat_ds.cli.main import main
+
+ON_GPU = torch.cuda.is_available()
+SIZE, BATCH = (224, 64) if ON_GPU else (32, 16)
+CONFIG = f"ds_configs/{'zero2_autocast' if ON_GPU else 'zero0'}.json"
+DATA = {"name": "synthetic", "image_shape": [3, SIZE, SIZE], "num_classes": 10, "num_train": 256}
+VIT = {"name": "vit_base_patch16_224"}
+VIT = VIT if ON_GPU else {"depth": 12, "embed_dim": 192, "num_heads": 3, "patch_size": 4}
+RESNET = {"name": "resnet50"} if ON_GPU else {"name": "resnet18", "stem": "cifar"}
+PRECISE = {} if ON_GPU else {"attack in bf16": ["dat.attack.precision=bf16"]}
+COMMON = {
+    "PGD-3": [],
+    "PGD-1": ["dat.attack.steps=1"],
+    "PGD-7": ["dat.attack.steps=7"],
+    "twice the batch": [f"train_micro_batch_size_per_gpu={2 * BATCH}"],
+    **PRECISE,
+    "compiled": ["dat.engine.compile=all"],
+}
+FOLDED = {"BatchNorm folded": ["dat.attack.fold_batch_norm=true"]}
+LAYOUT = {"channels last": ["dat.engine.channels_last=true"]}
+ROWS = {"ViT": (VIT, COMMON), "ResNet": (RESNET, {**COMMON, **FOLDED, **LAYOUT})}
+
+
+def measure(name: str, keys: list[str], file: Path, repetitions: int) -> str:
+    """One row, from the record that `dat-ds bench attack` leaves."""
+    words = ["bench", "attack", "--deepspeed_config", CONFIG, "--repetitions", str(repetitions)]
+    settings = [word for key in keys for word in ("--set", key)]
+    if main([*words, *settings, "--output", str(file)]):
+        return f"| {name} | refused, see above |"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    step, others = found["median_seconds"]["engine step"], found["over_others"]
+    compared = [f"{1 / others[o]:.2f}" if o in others else "-" for o in OTHERS]
+    cells = [f"{1000 * step:.0f}", f"{found['images'] / step:.1f}", f"{found['over_parts']:.3f}"]
+    peak = f"{found['peak_bytes']['engine step'] / 1e6:.0f}"
+    return f"| {' | '.join([name, *cells, *compared, peak])} |"
+
+
+OTHERS = ("torchattacks + DDP", "backward through DDP")
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=10, help="timed rounds of each (>= 5)")
+    parser.add_argument("--ranks", nargs="*", default=["1", "2"], help="numbers of workers")
+    parser.add_argument("--mbit", nargs="*", default=[], help="speeds of links, in Mbit/s")
+    parser.add_argument("--only", choices=["attack", "scaling"], help="one of the two parts")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="for all records")
+    options = parser.parse_args()
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = [f"dat.data={json.dumps(DATA)}", f"train_micro_batch_size_per_gpu={BATCH}"]
+    table = [f"| step | ms | images/s | / parts | {' | '.join(f'x {o}' for o in OTHERS)} | MB |"]
+    table.append("| --- " * 7 + "|")
+    for model, (section, rows) in ROWS.items() if options.only != "scaling" else ():
+        for row, keys in rows.items():
+            file = folder / f"{model}_{row}.json".replace(" ", "_").lower()
+            keys = [*base, f"dat.model={json.dumps(section)}", *keys]
+            table.append(measure(f"{model}, {row}", keys, file, options.repetitions))
+    print("\n".join(table))
+    if options.only != "attack":
+        words = ["bench", "scaling", "--deepspeed_config", CONFIG, "--ranks", *options.ranks]
+        words += ["--stages", "0", "2", "3", "--codecs", "none", "int8", "one_bit_adam"]
+        words += [*(["--mbit", *options.mbit] if options.mbit else []), "--output"]
+        words += [str(folder / "scaling.json"), "--plot", str(folder / "scaling.png")]
+        main([*words, *(word for key in base for word in ("--set", key))])
