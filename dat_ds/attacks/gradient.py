@@ -88,6 +88,8 @@ class InputGradient:
             host synchronisation per gradient, so it is off otherwise.
         agree: Turns a rank's 0-dim bool tensor "mine was not finite" into the decision of all
             ranks, so that every rank does the same number of forwards. Default: decide alone.
+        copies: Copy gradients and logits, which lie in memory that the model's next call writes
+            to, as with CUDA graphs.
 
     Attributes:
         num_zero: Gradient entries that were exactly zero, 0-dim float64 tensor, summed over calls.
@@ -99,6 +101,7 @@ class InputGradient:
 
     retry_non_finite: bool = False
     agree: Callable[[Tensor], bool] = _agree_locally
+    copies: bool = False
     num_zero: Tensor | None = field(default=None, init=False)
     num_non_finite: Tensor | None = field(default=None, init=False)
     num_entries: int = field(default=0, init=False)
@@ -158,6 +161,8 @@ class InputGradient:
         else:
             (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         assert gradient is not None
+        if self.copies:
+            return gradient.clone(), values, logits.detach().clone()
         return gradient, values, logits.detach()
 
     def count(self, gradient: Tensor, finite: Tensor) -> Tensor:

@@ -679,6 +679,11 @@ def _check_compile(dat: DatConfig, problems: list[str]) -> None:
         for key, is_given in changing.items()
         if is_given and compiled != "none"
     ]
+    if dat.engine.cuda_graphs and compiled != "attack":
+        problems.append(
+            f"dat.engine.cuda_graphs=true with dat.engine.compile={compiled!r}: gradients of the "
+            "update outlive a graph's memory. Write dat.engine.compile='attack'."
+        )
 
 
 def _resolve_reductions(

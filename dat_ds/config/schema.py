@@ -476,6 +476,9 @@ class EngineConfig:
     they fit into this much memory; else they are gathered again on every pass."""
     compile: Literal["none", "attack", "all"] = "none"
     """What ``torch.compile`` compiles: the attack's passes, or the update's as well."""
+    cuda_graphs: bool = False
+    """With ``compile`` ``attack``: replay its passes as CUDA graphs, without a launch per kernel
+    (``torch.compile``'s mode ``reduce-overhead``). Batches of one size only are worth it."""
     channels_last: bool = False
     """Images, and so what convolutions make of them, in the layout NHWC."""
 

@@ -33,6 +33,7 @@ from dat_ds.attacks import (
     product_speedup,
 )
 from dat_ds.config import RunConfig, precision_of, threat_of
+from dat_ds.config.schema import EngineConfig
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.compression import attach_compression
@@ -118,7 +119,7 @@ class AdversarialEngine:
         self._layout = (
             torch.channels_last if run.dat.engine.channels_last else torch.preserve_format
         )
-        self._attacked = _compiled(engine, run.dat.engine.compile)
+        self._attacked = _compiled(engine, run.dat.engine)
         self.attack_precision: Precision | Literal["auto"] | None = run.dat.attack.precision
         if self.attack_precision is None and attack is not None:
             self.attack_precision = attack.precision
@@ -438,7 +439,11 @@ class AdversarialEngine:
         overflows = "fp16" in (self._precision, self.attack_precision) or (
             self._precision == "autocast" and self.deepspeed.torch_autocast_dtype() == torch.float16
         )
-        return InputGradient(retry_non_finite=overflows, agree=self.ranks.any)
+        return InputGradient(
+            retry_non_finite=overflows,
+            agree=self.ranks.any,
+            copies=self.run.dat.engine.cuda_graphs,
+        )
 
     def _new_metrics(self) -> StepMetrics:
         return StepMetrics(PhaseTimer(self.ranks.device), self._input_gradient())
@@ -638,12 +643,23 @@ class _FrozenModel:
         return self.forward(self.called, x, training=self.training)
 
 
-def _compiled(engine: DeepSpeedEngine, what: str) -> Callable[[Tensor], Tensor]:
-    """What the training attack calls, after compiling ``"attack"`` or ``"all"``."""
-    if what == "all":
-        engine.compile()
+def _compiled(engine: DeepSpeedEngine, config: EngineConfig) -> Callable[[Tensor], Tensor]:
+    """What the training attack calls, after compiling what is asked for."""
     module: nn.Module = engine.module
-    return torch.compile(module) if what == "attack" else module
+    if config.compile == "all":
+        engine.compile()
+    if config.compile != "attack":
+        return module
+    if not config.cuda_graphs:
+        return torch.compile(module)
+    graphed = torch.compile(module, mode="reduce-overhead")
+
+    def replayed(x: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        logits: Tensor = graphed(x)
+        return logits
+
+    return replayed
 
 
 def _warn_of_slow_products(precision: Precision, ranks: Ranks) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,3 +79,37 @@ def test_training_in_16_bits_lowers_the_loss(stage: int, precision: str) -> None
     assert losses[-1] < 0.5 * losses[0]
     assert engine.metrics["seconds_attack"] > 0
     engine.close()
+
+
+SPEEDUPS: dict[str, dict[str, Any]] = {
+    "compiled": {"engine": {"compile": "all"}},
+    "graphed": {"engine": {"compile": "attack", "cuda_graphs": True}},
+    "graphed APGD": {
+        "engine": {"compile": "attack", "cuda_graphs": True},
+        "attack": {"name": "apgd", "steps": 3},
+    },
+    "channels last": {"engine": {"channels_last": True}},
+    "folded": {"attack": {"steps": 3, "fold_batch_norm": True}},
+}
+
+
+@pytest.mark.parametrize("name", SPEEDUPS)
+def test_cheaper_attack_passes_train_the_same_model(name: str) -> None:
+    attack = SPEEDUPS[name].get("attack", {"steps": 3})
+    plain = {k: v for k, v in attack.items() if k != "fold_batch_norm"}
+    expected = trained({"attack": plain})
+    for key, value in trained({"attack": attack, **SPEEDUPS[name]}).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
+
+
+def trained(dat: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights after three steps of one process."""
+    import dat_ds
+
+    engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=tiny.config(0, dat=dat))
+    for step in range(3):
+        engine.backward(engine(*tiny.images(4, seed=step)))
+        engine.step()
+    weights = {key: value.clone() for key, value in engine.module.state_dict().items()}
+    engine.close()
+    return weights

@@ -598,6 +598,10 @@ def test_loading_leaves_the_given_config_alone():
             "dat.engine.compile='attack' with dat.attack.keep_tokens, which changes the model ",
         ),
         (
+            {"engine": {"compile": "all", "cuda_graphs": True}},
+            "dat.engine.cuda_graphs=true with dat.engine.compile='all': gradients of the update ",
+        ),
+        (
             {"objective": {"name": "dat", "batch_norm": "split"}, "engine": {"compile": "all"}},
             "dat.engine.compile='all' with dat.objective.batch_norm, which changes the model ",
         ),
