@@ -16,16 +16,20 @@ OUTPUT = Path("runs/compare_speedups")
 ATTACKS = ["pgd-20", "apgd-ce-50"]
 SEEDS = (0, 1, 2)
 CNN = {"name": "resnet18", "stem": "cifar", "options": {"channels": [16, 32, 64, 128]}}
-CHEAPER: dict[str, dict[str, Any]] = {
+OF_BOTH: dict[str, dict[str, Any]] = {
     "float32": {},
     "attack in bf16": {"attack": {"precision": "bf16"}},
     "compiled": {"engine": {"compile": "all"}},
 }
-OF_CNN = {
+OF_VIT: dict[str, dict[str, Any]] = {
+    "attack in int8": {"attack": {"precision": "int8"}},
+    "attack in fp8": {"attack": {"precision": "fp8"}},
+}
+OF_CNN: dict[str, dict[str, Any]] = {
     "channels last": {"engine": {"channels_last": True}},
     "BatchNorm folded": {"attack": {"fold_batch_norm": True}},
 }
-ROWS = {"ViT": ({}, CHEAPER, 30), "CNN": (CNN, CHEAPER | OF_CNN, 10)}
+ROWS = {"ViT": ({}, OF_BOTH | OF_VIT, 30), "CNN": (CNN, OF_BOTH | OF_CNN, 10)}
 
 
 def record_of(name: str, model: dict[str, Any], keys: dict[str, Any], epochs: int) -> Any:

@@ -12,6 +12,7 @@ from dat_ds.attacks.build import (
     UserAttack,
     attack_options,
     build_attack,
+    misfits,
     parse_length,
 )
 from dat_ds.attacks.folding import folded_batch_norm
@@ -94,6 +95,7 @@ __all__ = [
     "gradient_speedup",
     "kl_divergence",
     "mim",
+    "misfits",
     "multi_norm",
     "n_fgsm",
     "nt_xent",

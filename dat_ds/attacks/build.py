@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.folding import folded_batch_norm
@@ -16,9 +17,10 @@ from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.modes import attack_mode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.pgd import fat, fgsm, fgsm_rs, mim, multi_norm, n_fgsm, pgd
-from dat_ds.attacks.precision import PRECISIONS, Precision, in_half_precision
+from dat_ds.attacks.precision import PRECISIONS, Precision, shorter_floats
+from dat_ds.attacks.quantized import FORMATS, quantizable_linears
 from dat_ds.attacks.threat import ThreatModel
-from dat_ds.attacks.tokens import dropped_tokens
+from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
     "pgd": pgd,
@@ -115,16 +117,12 @@ class Attack:
                 stack.enter_context(attack_mode(model, mode))
             if self.fold_batch_norm:
                 stack.enter_context(folded_batch_norm(model, x))
-            if self.resolution is not None:
-                size = (self.resolution, self.resolution)
-
-                def seen(images: Tensor) -> Tensor:
-                    return model(F.interpolate(images, size, mode="area"))
-
             if self.precision is not None:
-                seen = in_half_precision(seen, self.precision)
+                seen = stack.enter_context(shorter_floats(model, self.precision))
                 if gradient is None:
                     gradient = InputGradient(retry_non_finite=self.precision == "fp16")
+            if self.resolution is not None:
+                seen = _at_resolution(seen, self.resolution)
             return ATTACKS[self.name](
                 seen,
                 x,
@@ -172,6 +170,11 @@ class Attack:
         return replace(self, threat=threat, options=options, eps_warmup=0.0, steps_from=None)
 
 
+def _at_resolution(model: Model, resolution: int) -> Model:
+    size = (resolution, resolution)
+    return lambda images: model(F.interpolate(images, size, mode="area"))
+
+
 @dataclass(frozen=True)
 class FreeAttack(Attack):
     """Free adversarial training: the training step itself moves the perturbation.
@@ -206,6 +209,28 @@ class FreeAttack(Attack):
     def replays(self) -> int:
         """How often each batch is trained on in a row."""
         return int(self.options.get("replays", FREE_OPTIONS["replays"]))
+
+
+def misfits(attack: Attack, model: nn.Module) -> list[str]:
+    """What an attack asks of a model that it has not, in words for whoever wrote the config."""
+    kind = getattr(model, "spec", {}).get("name", type(model).__name__)
+    problems = []
+    if attack.keep_tokens is not None and patch_tokens(model) is None:
+        problems.append(
+            f"dat.attack.keep_tokens={attack.keep_tokens:g} needs a vision transformer: timm's "
+            f"VisionTransformer, or Hugging Face's ViT, DeiT or DINOv2, not this model ({kind}). "
+            "Remove it, or write dat.attack.resolution."
+        )
+    if attack.fold_batch_norm and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        problems.append(
+            f"dat.attack.fold_batch_norm=true, but this model ({kind}) has no BatchNorm: remove it."
+        )
+    if attack.precision in FORMATS and not quantizable_linears(model):
+        problems.append(
+            f"dat.attack.precision={attack.precision!r}: this model ({kind}) has no linear layer "
+            "whose sizes are multiples of 16. Write 'bf16'."
+        )
+    return problems
 
 
 UserAttack = Callable[[Model, Tensor, Tensor, Generator | None], Tensor]

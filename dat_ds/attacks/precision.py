@@ -14,17 +14,46 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dat_ds.attacks.gradient import Model
+from dat_ds.attacks.quantized import multiplied, quantized_linears
 
-Precision = Literal["bf16", "fp16"]
-PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["bf16", "fp16", "int8", "fp8"]
+PRECISIONS: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
+"""The float to which a precision autocasts; in 8 bits are the products of linear layers alone."""
 
 _PRODUCT = 512  # rows and columns of the matrices of the first probe
 _ROUNDS = 3
 
 
 @contextlib.contextmanager
-def half_precision(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Autocast to ``precision``, with the attention that is fast in it.
+def shorter_floats(model: Model, precision: Precision) -> Iterator[Model]:
+    """``model`` with its forwards, and so their backwards, in ``precision``, until exit.
+
+    Args:
+        model: A module with frozen parameters, or a callable with the module as its ``module``.
+        precision: See :data:`PRECISIONS`.
+
+    Raises:
+        ValueError: In 8 bits, where the model has no linear layer for it.
+    """
+
+    def shortened(images: Tensor) -> Tensor:
+        with autocast(images.device, precision):
+            return model(images)
+
+    with contextlib.ExitStack() as stack:
+        if precision == "int8" or precision == "fp8":
+            stack.enter_context(quantized_linears(model, precision))
+        yield shortened
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Autocast for ``precision``, with the attention that is fast in it.
 
     On a CPU that is the plain one: the backward of torch's fused attention in bfloat16 takes four
     times as long there as in float32, the plain one's matrix products half as long.
@@ -34,16 +63,6 @@ def half_precision(device: torch.device, precision: Precision) -> Iterator[None]
         yield
 
 
-def in_half_precision(model: Model, precision: Precision) -> Model:
-    """``model`` with its forwards, and so their backwards, in ``precision``."""
-
-    def halved(images: Tensor) -> Tensor:
-        with half_precision(images.device, precision):
-            return model(images)
-
-    return halved
-
-
 def product_speedup(device: torch.device, precision: Precision) -> float:
     """How much faster ``device`` multiplies matrices in ``precision`` than in float32.
 
@@ -51,7 +70,13 @@ def product_speedup(device: torch.device, precision: Precision) -> float:
     """
     matrix = torch.rand(_PRODUCT, _PRODUCT, device=device)
     half = matrix.to(PRECISIONS[precision])
-    return _speedup(lambda: matrix @ matrix, lambda: half @ half, device)
+
+    def shorter() -> Tensor:
+        if precision == "int8" or precision == "fp8":
+            return multiplied(matrix, matrix, precision)
+        return half @ half
+
+    return _speedup(lambda: matrix @ matrix, shorter, device)
 
 
 def gradient_speedup(model: Model, x: Tensor, precision: Precision) -> float:
@@ -68,17 +93,17 @@ def gradient_speedup(model: Model, x: Tensor, precision: Precision) -> float:
         with torch.enable_grad():
             torch.autograd.grad(called(leaf).float().sum(), leaf)
 
-    halved = in_half_precision(model, precision)
-    return _speedup(lambda: gradient(model), lambda: gradient(halved), x.device)
+    with shorter_floats(model, precision) as shortened:
+        return _speedup(lambda: gradient(model), lambda: gradient(shortened), x.device)
 
 
 def _speedup(
-    plain: Callable[[], object], half: Callable[[], object], device: torch.device
+    plain: Callable[[], object], shorter: Callable[[], object], device: torch.device
 ) -> float:
-    """Least time of ``plain`` over that of ``half``, run in turn."""
+    """Least time of ``plain`` over that of ``shorter``, run in turn."""
     best = [float("inf"), float("inf")]
     for run in range(1 + _ROUNDS):
-        for index, function in enumerate((plain, half)):
+        for index, function in enumerate((plain, shorter)):
             _wait_for(device)
             start = time.perf_counter()
             function()

@@ -670,6 +670,7 @@ def _check_compile(dat: DatConfig, problems: list[str]) -> None:
     changing = {
         "dat.attack.keep_tokens": dat.attack.keep_tokens is not None,
         "dat.attack.fold_batch_norm": dat.attack.fold_batch_norm,
+        "dat.attack.precision": dat.attack.precision in ("int8", "fp8"),
         "dat.model.activation_checkpointing": dat.model.activation_checkpointing == "reentrant",
         "dat.objective.batch_norm": compiled == "all" and dat.objective.batch_norm == "split",
     }

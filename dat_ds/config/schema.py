@@ -180,9 +180,10 @@ class AttackConfig:
     """``multi_norm``: train on each image's worst ball (default), or on all of them."""
     replays: int | None = _at_least(1, None)
     """``free``: optimizer steps in a row on the same batch. Default 4."""
-    precision: Literal["bf16", "fp16", "auto"] | None = None
-    """Float of the model's passes in the attack alone; pixels and the update keep theirs. ``auto``
-    takes ``bf16`` where, timed at the start, it makes the attack faster. Default: the engine's."""
+    precision: Literal["bf16", "fp16", "int8", "fp8", "auto"] | None = None
+    """Precision of the model's passes in the attack alone; pixels and the update keep theirs.
+    ``int8`` and ``fp8``: of the products of linear layers, the rest in ``bf16``. ``auto``: ``bf16``
+    where, timed at the start, it makes the attack faster. Default: the engine's."""
     fold_batch_norm: bool = False
     """Compute convolutions and the BatchNorm behind them as one during the attack, which saves two
     passes over every activation. Needs ``model_mode`` ``eval``, and ZeRO 0-2."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import Attack, CallableAttack, FreeAttack, UserAttack, patch_tokens
+from dat_ds.attacks import Attack, CallableAttack, FreeAttack, UserAttack, misfits
 from dat_ds.config import (
     DatConfig,
     RunConfig,
@@ -39,7 +39,7 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
-from dat_ds.engine.validate import check_deepspeed, check_precision, has_batch_norm
+from dat_ds.engine.validate import check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.models.replicas import share_from_first_rank
@@ -105,17 +105,8 @@ def initialize(
     elif not isinstance(attack, Attack):
         name = getattr(attack, "__name__", "callable")
         attack = CallableAttack(name, threat_of(run.dat), function=attack)
-    if attack is not None and attack.keep_tokens is not None and patch_tokens(model) is None:
-        raise ConfigError(
-            f"dat.attack.keep_tokens={attack.keep_tokens:g} needs a vision transformer: timm's "
-            f"VisionTransformer, or Hugging Face's ViT, DeiT or DINOv2, not this model "
-            f"({run.dat.model.name}). Remove it, or write dat.attack.resolution."
-        )
-    if attack is not None and attack.fold_batch_norm and not has_batch_norm(model):
-        raise ConfigError(
-            f"dat.attack.fold_batch_norm=true, but this model ({run.dat.model.name}) has no "
-            "BatchNorm: remove it."
-        )
+    if attack is not None and (problems := misfits(attack, model)):
+        raise ConfigError("\n".join(problems))
     helper = None
     if run.dat.objective.helper_model is not None:
         with ranks.together():

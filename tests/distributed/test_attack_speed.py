@@ -26,6 +26,13 @@ SPEEDUPS: dict[str, dict[str, Any]] = {
     },
     "channels last": {"engine": {"channels_last": True}},
     "folded": {"attack": {"steps": 2, "fold_batch_norm": True}},
+    "int8": {"model": "vit", "attack": {"steps": 2, "precision": "int8"}},
+    "int8, gathered on every pass": {
+        "model": "vit",
+        "attack": {"steps": 2, "precision": "int8"},
+        "engine": {"resident_parameters_gib": 0},
+    },
+    "fp8": {"model": "vit", "attack": {"steps": 2, "precision": "fp8"}},
     "folded, bf16": {"attack": {"steps": 2, "fold_batch_norm": True, "precision": "bf16"}},
 }
 EXACT = ["compiled attack", "graphed attack", "compiled", "channels last", "folded"]
@@ -53,8 +60,9 @@ def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     import dat_ds
     from dat_ds.engine import hooks
 
-    config = tiny.config(stage, dat={"attack": {"steps": 2}, **dat})
-    engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
+    dat = {"attack": {"steps": 2}, **dat}
+    model = tiny.MODELS[dat.pop("model", "cnn")]()
+    engine, *_ = dat_ds.initialize(model=model, config=tiny.config(stage, dat=dat))
     for step in range(STEPS):
         x, y = tiny.images(8, seed=step)
         part = slice(4 * engine.ranks.rank, 4 * engine.ranks.rank + 4)
@@ -68,7 +76,9 @@ def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
 
 def every_case() -> dict[Any, Any]:
     with_quick_compiler()
-    outcomes: dict[Any, Any] = {stage: train(stage, {}) for stage in STAGES}
+    outcomes: dict[Any, Any] = {
+        (model, stage): train(stage, {"model": model}) for model in tiny.MODELS for stage in STAGES
+    }
     for name, stage in CASES:
         outcomes[name, stage] = train(stage, SPEEDUPS[name])
     outcomes["auto"] = {
@@ -132,16 +142,16 @@ def outcomes() -> list[dict[Any, Any]]:
 @pytest.mark.parametrize(("name", "stage"), [case for case in CASES if case[0] in EXACT])
 def test_it_trains_the_same_model(outcomes: list[dict[Any, Any]], name: str, stage: int) -> None:
     weights, _ = outcomes[0][name, stage]
-    for key, expected in outcomes[0][stage][0].items():
+    for key, expected in outcomes[0]["cnn", stage][0].items():
         torch.testing.assert_close(weights[key], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "stage"), [case for case in CASES if "bf16" in case[0]])
-def test_bf16_attacks_train_a_model_close_by(
+@pytest.mark.parametrize(("name", "stage"), [case for case in CASES if case[0] not in EXACT])
+def test_shorter_floats_train_a_model_close_by(
     outcomes: list[dict[Any, Any]], name: str, stage: int
 ) -> None:
     weights, metrics = outcomes[0][name, stage]
-    plain, plain_metrics = outcomes[0][stage]
+    plain, plain_metrics = outcomes[0][SPEEDUPS[name].get("model", "cnn"), stage]
     assert all(value.isfinite().all() for value in weights.values())
     assert metrics["loss"] == pytest.approx(plain_metrics["loss"], rel=0.02)
     assert any(not torch.equal(weights[key], plain[key]) for key in plain)
@@ -166,6 +176,14 @@ def test_folding_is_refused_where_it_cannot_be() -> None:
     attack = {"steps": 2, "fold_batch_norm": True}
     with pytest.raises(ConfigError, match=r"fold_batch_norm=true with zero_optimization\.stage=3"):
         load_config(tiny.config(3, dat={"attack": attack}))
+
+
+def test_8_bits_are_refused_without_layers_for_them() -> None:
+    import dat_ds
+
+    config = tiny.config(0, dat={"attack": {"precision": "int8"}})
+    with pytest.raises(ConfigError, match=r"dat\.attack\.precision='int8': this model"):
+        dat_ds.initialize(model=tiny.cnn(), config=config)
 
 
 def test_a_precision_the_model_has_anyway_is_refused() -> None:

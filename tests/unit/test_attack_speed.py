@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from dat_ds.attacks import (
     product_speedup,
 )
 from dat_ds.attacks.folding import conv_norm_pairs
+from dat_ds.attacks.quantized import multiplied, quantized_linears
 
 THREAT = ThreatModel("linf", 8 / 255)
 PGD: dict[str, Any] = {"steps": 5, "step_size": "2/255", "threat_model": THREAT}
@@ -72,8 +74,17 @@ def loss_at(model: nn.Module, x: Tensor, y: Tensor) -> float:
 # ---- precision
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("build", [vit, settled])
+@pytest.mark.parametrize(
+    ("build", "precision"),
+    [
+        (vit, "bf16"),
+        (vit, "fp16"),
+        (vit, "int8"),
+        (vit, "fp8"),
+        (settled, "bf16"),
+        (settled, "fp16"),
+    ],
+)
 def test_a_shorter_float_attacks_almost_as_well_and_leaves_no_trace(
     build: Any, precision: str
 ) -> None:
@@ -99,8 +110,8 @@ def test_a_shorter_float_attacks_almost_as_well_and_leaves_no_trace(
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"attack\.precision='int8' is not one of bf16, fp16"):
-        build_attack({**PGD, "precision": "int8"})
+    with pytest.raises(ValueError, match=r"attack\.precision='int4' is not one of bf16, fp16"):
+        build_attack({**PGD, "precision": "int4"})
 
 
 def test_speedups_are_ratios_of_times() -> None:
@@ -114,6 +125,52 @@ def test_speedups_are_ratios_of_times() -> None:
         assert gradient_speedup(model, x, "bf16") > 0
     handle.remove()
     assert calls == [False, True] * 4
+
+
+# ---- 8 bits
+
+
+@pytest.mark.parametrize(("format", "error"), [("int8", 0.015), ("fp8", 0.045)])
+def test_products_in_8_bits_are_close_and_their_gradients_too(format: Any, error: float) -> None:
+    torch.manual_seed(0)
+    rows = torch.logspace(-6, 6, 40)[:, None]  # of very different sizes: each has its own scale
+    x, cotangent = torch.randn(40, 64) * rows, torch.randn(40, 32) * rows.flip(0)
+    layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    found = []
+    for context in (contextlib.nullcontext(), quantized_linears(layer, format)):
+        leaf = x.clone().requires_grad_()
+        with context:
+            outputs = layer(leaf.reshape(4, 10, 64)).reshape(40, 32)
+            (gradient,) = torch.autograd.grad(outputs, leaf, cotangent)
+        found.append((outputs.detach(), gradient))
+    for plain, rounded in zip(*found, strict=True):
+        errors = (rounded - plain).norm(dim=1) / plain.norm(dim=1)
+        assert 0 < float(errors.max()) < 1.5 * error
+        assert float(errors.mean()) < error
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_zeros_and_non_finite_entries_survive_8_bits(format: Any) -> None:
+    left, right = torch.ones(32, 16), torch.ones(16, 16)
+    left[0], left[1, 3] = 0, float("inf")
+    product = multiplied(left, right, format)
+    assert torch.equal(product[0], torch.zeros(16))
+    assert bool(product[1].isnan().all())
+    torch.testing.assert_close(product[2:], torch.full((30, 16), 16.0), rtol=0.005, atol=0)
+
+
+def test_layers_that_8_bits_do_not_fit_stay_as_they_are() -> None:
+    model = vit()  # 4 classes
+    changed: list[str] = []
+    with attack_mode(model), quantized_linears(model, "int8"):
+        changed += [name for name, m in model.named_modules() if "forward" in vars(m)]
+        few = model.blocks[0].mlp.fc1(torch.ones(1, 32))
+    assert len(changed) == 8
+    assert "head" not in changed
+    assert torch.equal(few, model.blocks[0].mlp.fc1(torch.ones(1, 32)))
+    with pytest.raises(ValueError, match="multiples of 16: this model has none"):
+        build_attack({**PGD, "precision": "int8"})(settled(), *images())
 
 
 # ---- BatchNorm

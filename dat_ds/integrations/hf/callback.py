@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dat_ds.attacks import Attack, ThreatModel, patch_tokens
+from dat_ds.attacks import Attack, ThreatModel, misfits
 from dat_ds.config import check_num_classes
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
@@ -332,11 +332,7 @@ def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings
                 "'single_label_classification'."
             )
         check_num_classes(settings.dat, num_labels, problems)
-    keep_tokens = settings.dat.attack.keep_tokens
-    if keep_tokens is not None and patch_tokens(model) is None:
-        problems.append(
-            f"dat.attack.keep_tokens={keep_tokens:g} needs a ViT, DeiT or DINOv2, not {kind}: "
-            "remove it, or write dat.attack.resolution."
-        )
+    if settings.attack is not None:
+        problems += misfits(settings.attack, model)
     if problems:
         raise ConfigError("\n".join(problems))
