@@ -551,13 +551,13 @@ class AdversarialEngine:
 
     def _alignment_probes(self, x: Tensor, y: Tensor, first_index: int) -> AlignmentProbes | None:
         """GradAlign's images for the outer forward; None where it is off."""
-        if not self.run.dat.objective.grad_align or self._attack is None:
+        attack = self.attack_in_use
+        if not self.run.dat.objective.grad_align or attack is None:
             return None
         # A stream of its own: the attack's random start is another draw.
         generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
-        threat, mode = self._attack.threat, self.run.dat.attack.model_mode
-        with self._phase("forward"), self.frozen(mode) as model:
-            return alignment_probes(model, x, y, threat=threat, generator=generator)
+        with self._phase("forward"), self.frozen(self.run.dat.attack.model_mode) as model:
+            return alignment_probes(model, x, y, threat=attack.threat, generator=generator)
 
     def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
         """Move free training's perturbation up the gradient that the backward left at ``x_adv``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, alignment_probes
+from tests.distributed import tiny
 
 THREAT = ThreatModel("linf", 0.02)
 Y = torch.tensor([0, 1, 2, 1])
@@ -69,3 +72,28 @@ def test_a_flat_model_has_finite_probes_and_no_gradient():
     )
     assert probes.images.isfinite().all()
     assert all(g.isfinite().all() for g in gradients)
+
+
+def test_the_engine_probes_the_ball_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dat_ds
+    from dat_ds.engine import adversarial
+
+    seen: list[float] = []
+
+    def probed(*args: Any, threat: ThreatModel, **options: Any) -> Any:
+        seen.append(threat.eps)
+        return alignment_probes(*args, threat=threat, **options)
+
+    monkeypatch.setattr(adversarial, "alignment_probes", probed)
+    sections = {
+        "threat_model": {"eps": 0.1},
+        "attack": {"name": "fgsm", "eps_warmup": 0.5},
+        "objective": {"grad_align": 0.2},
+        "schedule": {"name": "constant", "max_steps": 4},
+    }
+    engine, *_ = dat_ds.initialize(model=tiny.vit(), config=tiny.config(0, dat=sections))
+    for _ in range(4):
+        engine.backward(engine(*tiny.images(4)))
+        engine.step()
+    engine.close()
+    assert seen == pytest.approx([0, 0.05, 0.1, 0.1])
