@@ -55,8 +55,8 @@ def tiny_images(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     for part, count in (("train", 40), ("test", 6)):
-        arrays[f"{part}_images"] = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{part}_labels"] = np.arange(count) % 10
+        arrays[f"x_{part}"] = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(count) % 10
     path = tmp_path / "tiny.npz"
     np.savez(path, **arrays)
     return path
