@@ -10,8 +10,11 @@ Non-finite entries stay visible: a block that holds one decodes to NaN throughou
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,9 +27,10 @@ _HUGE = torch.finfo(torch.float32).max * (1 - 2**-23)  # what rounds back to at 
 _NOISE_STEPS = 2**16
 _CACHED_ENTRIES = 2**18
 _MAX_INT16 = 2**15
-_MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
 _HALF_MANTISSA = 2**22 + 2**6
-_LARGEST_POWER = 0x7F000000  # bits of 2 ** 127
+_LARGEST_EXPONENT = 254  # of 2 ** 127
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,13 @@ class Codec(ABC):
         """Bytes that travel."""
         return payload.data.numel()
 
-    @abstractmethod
     def bytes_of(self, numel: int) -> int:
         """Bytes of the payload of ``numel`` entries."""
+        return sum(self.parts_of(numel))
+
+    @abstractmethod
+    def parts_of(self, numel: int) -> tuple[int, ...]:
+        """Bytes of the payload's parts, in their order, of ``numel`` entries."""
 
     @abstractmethod
     def variance_bound(self, numel: int) -> float:
@@ -107,27 +115,38 @@ class Codec(ABC):
         Returns:
             ``(n, bytes_of(m))`` uint8.
         """
-        numel, block = rows.shape[1], self.block_of(rows.shape[1])
-        size = self._slice_of(rows)
-        # The last slice takes what is left over, so that none is shorter than a block.
-        ends = [*range(size, numel - size + 1, size), numel]
-        parts = [
+        block = self.block_of(rows.shape[1])
+        slices = [
             self._encode(
                 rows[:, start:end],
                 generator,
                 None if valid is None else valid[:, start // block : -(-end // block)],
             )
-            for start, end in zip([0, *ends], ends, strict=False)
+            for start, end in self._slices(rows)
         ]
-        return torch.cat([part for plane in zip(*parts, strict=True) for part in plane], dim=1)
+        return torch.cat([piece for part in zip(*slices, strict=True) for piece in part], dim=1)
 
-    def _slice_of(self, rows: Tensor) -> int:
-        """Entries of a row that are encoded together: on a CPU, what stays in its cache."""
+    def decode_rows(self, data: Tensor, numel: int) -> Tensor:
+        """Decode ``(n, bytes_of(m))`` uint8 to ``(n, m)`` float32; ``numel`` is ``m``."""
+        rows = torch.empty(len(data), numel, dtype=torch.float32, device=data.device)
+        sizes = self.parts_of(numel)
+        offsets = [0, *itertools.accumulate(sizes[:-1])]
+        for start, end in self._slices(rows):
+            bounds = zip(offsets, self.parts_of(start), self.parts_of(end), strict=True)
+            self._decode([data[:, at + a : at + b] for at, a, b in bounds], rows[:, start:end])
+        return rows
+
+    def _slices(self, rows: Tensor) -> list[tuple[int, int]]:
+        """Bounds of the entries of a row that are worked on together.
+
+        On a CPU, as many as stay in its cache: whole blocks and whole bytes, but for the last.
+        """
         count, numel = rows.shape
-        unit = math.lcm(self.block_of(numel), 8)
-        if rows.device.type != "cpu" or unit >= numel:
-            return numel
-        return max(1, _CACHED_ENTRIES // (count * unit)) * unit
+        size, unit = numel, math.lcm(self.block_of(numel), 8)
+        if rows.device.type == "cpu" and unit < numel:
+            size = max(1, _CACHED_ENTRIES // (count * unit)) * unit
+        # The last slice takes what is left over, so that none is shorter than a block.
+        return list(itertools.pairwise([0, *range(size, numel - size + 1, size), numel]))
 
     @abstractmethod
     def _encode(
@@ -136,8 +155,8 @@ class Codec(ABC):
         """The parts of the payload, each ``(n, bytes)`` uint8 and in the order of the entries."""
 
     @abstractmethod
-    def decode_rows(self, data: Tensor, numel: int) -> Tensor:
-        """Decode ``(n, bytes_of(m))`` uint8 to ``(n, m)`` float32; ``numel`` is ``m``."""
+    def _decode(self, parts: Sequence[Tensor], out: Tensor) -> None:
+        """Fill ``out`` ``(n, m)`` with what :meth:`_encode` made the parts of."""
 
     def valid_counts(self, mask: Tensor) -> Tensor | None:
         """Entries of each block that ``mask`` ``(n, m)`` keeps; None where the codec asks not."""
@@ -174,11 +193,15 @@ class BlockCodec(Codec):
             rows = F.pad(rows, (0, missing))
         return rows.reshape(len(rows), -1, size)
 
-    def _scaled(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """``codes`` ``(n, m)`` times each block's scale ``(n, b)``, float32."""
+    def _scale_up(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """``codes`` ``(n, m)`` times each block's scale, ``(n, 4 b)`` uint8, into ``out``."""
         # Converted first: multiplied as they are, codes would be converted much more slowly.
-        values = self._blocks(codes).to(torch.float32).mul_(scales.unsqueeze(2))
-        return values.reshape(len(codes), -1)[:, : codes.shape[1]]
+        out.copy_(codes)
+        scales, size = _typed(scales, torch.float32), self.block_of(out.shape[1])
+        whole = out.shape[1] // size
+        blocks = out[:, : whole * size].view(len(out), whole, size)
+        blocks.mul_(scales[:, :whole].unsqueeze(2))
+        out[:, whole * size :].mul_(scales[:, -1:])  # a shorter one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +224,9 @@ class StochasticRounding(BlockCodec):
         """Bits of a code."""
         return next(w for w in (2, 4, 8) if self.max_level < 2 ** (w - 1))
 
-    def bytes_of(self, numel: int) -> int:
-        """``4 b + ceil(m width / 8)``."""
-        return 4 * self.blocks_of(numel) + -(-numel * self.width // 8)
+    def parts_of(self, numel: int) -> tuple[int, ...]:
+        """``4 b`` and ``ceil(m width / 8)``."""
+        return 4 * self.blocks_of(numel), -(-numel * self.width // 8)
 
     def variance_bound(self, numel: int) -> float:
         """``min((B - 1) / (4 s^2), sqrt(B - 1) / (2 s))`` with ``s`` the largest level."""
@@ -232,14 +255,15 @@ class StochasticRounding(BlockCodec):
             packed = pack((codes + 2 ** (self.width - 1)).view(torch.uint8), self.width)
         return _bytes(step), packed
 
-    def decode_rows(self, data: Tensor, numel: int) -> Tensor:
+    def _decode(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Levels times steps."""
-        step, packed = _split(data, self.blocks_of(numel))
+        step, codes = parts
         if self.width == 8:
-            codes = packed.view(torch.int8)
+            levels = codes.view(torch.int8)
         else:
-            codes = unpack(packed, self.width, numel).view(torch.int8) - 2 ** (self.width - 1)
-        return self._scaled(codes, step)
+            levels = unpack(codes, self.width, out.shape[1]).view(torch.int8)
+            levels = levels - 2 ** (self.width - 1)
+        self._scale_up(levels, step, out)
 
     def _noise(self, blocks: Tensor, generator: torch.Generator | None) -> Tensor:
         """Noise in (-1/2, 1/2), symmetric, which makes rounding to the nearest level unbiased."""
@@ -345,9 +369,9 @@ class Natural(Codec):
     name = "natural"
     unbiased = True
 
-    def bytes_of(self, numel: int) -> int:
-        """``m + ceil(m / 8)``."""
-        return numel + -(-numel // 8)
+    def parts_of(self, numel: int) -> tuple[int, ...]:
+        """``m`` and ``ceil(m / 8)``."""
+        return numel, -(-numel // 8)
 
     def variance_bound(self, numel: int) -> float:
         """``1 / 8``."""
@@ -358,20 +382,25 @@ class Natural(Codec):
     ) -> tuple[Tensor, ...]:
         """The exponents, then the signs."""
         bits = rows.contiguous().view(torch.int32)
-        magnitude = bits & _MAGNITUDE
         # A carry out of the mantissa, of probability mantissa / 2^23, moves up to the next power.
-        # Noise of 16 bits is spread over the mantissa's 23.
-        noise = _random_bits(rows, torch.int16, generator)
-        exponent = magnitude.clamp(max=_LARGEST_POWER).add_(_HALF_MANTISSA).add_(noise, alpha=128)
-        exponent.bitwise_right_shift_(23)
-        exponent = torch.where(magnitude >= _INFINITY, _INFINITY >> 23, exponent)
-        return exponent.to(torch.uint8), pack((bits < 0).view(torch.uint8), 1)
+        # Noise of 16 bits is spread over the mantissa's 23. Widened first: added as it is, it would
+        # be converted much more slowly.
+        noise = _random_bits(rows, torch.int16, generator).to(torch.int32)
+        carried = noise.mul_(128).add_(_HALF_MANTISSA).add_(bits)
+        # Byte by byte, which takes the exponent and leaves the sign: 2^127 is not carried over, and
+        # what is not finite, whose carry may have gone into the sign, stays.
+        up = carried.bitwise_right_shift_(23).to(torch.uint8).clamp_(max=_LARGEST_EXPONENT)
+        shifted = torch.bitwise_right_shift(bits, 23, out=carried)
+        exponent = torch.maximum(up, shifted.to(torch.uint8))
+        negative = shifted.bitwise_right_shift_(8).neg_().to(torch.uint8)
+        return exponent, pack(negative, 1)
 
-    def decode_rows(self, data: Tensor, numel: int) -> Tensor:
+    def _decode(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Powers of two with their signs; infinite where the entry was not finite."""
-        exponent = data[:, :numel].to(torch.int32).bitwise_left_shift_(23)
-        sign = unpack(data[:, numel:], 1, numel).to(torch.int32).bitwise_left_shift_(31)
-        return exponent.bitwise_or_(sign).view(torch.float32)
+        exponent, negative = parts
+        sign = unpack(negative, 1, out.shape[1]).to(torch.int16).bitwise_left_shift_(15)
+        upper = exponent.to(torch.int16).bitwise_left_shift_(7).bitwise_or_(sign)
+        out.copy_(upper.view(torch.bfloat16))  # the upper half of a float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,10 +430,13 @@ class TopK(BlockCodec):
         """Entries kept of each block, of a tensor of ``numel``."""
         return math.ceil(self.ratio * self.block_of(numel))
 
-    def bytes_of(self, numel: int) -> int:
-        """``b k`` values and as many places."""
-        place = 2 if self.block_of(numel) <= _MAX_INT16 else 4
-        return (4 + place) * self.kept_of(numel) * self.blocks_of(numel)
+    def parts_of(self, numel: int) -> tuple[int, ...]:
+        """``4 b k`` of values, ``2 b k`` or ``4 b k`` of places."""
+        kept = self.kept_of(numel) * self.blocks_of(numel)
+        return 4 * kept, self._place_dtype(numel).itemsize * kept
+
+    def _place_dtype(self, numel: int) -> torch.dtype:
+        return torch.int16 if self.block_of(numel) <= _MAX_INT16 else torch.int32
 
     def variance_bound(self, numel: int) -> float:
         """``1 - k / B``."""
@@ -415,23 +447,22 @@ class TopK(BlockCodec):
     ) -> tuple[Tensor, ...]:
         """The values, then their places within the block."""
         blocks, numel = self._blocks(rows), rows.shape[1]
-        kept = self.kept_of(numel)
-        # NaN counts as largest, so non-finite entries are among those kept.
-        place = blocks.abs().topk(kept, dim=2, sorted=False).indices
+        place = _largest(blocks, self.kept_of(numel))
         values = blocks.gather(2, place).reshape(len(rows), -1)
-        place = place.to(torch.int16 if self.block_of(numel) <= _MAX_INT16 else torch.int32)
-        return _bytes(values), _bytes(place.reshape(len(rows), -1))
+        return _bytes(values), _bytes(place.reshape(len(rows), -1).to(self._place_dtype(numel)))
 
-    def decode_rows(self, data: Tensor, numel: int) -> Tensor:
+    def _decode(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """The values at their places, zero elsewhere."""
-        count, size = self.blocks_of(numel), self.block_of(numel)
-        kept = self.kept_of(numel)
-        values, places = _split(data, count * kept)
-        dtype = torch.int16 if size <= _MAX_INT16 else torch.int32
-        place = _typed(places, dtype).reshape(len(data), count, kept)
-        blocks = values.new_zeros(len(data), count, size)
-        blocks.scatter_(2, place.long(), values.reshape(len(data), count, kept))
-        return blocks.reshape(len(data), -1)[:, :numel]
+        numel, size = out.shape[1], self.block_of(out.shape[1])
+        shape = (len(out), self.blocks_of(numel), self.kept_of(numel))
+        values = _typed(parts[0], torch.float32).view(shape)
+        place = _typed(parts[1], self._place_dtype(numel)).view(shape).long()
+        whole = numel // size
+        blocks = out.zero_()[:, : whole * size].view(len(out), whole, size)
+        blocks.scatter_(2, place[:, :whole], values[:, :whole])
+        if whole * size < numel:  # places in the last block's padding lead out of ``out``
+            last = out.new_zeros(len(out), size).scatter_(1, place[:, -1], values[:, -1])
+            out[:, whole * size :] = last[:, : numel - whole * size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,9 +488,9 @@ class Sign(BlockCodec):
         if self.scale not in ("mean", "rms"):
             raise ValueError(f"compression.scale={self.scale!r} is not one of mean, rms.")
 
-    def bytes_of(self, numel: int) -> int:
-        """``4 b + ceil(m / 8)``."""
-        return 4 * self.blocks_of(numel) + -(-numel // 8)
+    def parts_of(self, numel: int) -> tuple[int, ...]:
+        """``4 b`` and ``ceil(m / 8)``."""
+        return 4 * self.blocks_of(numel), -(-numel // 8)
 
     def variance_bound(self, numel: int) -> float:
         """``1 - 1 / B`` or, of the root mean square, ``2 - 2 / sqrt(B)``."""
@@ -479,13 +510,15 @@ class Sign(BlockCodec):
             valid = blocks.new_full(blocks.shape[:2], blocks.shape[2])
             valid[:, -1] -= blocks[0].numel() - rows.shape[1]
         scale = self._scale(blocks, valid.clamp(min=1))
-        return _bytes(scale), pack((rows >= 0).view(torch.uint8), 1)
+        # As float32: into bool, CPUs compare much more slowly.
+        positive = torch.ge(rows, 0, out=torch.empty_like(rows)).to(torch.uint8)
+        return _bytes(scale), pack(positive, 1)
 
-    def decode_rows(self, data: Tensor, numel: int) -> Tensor:
+    def _decode(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Plus or minus the block's scale."""
-        scale, packed = _split(data, self.blocks_of(numel))
-        signs = unpack(packed, 1, numel).view(torch.int8).mul_(2).sub_(1)
-        return self._scaled(signs, scale)
+        scale, positive = parts
+        signs = unpack(positive, 1, out.shape[1]).view(torch.int8).mul_(2).sub_(1)
+        self._scale_up(signs, scale, out)
 
     def _scale(self, blocks: Tensor, valid: Tensor) -> Tensor:
         if self.scale == "mean":
@@ -510,6 +543,24 @@ class WholeSign(Sign):
         else:
             scale = torch.linalg.vector_norm(blocks) / valid.sum().sqrt()
         return scale.repeat(blocks.shape[:2])
+
+
+def _largest(blocks: Tensor, kept: int) -> Tensor:
+    """Places ``(n, b, k)``, in no order, of each block's ``kept`` largest magnitudes."""
+    # Bits are ordered as magnitudes are, NaN last, and integers are compared faster.
+    keys = blocks.view(torch.int32) & _MAGNITUDE
+    size = blocks.shape[2]
+    # Where k groups hold the k largest maxima, they hold the k largest entries. Groups of
+    # sqrt(B / k) leave fewest entries to choose among.
+    in_group = math.gcd(size, 2 ** int(math.log2(math.sqrt(size / kept))))
+    if in_group == 1:
+        return keys.topk(kept, dim=2, sorted=False).indices
+    groups = keys.view(*keys.shape[:2], in_group, -1)  # a group's entries lie B / in_group apart
+    chosen = groups.amax(dim=2).topk(kept, dim=2, sorted=False).indices
+    candidates = groups.gather(3, chosen.unsqueeze(2).expand(-1, -1, in_group, -1)).flatten(2)
+    best = candidates.topk(kept, dim=2, sorted=False).indices
+    places: Tensor = best // kept * groups.shape[3] + chosen.gather(2, best % kept)
+    return places
 
 
 def _l2_norm(blocks: Tensor, peak: Tensor, divisor: Tensor | float = 1.0) -> Tensor:
@@ -550,30 +601,33 @@ def pack(codes: Tensor, width: int) -> Tensor:
     lanes = 8 // width
     missing = -codes.shape[1] % lanes
     codes = F.pad(codes, (0, missing)) if missing else codes
-    # The codes of one byte lie in one integer, a byte apart: shifts bring them together.
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[lanes]
-    together = codes.reshape(-1).view(integer).view(len(codes), -1)
-    packed = together.clone()
-    for lane in range(1, lanes):
-        packed |= together >> ((8 - width) * lane)
-    return packed.to(torch.uint8)
+    # The codes of one byte lie in one integer, a byte apart. This product has them side by side in
+    # its highest byte; no two codes meet in the bits below, so nothing is carried into it.
+    together = codes.reshape(-1).view(_INTEGERS[lanes]).view(len(codes), -1)
+    highest = 8 * (lanes - 1)
+    factor = sum(2 ** (highest - (8 - width) * lane) for lane in range(lanes))
+    return together.mul(factor).bitwise_right_shift_(highest).to(torch.uint8)
 
 
 def unpack(packed: Tensor, width: int, numel: int) -> Tensor:
     """The first ``numel`` codes of each row of what :func:`pack` made; ``(n, numel)`` uint8."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(2) >> shifts).bitwise_and_(2**width - 1)
-    return codes.reshape(len(packed), -1)[:, :numel].contiguous()
+    table = _codes_of_bytes(width, packed.device)
+    together = table.index_select(0, packed.reshape(-1).to(torch.int32))
+    return together.view(torch.uint8).view(len(packed), -1)[:, :numel]
+
+
+@functools.cache
+def _codes_of_bytes(width: int, device: torch.device) -> Tensor:
+    """The codes that each of the 256 bytes holds, as one integer: ``(256,)``."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    codes = (every.unsqueeze(1) >> shifts).bitwise_and_(2**width - 1)
+    return codes.view(_INTEGERS[8 // width]).squeeze(1)
 
 
 def _bytes(values: Tensor) -> Tensor:
     """``(n, k)`` of any dtype as ``(n, bytes)`` uint8."""
     return values.contiguous().view(torch.uint8)
-
-
-def _split(data: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` float32 values of each row, and the bytes after them."""
-    return _typed(data[:, : 4 * count], torch.float32), data[:, 4 * count :]
 
 
 def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:

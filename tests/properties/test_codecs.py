@@ -137,9 +137,11 @@ def test_the_payload_does_not_depend_on_how_much_is_encoded_together(
 
     monkeypatch.setattr(codecs, "_random_bits", no_noise)
     whole = codec.encode_rows(rows, None, valid)
+    decoded = codec.decode_rows(whole, numel)
     monkeypatch.setattr(codecs, "_CACHED_ENTRIES", 1)
     assert whole.shape == (3, codec.bytes_of(numel))
     assert torch.equal(codec.encode_rows(rows, None, valid), whole)
+    assert torch.equal(codec.decode_rows(whole, numel), decoded)
 
 
 @given(
@@ -151,6 +153,22 @@ def test_packing_is_undone_by_unpacking(width, codes):
     packed = codecs.pack(values, width)
     assert packed.shape == (len(codes), math.ceil(5 * width / 8))
     assert torch.equal(codecs.unpack(packed, width, 5), values)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("numel", [1, 3, 8, 9, 255 * 8 + 1])
+def test_codes_lie_in_bytes_from_the_lowest_bits_up(width, numel):
+    count = math.ceil(numel * width / 8)
+    packed = torch.arange(2 * count).remainder(256).to(torch.uint8).view(2, count)
+    lanes = 8 // width
+    expected = [
+        [byte >> width * lane & 2**width - 1 for byte in row for lane in range(lanes)][:numel]
+        for row in packed.tolist()
+    ]
+    codes = codecs.unpack(packed, width, numel)
+    assert codes.tolist() == expected
+    whole = codecs.unpack(packed, width, count * lanes)
+    assert torch.equal(codecs.pack(whole, width), packed)
 
 
 def test_bits_are_packed_as_numpy_packs_them():
@@ -298,6 +316,17 @@ def test_natural_compression_rounds_to_powers_of_two():
     ]
 
 
+def test_natural_compression_carries_into_neither_infinity_nor_the_sign(monkeypatch):
+    bits = [0x7F000000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7EFFFFFF]
+    tensor = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    tensor = torch.cat([tensor, -tensor])
+    decoded = over_all_noise(build_codec("natural"), tensor, monkeypatch)
+    expected = torch.tensor([2.0**127] * 2 + [math.inf] * 3, dtype=torch.float64)
+    assert torch.equal(decoded[:, :5], expected.expand(len(decoded), -1))
+    assert torch.equal(decoded[:, 6:11], -expected.expand(len(decoded), -1))
+    assert set(decoded[:, 5].tolist()) <= {2.0**126, 2.0**127}
+
+
 def test_topk_keeps_the_largest_of_each_block_exactly():
     tensor = torch.tensor([0.1, -9.0, 0.2, 3.0, 0.3, 0.2, -0.1, 0.0])
     codec = build_codec("topk", ratio=0.25, block_size=4)
@@ -311,6 +340,20 @@ def test_topk_of_one_block_is_the_top_of_the_tensor():
     assert kept.sum() == 400
     assert torch.equal(decoded[kept], tensor[kept])
     assert tensor[kept].abs().min() >= tensor[~kept].abs().max()
+
+
+@pytest.mark.parametrize("size", [1024, 1000, 96, 7])
+@pytest.mark.parametrize("kept", [1, 3, 7])
+def test_the_largest_of_groups_are_the_largest_of_all(size, kept):
+    blocks = torch.randn(2, 30, size, generator=generator())
+    blocks[0] = blocks[0].round()  # ties
+    blocks[1, :, :4] = torch.tensor([math.inf, math.nan, -math.inf, 3e38])
+    places = codecs._largest(blocks, kept)
+    assert places.shape == (2, 30, kept)
+    assert all(len(set(row)) == kept for row in places.flatten(0, 1).tolist())
+    found = blocks.abs().gather(2, places).sort(dim=2, descending=True).values
+    expected = blocks.abs().sort(dim=2, descending=True).values[:, :, :kept]
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize(("scale", "value"), [("mean", 3.5), ("rms", 5 / math.sqrt(2))])

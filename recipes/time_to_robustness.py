@@ -1,0 +1,55 @@
+"""Seconds of training until a model withstands PGD-50 with 10 restarts on a share of the test set.
+
+python recipes/time_to_robustness.py --task digits --output docs/results/time_to_robustness_X.json
+python recipes/time_to_robustness.py --leaderboard docs/results/time_to_robustness_*.json
+
+The rules are in docs/time_to_robustness.md. Another entry is another config:
+    --deepspeed_config FILE --set dat.schedule.epochs=10
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dat_ds.bench.time_to_robustness import TASKS, describe_entry, leaderboard, measure_entry
+from dat_ds.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=TASKS)
+    what.add_argument("--leaderboard", nargs="*", type=Path, metavar="FILE", help="entries")
+    parser.add_argument("--deepspeed_config", type=Path, metavar="FILE", help="default: the task's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on; an entry: >= 3")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the entry as JSON")
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> str:
+    """Make an entry, and say what it reaches."""
+    config = options.deepspeed_config or CONFIGS / f"time_to_robustness_{options.task}.json"
+    entry = measure_entry(
+        config,
+        task=options.task,
+        seeds=options.seeds,
+        overrides=options.set,
+        output=options.output,
+    )
+    return describe_entry(entry)
+
+
+if __name__ == "__main__":
+    options = parse()
+    try:
+        print(leaderboard(options.leaderboard) if options.task is None else measure(options))
+    except UserError as error:
+        sys.exit(f"error: {error}")
