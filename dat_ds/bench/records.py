@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from dat_ds.evaluation import commit, hardware, versions
+from dat_ds.files import write_json
 
 
 def write_record(output: str | None, values: Mapping[str, Any], device: torch.device) -> None:
@@ -23,4 +23,4 @@ def write_record(output: str | None, values: Mapping[str, Any], device: torch.de
     if output is None:
         return
     origin = {"hardware": hardware(device), "versions": versions(), "commit": commit()}
-    Path(output).write_text(json.dumps({**values, **origin}, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(output), {**values, **origin})
