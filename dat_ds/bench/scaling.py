@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dat_ds.bench.cost_model import COLLECTIVES, Collective
+from dat_ds.bench.cost_model import COLLECTIVES, ONE_BIT, Collective
 from dat_ds.bench.hosts import run_ranks
 from dat_ds.bench.network import ShapedNetwork
 from dat_ds.bench.records import write_record
@@ -42,15 +42,13 @@ from dat_ds.config.parse import did_you_mean
 from dat_ds.errors import ConfigError
 
 MODES = ("weak", "strong")
-ONE_BIT = {"one_bit_adam": "OneBitAdam", "one_bit_lamb": "OneBitLamb"}
-"""What is named as a codec though it is an optimizer: DeepSpeed's name of it."""
-
 # torch renamed them in 2.14.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _WARM_UP = 3  # two steps of a 1-bit optimizer before its freeze, and one after
 _FREEZE_STEP = 2
-_PROBE_BYTES = (2**12, 2**14, 2**16, 2**18, 2**20, 2**22)
+_PROBE_BYTES = tuple(4**exponent for exponent in range(6, 14))  # 4 KiB to 64 MiB
+_LONGEST_PROBE = 0.2  # seconds: where one takes longer, larger ones are left out
 
 
 @dataclass(frozen=True)
@@ -463,7 +461,7 @@ def _slowest(ranks: Any, seconds: Sequence[float]) -> list[float]:
 
 
 def _time_collectives(ranks: Any, mbit: float | None, repetitions: int) -> list[dict[str, Any]]:
-    """Seconds of every collective at several sizes of the whole tensor, on the slowest rank."""
+    """Seconds of every collective on the slowest rank, at several sizes of the whole tensor."""
     found = []
     for collective in COLLECTIVES:
         for size in _PROBE_BYTES:
@@ -479,6 +477,8 @@ def _time_collectives(ranks: Any, mbit: float | None, repetitions: int) -> list[
                     seconds.append(time.perf_counter() - start)
             origin = {"ranks": ranks.count, "mbit": mbit, "collective": collective, "bytes": size}
             found.append({**origin, "seconds": _slowest(ranks, seconds)})
+            if statistics.median(found[-1]["seconds"]) > _LONGEST_PROBE:
+                break
     return found
 
 

@@ -197,7 +197,7 @@ def _link_table(values: Mapping[str, Any]) -> list[str]:
     lines = [
         "",
         "Links, fitted to timed all-reduces of several sizes (alpha is the latency of a message; "
-        "error is the fit's largest):",
+        "error is the median over the sizes):",
         "",
         "| ranks | set to, Mbit/s | measured, Mbit/s | alpha, us | error % |",
         "| --- | --- | --- | --- | --- |",

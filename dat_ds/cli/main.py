@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         table.add_argument("--repetitions", type=int, default=20, help="timed steps (>= 5)")
         _add_output(table)
     _add_scaling(tables)
+    _add_predict(tables)
     ratios = "LAMB's and LARS's trust ratios under every ZeRO stage"
     table = _add_command(tables, "trust-ratios", _bench_trust_ratios, ratios)
     _add_config(table)
@@ -136,6 +138,36 @@ def _add_scaling(tables: Any) -> None:
     _add_output(table)
     table.add_argument("--csv", metavar="FILE", help="write the table as CSV")
     table.add_argument("--plot", metavar="FILE", help="draw speedup and efficiency (PNG)")
+
+
+def _add_predict(tables: Any) -> None:
+    summary = "step times by a cost model, checked against 'bench scaling'"
+    table = _add_command(tables, "predict", _bench_predict, summary)
+    table.add_argument(
+        "--scaling", nargs="+", required=True, metavar="FILE", help="records of 'bench scaling'"
+    )
+    table.add_argument("--attack", metavar="FILE", help="a record of 'bench attack'")
+    table.add_argument("--compression", metavar="FILE", help="a record of 'bench compression'")
+    table.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
+    table.add_argument("--gpus", type=int, default=1, help="ranks of a machine")
+    table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
+    table.add_argument("--codecs", nargs="+", default=["none", "int8", "one_bit_adam"])
+    for name, summary in (
+        ("num_parameters", "of the model"),
+        ("attack_steps", "K"),
+        ("micro_batch", "images of a GPU"),
+        ("forward_ms", "one forward of one image"),
+        ("codec_ns", "encoding, and also decoding, an entry"),
+        ("optimizer_ns", "updating an entry"),
+        ("mbit", "bandwidth of a machine's link"),
+        ("latency_us", "of a message between machines"),
+        ("inside_mbit", "bandwidth of a GPU's link inside a machine"),
+        ("inside_latency_us", "of a message inside a machine"),
+    ):
+        kind = int if name in ("num_parameters", "attack_steps", "micro_batch") else float
+        table.add_argument(f"--{name}", type=kind, help=f"what is predicted: {summary}")
+    _add_output(table)
+    table.add_argument("--plot", metavar="FILE", help="draw the check and the predictions (PNG)")
 
 
 def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -246,6 +278,27 @@ def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> 
     )
     if table := bench_scaling(_load(options, defaults), plan, **files):
         print(table)
+    return 0
+
+
+def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.predict import Target, bench_predict
+
+    names = [field.name for field in dataclasses.fields(Target)]
+    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    table = bench_predict(
+        options.scaling,
+        Target(**given),
+        attack=options.attack,
+        compression=options.compression,
+        ranks=options.ranks,
+        gpus=options.gpus,
+        stages=options.stages,
+        codecs=options.codecs,
+        output=options.output,
+        plot=options.plot,
+    )
+    print(table)
     return 0
 
 

@@ -275,7 +275,7 @@ def test_fewer_bytes_take_less_time_on_slow_links(
 ) -> None:
     monkeypatch.setattr("dat_ds.bench.timing.MAX_DRIFT", 100.0)
     dat = {**tiny_run.config(tmp_path / "run")["dat"]}
-    dat["model"] = {**tiny_run.VIT, "depth": 2, "embed_dim": 256, "num_heads": 4}
+    dat["model"] = {**tiny_run.VIT, "embed_dim": 192}
     output = tmp_path / "scaling.json"
     plan = Plan(ranks=(2,), stages=(0,), codecs=("none", "int8"), mbit=(20.0,))
     table = bench_scaling(run_of(tmp_path, dat=dat), plan, output=str(output))
