@@ -570,9 +570,9 @@ def _draw(
     for count in sorted({row["ranks"] for row in numbers["held_out"]}):
         rows = [row for row in numbers["held_out"] if row["ranks"] == count]
         x, y = [r["measured"] for r in rows], [r["predicted"] for r in rows]
-        check.loglog(x, y, marker="o", ls="", label=f"{count} rank{'s' if count > 1 else ''}")
-    ends = check.get_xlim()
-    check.loglog(ends, ends, color="black", ls="--", lw=1)
+        check.plot(x, y, marker="o", ls="", label=f"{count} rank{'s' if count > 1 else ''}")
+    ends = 0, check.get_xlim()[1]
+    check.plot(ends, ends, color="black", ls="--", lw=1)
     check.set(xlabel="measured, s a step", ylabel="predicted, s a step", title="held-out points")
     check.legend(fontsize=8)
     alone = step_time(target.work("none"), hardware, target.cluster(1, 1)).total
@@ -582,15 +582,17 @@ def _draw(
             step_time(target.work(codec), hardware, target.cluster(*_shape(n, gpus))).total
             for n in counts
         ]
-        scaling.semilogx(counts, [100 * alone / s for s in seconds], marker="o", lw=1, label=codec)
+        efficiency = [100 * alone / s for s in seconds]
+        scaling.semilogx(counts, efficiency, base=2, marker="o", lw=1, label=codec)
     title = f"predicted, {target.mbit:g} Mbit/s, {gpus} GPU(s) a machine"
     scaling.set(xlabel="ranks", ylabel="efficiency, %", title=title)
     scaling.legend(title="codec", fontsize=8)
     for codec in ("int8", "one_bit_adam"):
         rows = [row for row in numbers["crossings"] if row[codec]]
-        crossing.loglog(
-            [row["ranks"] for row in rows], [row[codec] for row in rows], marker="o", label=codec
-        )
+        x, y = [row["ranks"] for row in rows], [row[codec] for row in rows]
+        crossing.plot(x, y, marker="o", lw=1, label=codec)
+    crossing.set_xscale("log", base=2)
+    crossing.set_yscale("log")
     crossing.set(xlabel="ranks", ylabel="Mbit/s", title="predicted: float32 within 10 %")
     crossing.legend(title="of", fontsize=8)
     figure.tight_layout()
