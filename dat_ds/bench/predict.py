@@ -2,7 +2,7 @@
 
 Of a scaling record, each number of ranks is left out in turn: the coefficients of computation are
 fitted to the steps of the others, and predict its own. What its links and its forwards take, which
-the record holds for every number of ranks, is an input. Predictions for GPUs take their speed from
+the record holds beside every step, is an input. Predictions for GPUs take their speed from
 the command line: nothing here measures one.
 """
 
@@ -221,19 +221,27 @@ def links_of(values: Mapping[str, Any], ranks: int, mbit: float | None) -> Links
     return found
 
 
-def slowdown_of(values: Mapping[str, Any], ranks: int, mbit: float | None) -> float:
-    """How much longer forwards take on all ranks at once than on one; 1 where it is not known."""
-    alone = {f["micro_batch"]: statistics.median(f["seconds"]) for f in _forwards(values, 1, None)}
-    ratios = [
-        statistics.median(f["seconds"]) / alone[f["micro_batch"]]
-        for f in _forwards(values, ranks, mbit)
-        if f["micro_batch"] in alone
-    ]
-    return statistics.median(ratios) if ratios else 1.0
+def slowdown_of(point: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> float:
+    """How much longer a point's forward takes than one rank's alone.
+
+    Where no single rank had its micro-batch, that of points of as many ranks is taken; without any
+    of one rank, 1.
+    """
+    alone: dict[int, list[float]] = {}
+    for other in points:
+        if other["ranks"] == 1:
+            alone.setdefault(other["micro_batch"], []).append(_forward(other))
+
+    def ratios(same: Sequence[Mapping[str, Any]]) -> list[float]:
+        known = [other for other in same if other["micro_batch"] in alone]
+        return [_forward(o) / statistics.median(alone[o["micro_batch"]]) for o in known]
+
+    found = ratios([point]) or ratios([o for o in points if o["ranks"] == point["ranks"]])
+    return statistics.median(found) if found else 1.0
 
 
-def _forwards(values: Mapping[str, Any], ranks: int, mbit: float | None) -> list[Mapping[str, Any]]:
-    return [f for f in values["forward"] if (f["ranks"], f["mbit"]) == (ranks, mbit)]
+def _forward(point: Mapping[str, Any]) -> float:
+    return float(statistics.median(point["seconds_forward"]))
 
 
 @dataclass(frozen=True)
@@ -249,13 +257,7 @@ class _Measured:
     @classmethod
     def of(cls, point: Mapping[str, Any], values: Mapping[str, Any]) -> _Measured:
         ranks, mbit, micro_batch = point["ranks"], point["mbit"], point["micro_batch"]
-        forward = [f for f in _forwards(values, ranks, mbit) if f["micro_batch"] == micro_batch]
-        if not forward:
-            raise ConfigError(
-                f"The scaling record holds no forward of {micro_batch} images on {ranks} ranks: "
-                f"measure it again: {MEASURE}"
-            )
-        slowdown = slowdown_of(values, ranks, mbit)
+        slowdown = slowdown_of(point, values["points"])
         zero_stage, codec = point["zero_stage"], point["codec"]
         section = values["config"]["dat"].get("compression", {})
         default: Any = "single" if zero_stage == 3 else "double"
@@ -270,9 +272,9 @@ class _Measured:
             sides=(section.get("sides") or default) if named else default,
         )
         links = links_of(values, ranks, mbit)
-        seconds = statistics.median(forward[0]["seconds"]) / (slowdown * micro_batch)
+        forward = _forward(point) / (slowdown * micro_batch)
         cluster = Cluster(ranks, 1, links, _NOWHERE)
-        return cls(work, cluster, seconds, slowdown, statistics.median(point["seconds"]))
+        return cls(work, cluster, forward, slowdown, statistics.median(point["seconds"]))
 
     def hardware(self, terms: Mapping[str, float], costs: Mapping[str, Any]) -> Hardware:
         """Of a rank of this point, with fitted terms."""

@@ -36,7 +36,7 @@ from dat_ds.bench.timing import (
     synchronize,
 )
 from dat_ds.compression import CODECS
-from dat_ds.config import RunConfig, load_config, one_bit_name, resolve_batch
+from dat_ds.config import RunConfig, load_config, one_bit_name, precision_of, resolve_batch
 from dat_ds.config.deepspeed_keys import ONE_BIT_OPTIMIZERS
 from dat_ds.config.parse import did_you_mean
 from dat_ds.errors import ConfigError
@@ -345,7 +345,7 @@ def _measure_on_this_machine(
     groups: dict[tuple[int, float | None], list[int]] = {}
     for i, point in enumerate(points):
         groups.setdefault((point.ranks, point.mbit), []).append(i)
-    measured: dict[str, Any] = {"points": [], "links": [], "forward": []}
+    measured: dict[str, Any] = {"points": [], "links": []}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         plan, result = Path(folder) / "plan.json", Path(folder) / "result.json"
@@ -385,47 +385,34 @@ def _measure_here(
     ranks = setup_ranks()
     with ranks.together():
         check_alone(ranks.device)
-    measured: dict[str, Any] = {"points": [], "links": [], "forward": []}
+    measured: dict[str, Any] = {"points": [], "links": []}
     if ranks.count > 1:
         measured["links"] = _time_collectives(ranks, points[0].mbit, repetitions)
     for point, config in zip(points, configs, strict=True):
-        is_new = all(f["micro_batch"] != point.micro_batch for f in measured["forward"])
-        found = _time_point(config, repetitions, with_forward=is_new)
+        found = _time_point(config, repetitions)
         measured["num_parameters"] = found.pop("num_parameters")
-        if seconds := found.pop("forward"):
-            origin = {"ranks": point.ranks, "micro_batch": point.micro_batch, "mbit": point.mbit}
-            measured["forward"].append({**origin, "seconds": seconds})
         measured["points"].append({**dataclasses.asdict(point), **found})
     if with_first_again:
-        measured["again"] = _time_point(configs[0], repetitions, with_forward=False)["seconds"]
+        measured["again"] = _time_point(configs[0], repetitions)["seconds"]
     measured["device"] = str(ranks.device)
     return measured if ranks.is_main else {}
 
 
-def _time_point(
-    config: Mapping[str, Any], repetitions: int, *, with_forward: bool
-) -> dict[str, Any]:
-    """Steps of one point; a collective. Seconds are those of the slowest rank."""
+def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
+    """Steps of one point, each beside the forwards of a floor; a collective.
+
+    Seconds are those of the slowest rank. Forwards run on all ranks at once: where ranks share
+    cores, they share them as in a step.
+    """
     from dat_ds.engine.bench import prepared_engine
 
     run = load_config(config)
-    engine, _, x, y = prepared_engine(run)
+    engine, model, x, y = prepared_engine(run)
+    model.eval()
     ranks, device = engine.ranks, engine.ranks.device
-    steps = run.dat.attack.steps or 0
-    forward: list[float] = []
-    if with_forward:
-        # All ranks compute at the same time: where they share cores, so they do in a step.
-        with engine.frozen() as model, torch.no_grad():
-            for repetition in range(-1, repetitions):
-                ranks.barrier()
-                synchronize(device)
-                start = time.perf_counter()
-                for _ in range(2 * steps + 3):
-                    model(x)
-                synchronize(device)
-                if repetition >= 0:
-                    forward.append((time.perf_counter() - start) / (2 * steps + 3))
-    rounds, phases = [], []
+    precision, steps = precision_of(run.deepspeed), run.dat.attack.steps or 0
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    rounds, phases, forward = [], [], []
     for repetition in range(-_WARM_UP, repetitions):
         ranks.barrier()
         synchronize(device)
@@ -434,8 +421,17 @@ def _time_point(
             engine.backward(engine(x, y))
             engine.step()
         synchronize(device)
+        seconds = time.perf_counter() - start
+        ranks.barrier()
+        start = time.perf_counter()
+        low = torch.autocast(device.type, dtype, enabled=precision != "float32")
+        with torch.no_grad(), low:
+            for _ in range(2 * steps + 3):
+                model(x)
+        synchronize(device)
         if repetition >= 0:
-            rounds.append(time.perf_counter() - start)
+            forward.append((time.perf_counter() - start) / (2 * steps + 3))
+            rounds.append(seconds)
             phases.append([engine.metrics[f"seconds_{phase}"] for phase in ("attack", "update")])
     attack, update = zip(*phases, strict=True)
     found = {
@@ -446,7 +442,7 @@ def _time_point(
         "seconds_update": statistics.median(_slowest(ranks, update)),
         "bytes_sent": engine.metrics["bytes_sent"],
         "collectives": engine.collectives,
-        "forward": _slowest(ranks, forward),
+        "seconds_forward": _slowest(ranks, forward),
         "num_parameters": sum(
             getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()
         ),

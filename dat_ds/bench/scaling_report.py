@@ -15,10 +15,11 @@ from dat_ds.errors import ConfigError
 
 KIND = "scaling"
 MEASURE = "dat-ds bench scaling --deepspeed_config FILE --output scaling.json"
-_KEYS = ("points", "links", "forward", "num_parameters", "clock_drift", "cores", "config")
+_KEYS = ("points", "links", "num_parameters", "clock_drift", "cores", "config")
 _POINT_KEYS = (
     *("mode", "ranks", "zero_stage", "codec", "micro_batch", "mbit", "seconds"),
-    *("seconds_attack", "seconds_update", "bytes_sent", "collectives", "attack_steps"),
+    *("seconds_forward", "seconds_attack", "seconds_update", "bytes_sent", "collectives"),
+    "attack_steps",
 )
 KINDS_OF_TRAFFIC = ("gradients", "momentum", "parameters", "norms")
 
@@ -32,7 +33,7 @@ def read_scaling(paths: Sequence[str]) -> dict[str, Any]:
     """
     records = [_read(path) for path in paths]
     first = records[0]
-    merged: dict[str, Any] = {**first, "points": [], "links": [], "forward": []}
+    merged: dict[str, Any] = {**first, "points": [], "links": []}
     seen: dict[tuple[Any, ...], str] = {}
     for path, record in zip(paths, records, strict=True):
         for what in ("model", "attack"):
@@ -48,7 +49,7 @@ def read_scaling(paths: Sequence[str]) -> dict[str, Any]:
                 named = dict(zip(_POINT_KEYS[1:6], key, strict=True))
                 raise ConfigError(f"{seen[key]} and {path} both hold {named}: leave one file out.")
             seen[key] = path
-        for name in ("points", "links", "forward"):
+        for name in ("points", "links"):
             merged[name] = [*merged[name], *record[name]]
     if len(paths) > 1:
         origin = ("hardware", "versions", "commit", "clock_drift")
@@ -83,21 +84,16 @@ def rows_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     Speedup is of images a second, over the fewest ranks that were measured under the same stage
     and mode, without a codec where that was measured; efficiency is that over the ratio of ranks.
     What a step takes beyond one rank's is communication, and codecs: one rank's is scaled by
-    forwards, which were timed on all ranks at once.
+    forwards, which were timed beside the steps, on all ranks at once.
     """
-    forward = {
-        (f["ranks"], f["micro_batch"], f["mbit"]): statistics.median(f["seconds"])
-        for f in values["forward"]
-    }
     rows = []
     for point in values["points"]:
         base = _base_of(point, values["points"])
         seconds = statistics.median(point["seconds"])
         speedup = _images_per_second(point) / _images_per_second(base)
-        here = forward.get((point["ranks"], point["micro_batch"], point["mbit"]))
-        there = forward.get((1, base["micro_batch"], None))
         communication = None
-        if base["ranks"] == 1 and here and there:
+        if base["ranks"] == 1:
+            here, there = (statistics.median(p["seconds_forward"]) for p in (point, base))
             alone = statistics.median(base["seconds"]) * here / there
             communication = 1000 * max(0.0, seconds - alone) if point["ranks"] > 1 else 0.0
         rows.append(

@@ -50,17 +50,9 @@ def link_of(mbit: float) -> Link:
 
 def record(ranks: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
     """What a machine that follows the model would measure."""
-    points, links, forward = [], [], []
+    points, links = [], []
     for count in ranks:
         for mbit in MBIT if count > 1 else (None,):
-            forward.append(
-                {
-                    "ranks": count,
-                    "micro_batch": B,
-                    "mbit": mbit,
-                    "seconds": [SLOWDOWN[count] * B * 1e-3] * 5,
-                }
-            )
             link = Link(0, 0) if mbit is None else link_of(mbit)
             for collective in COLLECTIVES if count > 1 else ():
                 for size in (2**12, 2**16, 2**20):
@@ -86,6 +78,7 @@ def record(ranks: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
                             "attack_steps": K,
                             "gradient_accumulation_steps": 1,
                             "seconds": [seconds] * 5,
+                            "seconds_forward": [SLOWDOWN[count] * B * 1e-3] * 5,
                             "seconds_attack": 0.1,
                             "seconds_update": 0.1,
                             "bytes_sent": {},
@@ -96,7 +89,6 @@ def record(ranks: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
         "bench": "scaling",
         "points": points,
         "links": links,
-        "forward": forward,
         "num_parameters": P,
         "clock_drift": 1.0,
         "cores": 2,
@@ -115,9 +107,13 @@ def test_links_and_slowdowns_are_read_from_the_record() -> None:
     found = links_of(values, 4, 400.0)
     assert found["all_to_all"].mbit == pytest.approx(400)
     assert found["all_reduce"].alpha == pytest.approx(1e-4)
-    assert slowdown_of(values, 4, 100.0) == pytest.approx(2)
-    assert slowdown_of(values, 1, None) == 1
-    assert slowdown_of({**values, "forward": []}, 4, 100.0) == 1
+    points = values["points"]
+    one, four = (next(p for p in points if p["ranks"] == n) for n in (1, 4))
+    assert slowdown_of(one, points) == 1
+    assert slowdown_of(four, points) == pytest.approx(2)
+    half = {**four, "micro_batch": B // 2, "seconds_forward": [0.001] * 5}
+    assert slowdown_of(half, points) == pytest.approx(2), "as others of four ranks"
+    assert slowdown_of(four, [four]) == 1, "nothing is known of one rank"
 
 
 def test_coefficients_are_recovered() -> None:
@@ -194,7 +190,7 @@ def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (without("bench"), "is no record of 'bench scaling'"),
         (without("links"), "lacks links"),
         (lambda v: {**v, "links": []}, "holds no timed all_reduce of 2 ranks at 100 Mbit/s"),
-        (lambda v: {**v, "forward": []}, "holds no forward of 16 images"),
+        (lambda v: {**v, "points": [{"ranks": 1}]}, r"lacks points\.mode, .*points\.attack_steps"),
         (lambda v: {**v, **record((4,))}, r"Too few points: 14, on 4 rank\(s\)"),
         (lambda v: {**v, "points": v["points"][:8]}, r"--ranks 1 2 4 --stages 0 2 3"),
     ],
