@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,33 @@ def test_a_rank_that_fails_is_told_of(tmp_path: Path) -> None:
     dat["data"] = {"name": "npz", "path": str(tmp_path / "missing.npz")}
     with pytest.raises(ConfigError, match=r"Rank \d failed: .*missing\.npz"):
         bench_scaling(run_of(tmp_path, dat=dat), Plan(ranks=(1,), stages=(0,), codecs=("none",)))
+
+
+@pytest.mark.slow
+def test_under_a_launcher_rank_0_writes_what_can_be_merged(tmp_path: Path) -> None:
+    config = tiny_run.write(tmp_path / "c.json", tiny_run.config(tmp_path / "run"))
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import dat_ds.bench.timing as timing\n"
+        "from dat_ds.cli.main import run_script\n"
+        "timing.MAX_DRIFT = 100.0\n"
+        "run_script(['bench', 'scaling'])\n"
+    )
+    output = tmp_path / "2.json"
+    options = ["--stages", "0", "--codecs", "none", "--mode", "weak", "strong"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    port = str(29900 + os.getpid() % 90)
+    command = [*launcher, "--master_port", port, str(script), "--deepspeed_config", str(config)]
+    done = subprocess.run(
+        [*command, *options, "--output", str(output)],
+        env={**os.environ, "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| mode | ranks |") == 1
+    points = json.loads(output.read_text())["points"]
+    assert [(p["mode"], p["ranks"], p["micro_batch"]) for p in points] == [
+        ("weak", 2, 8),
+        ("strong", 2, 4),
+    ]
