@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dat_ds.bench.cost_model import (
     COLLECTIVES,
@@ -93,15 +93,19 @@ class Target:
 
     def work(self, codec: str, stage: int = 0) -> Workload:
         """A step with a codec under a ZeRO stage."""
-        sides: Any = "single" if stage == 3 else "double"  # the defaults of dat.compression
         return Workload(
             self.num_parameters,
             self.attack_steps,
             self.micro_batch,
             zero_stage=stage,
             codec=codec,
-            sides=sides,
+            sides=_default_sides(stage),
         )
+
+
+def _default_sides(stage: int) -> Literal["single", "double"]:
+    """Of dat.compression."""
+    return "single" if stage == 3 else "double"
 
 
 def bench_predict(
@@ -259,9 +263,6 @@ class _Measured:
         ranks, mbit, micro_batch = point["ranks"], point["mbit"], point["micro_batch"]
         slowdown = slowdown_of(point, values["points"])
         zero_stage, codec = point["zero_stage"], point["codec"]
-        section = values["config"]["dat"].get("compression", {})
-        default: Any = "single" if zero_stage == 3 else "double"
-        named = section.get("name") == codec and codec != "none"
         work = Workload(
             values["num_parameters"],
             point["attack_steps"],
@@ -269,7 +270,7 @@ class _Measured:
             accumulation=point.get("gradient_accumulation_steps", 1),
             zero_stage=zero_stage,
             codec=codec,
-            sides=(section.get("sides") or default) if named else default,
+            sides=_default_sides(zero_stage),
         )
         links = links_of(values, ranks, mbit)
         forward = _forward(point) / (slowdown * micro_batch)
@@ -386,7 +387,10 @@ def _codec_costs(path: str) -> dict[str, dict[str, float]]:
 
 def _over_floor(path: str) -> float:
     command = "dat-ds bench attack --deepspeed_config FILE --output attack.json"
-    return float(_read(path, "over_floor", command)["over_floor"])
+    found = _read(path, "over_floor", command)["over_floor"]
+    if not isinstance(found, (int, float)) or not found > 0:
+        raise ConfigError(f"{path}: over_floor={found!r} is no ratio. Measure it again: {command}")
+    return float(found)
 
 
 def _read(path: str, key: str, command: str) -> dict[str, Any]:

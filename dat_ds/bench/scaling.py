@@ -99,7 +99,8 @@ def bench_scaling(
 
     Args:
         run: Gives model, attack, optimizer and batch; its data gives the image size, the images
-            themselves are random. Its ZeRO stage and ``dat.compression`` play no part.
+            themselves are random. Its ZeRO stage and ``dat.compression`` play no part: codecs
+            have the options that they have by default.
         plan: What to measure.
         output: JSON file for the numbers.
         csv: CSV file for the table.
@@ -112,7 +113,7 @@ def bench_scaling(
         ConfigError: With all that cannot be measured, before anything is; for a machine that
             changed its speed, after the record is written.
     """
-    launched = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     points = points_of(run, plan, launched)
     configs = [config_of(run, point) for point in points]
     if launched is not None:
@@ -333,8 +334,7 @@ def config_of(run: RunConfig, point: Point) -> dict[str, Any]:
         config["optimizer"] = {"type": ONE_BIT[point.codec], "params": params}
         config["dat"].pop("optimizer", None)
     name = "none" if point.codec in ONE_BIT else point.codec
-    if run.dat.compression.name != name:
-        config["dat"]["compression"] = {"name": name}
+    config["dat"]["compression"] = {"name": name}
     return dict(config)
 
 

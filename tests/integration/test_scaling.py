@@ -116,11 +116,11 @@ def test_every_problem_is_told_at_once_and_before_anything_runs(tmp_path: Path) 
 
 
 def test_what_the_config_forbids_is_told_with_its_point(tmp_path: Path) -> None:
-    dat = {**tiny_run.config(tmp_path)["dat"], "weight_perturbation": {"name": "awp"}}
-    run = run_of(tmp_path, dat={**dat, "compression": {"name": "int8", "sides": "double"}})
-    with pytest.raises(ConfigError, match=r"--stages 3 with --codecs int8: "):
-        points_of(run, Plan(stages=(2, 3), codecs=("int8",)))
-    assert points_of(run, Plan(stages=(2,), codecs=("int8",)))
+    optimizer = {"type": "Lamb", "params": {"lr": 1e-3}}
+    run = run_of(tmp_path, optimizer=optimizer, zero_optimization={"stage": 0})
+    with pytest.raises(ConfigError, match=r"--stages 2 with --codecs int8: optimizer\.type='lamb'"):
+        points_of(run, Plan(stages=(0, 2), codecs=("none", "int8")))
+    assert points_of(run, Plan(stages=(0,), codecs=("none", "int8")))
 
 
 def test_a_run_with_a_1_bit_optimizer_does_not_pass_for_one_without(tmp_path: Path) -> None:
