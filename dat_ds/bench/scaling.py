@@ -123,8 +123,7 @@ def bench_scaling(
     if not measured:
         return ""
     device, again = torch.device(measured.pop("device")), measured.pop("again")
-    first = measured["points"][0]["seconds"]
-    drift = statistics.median(again) / statistics.median(first)
+    drift = drift_of(measured["points"], again)
     values = {
         "bench": KIND,
         **measured,
@@ -136,6 +135,23 @@ def bench_scaling(
     write_record(output, values, device)
     check_drift(drift)
     return _report(values, csv, plot)
+
+
+def drift_of(points: Sequence[Mapping[str, Any]], again: Sequence[float]) -> float:
+    """Factor by which the machine changed its speed: the furthest from 1 that is seen.
+
+    Seen are the first point's steps and ``again``, its steps at the end; and the forwards beside
+    the steps of the fewest ranks, which are the same in all points of a micro-batch.
+    """
+    found = [statistics.median(again) / statistics.median(points[0]["seconds"])]
+    fewest = min(point["ranks"] for point in points)
+    forwards: dict[int, list[float]] = {}
+    for point in points:
+        if point["ranks"] == fewest:
+            seconds = statistics.median(point["seconds_forward"])
+            forwards.setdefault(point["micro_batch"], []).append(seconds)
+    found += [max(same) / min(same) for same in forwards.values()]
+    return max(found, key=lambda ratio: abs(math.log(ratio)))
 
 
 def merge_scaling(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dat_ds.bench.network import ShapedNetwork
-from dat_ds.bench.scaling import Plan, Point, bench_scaling, config_of, points_of
+from dat_ds.bench.scaling import Plan, Point, bench_scaling, config_of, drift_of, points_of
 from dat_ds.bench.scaling_report import describe, read_scaling, rows_of
 from dat_ds.cli.main import main
 from dat_ds.config import RunConfig, load_config
@@ -200,6 +200,14 @@ def test_the_table_tells_of_shared_cores_and_fits_the_links() -> None:
     assert "| weak | 4 | 8 | 0 | none | 100 | 800.0 | 40.00 | 2.00 | 50 |" in table
     assert "| 2 | 100 | 100 | 100 | 0 |" in table
     assert "share them" not in describe(record([point(1, 0.4), point(4, 0.8)], cores=4))
+
+
+def test_drift_is_the_furthest_from_one_that_is_seen() -> None:
+    points = [point(1, 0.4), point(1, 0.5, zero_stage=3), point(4, 0.8)]
+    assert drift_of(points, [0.2] * 5) == pytest.approx(0.5)
+    assert drift_of(points, [0.44] * 5) == pytest.approx(1.1)
+    slower = point(1, 0.5, zero_stage=3, seconds_forward=[0.03] * 5)
+    assert drift_of([points[0], slower, points[2]], [0.44] * 5) == pytest.approx(3)
 
 
 def test_files_of_one_run_make_one_table(
