@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -96,11 +97,77 @@ def _parser() -> argparse.ArgumentParser:
         _add_config(table)
         table.add_argument("--repetitions", type=int, default=20, help="timed steps (>= 5)")
         _add_output(table)
+    _add_scaling(tables)
+    _add_predict(tables)
     ratios = "LAMB's and LARS's trust ratios under every ZeRO stage"
     table = _add_command(tables, "trust-ratios", _bench_trust_ratios, ratios)
     _add_config(table)
     _add_output(table)
     return parser
+
+
+def _add_scaling(tables: Any) -> None:
+    summary = "strong and weak scaling over ranks, ZeRO stages and codecs"
+    table = _add_command(tables, "scaling", _bench_scaling, summary)
+    _add_config(table, required=False)
+    table.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (default: 1 2)")
+    table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
+    table.add_argument(
+        "--codecs",
+        nargs="+",
+        default=["none", "int8", "one_bit_adam"],
+        help="none, codecs of dat.compression, one_bit_adam, one_bit_lamb (under ZeRO-0)",
+    )
+    table.add_argument(
+        "--mode", nargs="+", default=["weak"], help="weak (batch per rank fixed), strong (in all)"
+    )
+    table.add_argument(
+        "--global_batch", type=int, help="images of a step in strong scaling (default: one rank's)"
+    )
+    table.add_argument(
+        "--mbit",
+        type=float,
+        nargs="+",
+        default=[],
+        help="shape every rank's link to so many megabits a second (as root, with iproute2)",
+    )
+    table.add_argument("--repetitions", type=int, default=5, help="timed steps of each (>= 5)")
+    table.add_argument(
+        "--merge", nargs="+", metavar="FILE", help="measure nothing; one table of these files"
+    )
+    _add_output(table)
+    table.add_argument("--csv", metavar="FILE", help="write the table as CSV")
+    table.add_argument("--plot", metavar="FILE", help="draw speedup and efficiency (PNG)")
+
+
+def _add_predict(tables: Any) -> None:
+    summary = "step times by a cost model, checked against 'bench scaling'"
+    table = _add_command(tables, "predict", _bench_predict, summary)
+    table.add_argument(
+        "--scaling", nargs="+", required=True, metavar="FILE", help="records of 'bench scaling'"
+    )
+    table.add_argument("--attack", metavar="FILE", help="a record of 'bench attack'")
+    table.add_argument("--compression", metavar="FILE", help="a record of 'bench compression'")
+    table.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
+    table.add_argument("--gpus", type=int, default=1, help="ranks of a machine")
+    table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
+    table.add_argument("--codecs", nargs="+", default=["none", "int8", "one_bit_adam"])
+    for name, summary in (
+        ("num_parameters", "of the model"),
+        ("attack_steps", "K"),
+        ("micro_batch", "images of a GPU"),
+        ("forward_ms", "one forward of one image"),
+        ("codec_ns", "encoding, and also decoding, an entry"),
+        ("optimizer_ns", "updating an entry"),
+        ("mbit", "bandwidth of a machine's link"),
+        ("latency_us", "of a message between machines"),
+        ("inside_mbit", "bandwidth of a GPU's link inside a machine"),
+        ("inside_latency_us", "of a message inside a machine"),
+    ):
+        kind = int if name in ("num_parameters", "attack_steps", "micro_batch") else float
+        table.add_argument(f"--{name}", type=kind, help=f"what is predicted: {summary}")
+    _add_output(table)
+    table.add_argument("--plot", metavar="FILE", help="draw the check and the predictions (PNG)")
 
 
 def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -186,6 +253,52 @@ def _bench_compression(options: argparse.Namespace, defaults: Mapping[str, Any])
 
     run = _load(options, defaults)
     print(bench_compression(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.scaling import Plan, bench_scaling, merge_scaling
+
+    files = {"output": options.output, "csv": options.csv, "plot": options.plot}
+    if options.merge:
+        print(merge_scaling(options.merge, **files))
+        return 0
+    if options.deepspeed_config is None:
+        raise UserError(
+            "Name a run: --deepspeed_config ds_configs/zero0.json; or files to --merge."
+        )
+    plan = Plan(
+        ranks=None if options.ranks is None else tuple(options.ranks),
+        stages=tuple(options.stages),
+        codecs=tuple(options.codecs),
+        modes=tuple(options.mode),
+        mbit=tuple(options.mbit),
+        repetitions=options.repetitions,
+        global_batch=options.global_batch,
+    )
+    if table := bench_scaling(_load(options, defaults), plan, **files):
+        print(table)
+    return 0
+
+
+def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.predict import Target, bench_predict
+
+    names = [field.name for field in dataclasses.fields(Target)]
+    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    table = bench_predict(
+        options.scaling,
+        Target(**given),
+        attack=options.attack,
+        compression=options.compression,
+        ranks=options.ranks,
+        gpus=options.gpus,
+        stages=options.stages,
+        codecs=options.codecs,
+        output=options.output,
+        plot=options.plot,
+    )
+    print(table)
     return 0
 
 

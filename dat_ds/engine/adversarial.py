@@ -382,6 +382,11 @@ class AdversarialEngine:
         """
         return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
 
+    @property
+    def collectives(self) -> dict[str, int]:
+        """Collectives of the last optimizer step on this rank, by kind of traffic."""
+        return {} if self._last is None else dict(self._last.collectives)
+
     def reduced_metrics(self) -> dict[str, Any]:
         """:attr:`metrics` over all ranks, a collective; seconds and bytes stay this rank's."""
         if self._last is None:
