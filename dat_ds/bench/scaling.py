@@ -151,7 +151,7 @@ def drift_of(points: Sequence[Mapping[str, Any]], again: Sequence[float]) -> flo
             seconds = statistics.median(point["seconds_forward"])
             forwards.setdefault(point["micro_batch"], []).append(seconds)
     found += [max(same) / min(same) for same in forwards.values()]
-    return max(found, key=lambda ratio: abs(math.log(ratio)))
+    return float(max(found, key=lambda ratio: abs(math.log(ratio))))
 
 
 def merge_scaling(
