@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dat_ds.bench.cost_model import (
     COLLECTIVES,
     Cluster,
@@ -30,10 +32,10 @@ from dat_ds.bench.cost_model import (
     same_link,
     step_time,
 )
+from dat_ds.bench.records import write_record
 from dat_ds.bench.scaling_report import MEASURE, read_scaling
 from dat_ds.compression import CODECS
 from dat_ds.errors import ConfigError
-from dat_ds.files import write_json
 
 _MIN_POINTS = 6
 _SHAPES = ((1, 6), (6, 1), (6, 6))
@@ -168,8 +170,7 @@ def bench_predict(
         "steps": _predict_steps(target, hardware, ranks, gpus, stages, codecs),
         "crossings": _predict_crossings(target, hardware, gpus),
     }
-    if output is not None:
-        write_json(Path(output), numbers)
+    write_record(output, numbers, torch.device("cpu"))
     if plot is not None:
         _draw(numbers, target, hardware, gpus, plot)
     return _describe(numbers, target, gpus)
