@@ -83,7 +83,8 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
 
     engine, model, x, y = prepared_engine(run)
     ranks, steps = engine.ranks, run.dat.attack.steps
-    check_alone(ranks.device)
+    with ranks.together():
+        check_alone(ranks.device)
     loader = training_loader(run, ranks)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     plain = PlainSteps(model, run, x, y)
@@ -104,9 +105,18 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     if importlib.util.find_spec("torchattacks") is not None:
         parts[TORCHATTACKS] = lambda: others.torchattacks(steps)
     rounds = time_in_turn(parts, repetitions, ranks.device)
+    steps_alone = []
+    for _ in range(repetitions):
+        engine_step()
+        steps_alone.append(engine.metrics)
+    metrics = {
+        "bytes_sent": steps_alone[-1]["bytes_sent"],
+        **{
+            key: statistics.median(found[key] for found in steps_alone)
+            for key in ("seconds_attack", "seconds_update")
+        },
+    }
     memory = {name: peak_bytes(part, ranks.device) for name, part in parts.items()}
-    metrics = engine.metrics
-    engine_step()
     communication = _seconds_alone(sum(metrics["bytes_sent"].values()), repetitions, ranks.device)
     engine.close()
     if not ranks.is_main:
