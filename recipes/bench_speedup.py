@@ -61,8 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=["attack", "scaling"], help="one of the two parts")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for all records")
     options = parser.parse_args()
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(options.output)).mkdir(parents=True, exist_ok=True)
     base = [f"dat.data={json.dumps(DATA)}", f"train_micro_batch_size_per_gpu={BATCH}"]
     table = [f"| step | ms | images/s | / parts | {' | '.join(f'x {o}' for o in OTHERS)} | MB |"]
     table.append("| --- " * 7 + "|")
@@ -77,5 +76,5 @@ if __name__ == "__main__":
         words += ["--stages", "0", "2", "3", "--codecs", "none", "int8", "one_bit_adam"]
         words += [*(["--mbit", *options.mbit] if options.mbit else []), "--output"]
         words += [str(folder / "scaling.json"), "--plot", str(folder / "scaling.png")]
-        keys = [*base, f"dat.model={json.dumps(VIT)}"]
-        sys.exit(main([*words, *(word for key in keys for word in ("--set", key))]))
+        base.append(f"dat.model={json.dumps(VIT)}")
+        sys.exit(main([*words, *(word for key in base for word in ("--set", key))]))

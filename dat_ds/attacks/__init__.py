@@ -47,10 +47,12 @@ from dat_ds.attacks.pgd import (
 from dat_ds.attacks.precision import (
     PRECISIONS,
     Precision,
+    check_device,
     gradient_speedup,
     product_speedup,
 )
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
+from dat_ds.attacks.quantized import FORMATS
 from dat_ds.attacks.threat import NORMS, ThreatModel
 from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
 
@@ -58,6 +60,7 @@ __all__ = [
     "ATTACKS",
     "ATTACK_SETTINGS",
     "FEATURE_LOSSES",
+    "FORMATS",
     "INNER_LOSSES",
     "MIN_CLASSES",
     "MODEL_MODES",
@@ -81,6 +84,7 @@ __all__ = [
     "attack_mode",
     "attack_options",
     "build_attack",
+    "check_device",
     "cross_entropy",
     "cw_margin",
     "dlr",

@@ -96,6 +96,15 @@ class Attack:
     eps_warmup: float = 0.0
     steps_from: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: For folded BatchNorm in training mode, whose statistics come too late.
+        """
+        if self.fold_batch_norm and self.options.get("model_mode") == "train":
+            raise ValueError("attack.fold_batch_norm=true needs attack.model_mode='eval'.")
+
     def __call__(
         self,
         model: Model,
@@ -213,7 +222,8 @@ class FreeAttack(Attack):
 
 def misfits(attack: Attack, model: nn.Module) -> list[str]:
     """What an attack asks of a model that it has not, in words for whoever wrote the config."""
-    kind = getattr(model, "spec", {}).get("name", type(model).__name__)
+    spec = getattr(model, "spec", None)
+    kind = spec.get("name") if isinstance(spec, Mapping) else type(model).__name__
     problems = []
     if attack.keep_tokens is not None and patch_tokens(model) is None:
         problems.append(

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dat_ds.attacks.patching import may_be_patched, patched_forwards
+from dat_ds.errors import ConfigError
+
 _WITH_ACTIVATION = "BatchNormAct2d"  # timm's: normalisation, dropout and activation in one module
 
 Pair = tuple[nn.Conv2d, _BatchNorm]
@@ -34,25 +37,27 @@ def folded_batch_norm(model: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[
         x: Images for it ``(B, C, H, W)``.
 
     Raises:
-        ValueError: If nothing can be folded.
+        ConfigError: If nothing can be folded.
     """
     root = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if not isinstance(root, nn.Module):
-        raise ValueError("fold_batch_norm needs a torch module.")
+        raise ConfigError("dat.attack.fold_batch_norm=true needs a torch module.")
+    modules = set(root.modules())
+    if not all(modules.issuperset(pair) for pair in _pairs_of.get(root, [])):
+        del _pairs_of[root]  # a layer was replaced since
     if root not in _pairs_of:
         _pairs_of[root] = conv_norm_pairs(root, model, x[:1])
     pairs = _pairs_of[root]
     if not pairs:
-        raise ValueError("fold_batch_norm: no BatchNorm of this model follows a plain convolution.")
-    try:
-        for conv, norm in pairs:
-            vars(conv)["forward"] = _folded(conv, norm)
-            vars(norm)["forward"] = _after(norm)
+        raise ConfigError(
+            "dat.attack.fold_batch_norm=true: no BatchNorm of this model follows a plain "
+            "convolution. Remove it."
+        )
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    for conv, norm in pairs:
+        forwards |= {conv: _folded(conv, norm), norm: _after(norm)}
+    with patched_forwards(forwards):
         yield
-    finally:
-        for pair in pairs:
-            for module in pair:
-                vars(module).pop("forward", None)  # uncovers the class's own
 
 
 def conv_norm_pairs(root: nn.Module, called: Callable[[Tensor], Tensor], x: Tensor) -> list[Pair]:
@@ -82,7 +87,7 @@ def conv_norm_pairs(root: nn.Module, called: Callable[[Tensor], Tensor], x: Tens
         if type(module) is nn.Conv2d
         else module.register_forward_pre_hook(before_norm)
         for module in root.modules()
-        if type(module) is nn.Conv2d or _is_fixed_norm(module)
+        if may_be_patched(module) and (type(module) is nn.Conv2d or _is_fixed_norm(module))
     ]
     try:
         with torch.enable_grad():

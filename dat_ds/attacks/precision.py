@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.quantized import multiplied, quantized_linears
+from dat_ds.errors import ConfigError
 
 Precision = Literal["bf16", "fp16", "int8", "fp8"]
 PRECISIONS: dict[str, torch.dtype] = {
@@ -38,7 +39,7 @@ def shorter_floats(model: Model, precision: Precision) -> Iterator[Model]:
         precision: See :data:`PRECISIONS`.
 
     Raises:
-        ValueError: In 8 bits, where the model has no linear layer for it.
+        ConfigError: In 8 bits, where the model has no linear layer for it.
     """
 
     def shortened(images: Tensor) -> Tensor:
@@ -64,19 +65,32 @@ def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 def product_speedup(device: torch.device, precision: Precision) -> float:
-    """How much faster ``device`` multiplies matrices in ``precision`` than in float32.
+    """How much faster a CPU multiplies matrices in ``precision`` than in float32.
 
     A processor without instructions for it can be tens of times slower; this takes milliseconds.
     """
-    matrix = torch.rand(_PRODUCT, _PRODUCT, device=device)
+    matrix = torch.ones(_PRODUCT, _PRODUCT, device=device)
     half = matrix.to(PRECISIONS[precision])
+    return _speedup(lambda: matrix @ matrix, lambda: half @ half, device)
 
-    def shorter() -> Tensor:
-        if precision == "int8" or precision == "fp8":
-            return multiplied(matrix, matrix, precision)
-        return half @ half
 
-    return _speedup(lambda: matrix @ matrix, shorter, device)
+def check_device(device: torch.device, precision: Precision) -> None:
+    """Refuse 8 bits on a device that has no products in them.
+
+    Raises:
+        ConfigError: With what torch says of it.
+    """
+    if precision != "int8" and precision != "fp8":
+        return
+    matrix = torch.ones(32, 32, device=device)
+    try:
+        multiplied(matrix, matrix, precision)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"dat.attack.precision={precision!r}: this device cannot multiply so ({reason}). Write "
+            "'bf16', or 'auto'."
+        ) from None
 
 
 def gradient_speedup(model: Model, x: Tensor, precision: Precision) -> float:

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dat_ds.attacks.patching import may_be_patched, patched_forwards
+from dat_ds.errors import ConfigError
+
 Format = Literal["int8", "fp8"]
 FORMATS: tuple[str, ...] = ("int8", "fp8")
 
@@ -36,21 +39,18 @@ def quantized_linears(model: object, format: Format) -> Iterator[None]:
         format: ``int8`` or ``fp8``.
 
     Raises:
-        ValueError: If there is no layer to quantise.
+        ConfigError: If there is no layer to quantise.
     """
     layers = quantizable_linears(model)
     if not layers:
-        raise ValueError(
+        raise ConfigError(
             f"precision={format!r} needs torch.nn.Linear layers whose sizes are multiples of "
             f"{_MULTIPLE}: this model has none."
         )
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = functools.partial(_linear, layer, format)
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]]
+    forwards = {layer: functools.partial(_linear, layer, format) for layer in layers}
+    with patched_forwards(forwards):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)  # uncovers the class's own
 
 
 def quantizable_linears(model: object) -> list[nn.Linear]:
@@ -61,7 +61,7 @@ def quantizable_linears(model: object) -> list[nn.Linear]:
 
 
 def _fits(layer: nn.Linear) -> bool:
-    is_plain = type(layer) is nn.Linear
+    is_plain = type(layer) is nn.Linear and may_be_patched(layer)
     return is_plain and layer.in_features % _MULTIPLE == layer.out_features % _MULTIPLE == 0
 
 

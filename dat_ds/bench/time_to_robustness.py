@@ -181,6 +181,8 @@ def leaderboard(paths: Sequence[Path]) -> str:
             entry = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(entry, dict) or entry.get("task") not in TASKS:
                 raise ValueError("not an entry of time_to_robustness")
+            if missing := [key for key in ("config", "runs", *_COMMON) if key not in entry]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
             entries[path.name] = entry
         except (OSError, ValueError) as error:
             problems.append(f"No entry at {str(path)!r}: {error}.")

@@ -59,6 +59,7 @@ def main(
     options = _parser().parse_args(arguments)
     _log_to_stdout()
     try:
+        _check_folders(options)
         return int(options.run(options, dict(defaults or {})))
     except UserError as error:
         return _fail(str(error), 2)
@@ -198,6 +199,18 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    """Refuse files in folders that are not there, before anything is measured for them."""
+    files = {flag: getattr(options, flag, None) for flag in ("output", "csv", "plot")}
+    missing = [
+        f"--{flag} {file}: there is no folder {str(Path(file).parent)!r}: make it."
+        for flag, file in files.items()
+        if file is not None and not Path(file).parent.is_dir()
+    ]
+    if missing:
+        raise UserError("\n".join(missing))
 
 
 def _load(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:

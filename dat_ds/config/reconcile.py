@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from dat_ds.attacks import (
     ATTACK_SETTINGS,
     FEATURE_LOSSES,
+    FORMATS,
     MIN_CLASSES,
     NORMS,
     REQUIRED,
@@ -642,17 +643,7 @@ def resolve_deepspeed(
             "weighted for the mean over ranks. Remove it."
         )
     _check_precision(config, problems)
-    if dat.attack.fold_batch_norm and stage == 3:
-        problems.append(
-            "dat.attack.fold_batch_norm=true with zero_optimization.stage=3, under which weights "
-            "are not there before the forward: remove one of them."
-        )
-    _check_compile(dat, problems)
-    if dat.attack.precision is not None and precision_of(config) in ("bf16", "fp16"):
-        problems.append(
-            f"dat.attack.precision={dat.attack.precision!r} with {precision_of(config)}.enabled: "
-            "the whole model has that precision, the attack too. Remove one of them."
-        )
+    check_attack_passes(dat.attack, config, dat, problems)
     if dat.objective.grad_align and precision_of(config) == "fp16":
         problems.append(
             f"dat.objective.grad_align={dat.objective.grad_align:g} with fp16.enabled: it needs "
@@ -664,13 +655,45 @@ def resolve_deepspeed(
     return config
 
 
-def _check_compile(dat: DatConfig, problems: list[str]) -> None:
-    """Refuse what changes the model from call to call, and so would be compiled anew each time."""
+class AttackPasses(Protocol):
+    """How an attack calls the model: an ``AttackConfig``, or an ``Attack``."""
+
+    @property
+    def precision(self) -> str | None: ...  # noqa: D102
+    @property
+    def fold_batch_norm(self) -> bool: ...  # noqa: D102
+    @property
+    def keep_tokens(self) -> float | None: ...  # noqa: D102
+
+
+def check_attack_passes(
+    attack: AttackPasses, config: Mapping[str, Any], dat: DatConfig, problems: list[str]
+) -> None:
+    """Refuse ways of calling the model that the rest of the run cannot go along with.
+
+    Args:
+        attack: The run's, from its config or given to ``initialize``.
+        config: DeepSpeed's part.
+        dat: Ours.
+        problems: What is wrong is appended.
+    """
+    zero = config.get("zero_optimization")
+    is_sharded = isinstance(zero, Mapping) and zero.get("stage") == 3
+    if attack.fold_batch_norm and is_sharded:
+        problems.append(
+            "dat.attack.fold_batch_norm=true with zero_optimization.stage=3, under which weights "
+            "are not there before the forward: remove one of them."
+        )
+    if attack.precision is not None and precision_of(config) in ("bf16", "fp16"):
+        problems.append(
+            f"dat.attack.precision={attack.precision!r} with {precision_of(config)}.enabled: "
+            "the whole model has that precision, the attack too. Remove one of them."
+        )
     compiled = dat.engine.compile
     changing = {
-        "dat.attack.keep_tokens": dat.attack.keep_tokens is not None,
-        "dat.attack.fold_batch_norm": dat.attack.fold_batch_norm,
-        "dat.attack.precision": dat.attack.precision in ("int8", "fp8"),
+        "dat.attack.keep_tokens": attack.keep_tokens is not None,
+        "dat.attack.fold_batch_norm": attack.fold_batch_norm,
+        "dat.attack.precision": attack.precision in FORMATS,
         "dat.model.activation_checkpointing": dat.model.activation_checkpointing == "reentrant",
         "dat.objective.batch_norm": compiled == "all" and dat.objective.batch_norm == "split",
     }
@@ -680,11 +703,23 @@ def _check_compile(dat: DatConfig, problems: list[str]) -> None:
         for key, is_given in changing.items()
         if is_given and compiled != "none"
     ]
-    if dat.engine.cuda_graphs and compiled != "attack":
+    if not dat.engine.cuda_graphs:
+        return
+    if compiled != "attack":
         problems.append(
             f"dat.engine.cuda_graphs=true with dat.engine.compile={compiled!r}: gradients of the "
             "update outlive a graph's memory. Write dat.engine.compile='attack'."
         )
+    moving = {
+        "zero_optimization.stage=3": is_sharded,
+        "dat.attack.model_mode='train'": dat.attack.model_mode == "train",
+    }
+    problems += [
+        f"dat.engine.cuda_graphs=true with {key}, which gives the model other memory in every "
+        "attack: remove one of them."
+        for key, is_given in moving.items()
+        if is_given
+    ]
 
 
 def _resolve_reductions(

@@ -18,6 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dat_ds.attacks import (
+    FORMATS,
     AlignmentProbes,
     Attack,
     FreeAttack,
@@ -27,6 +28,7 @@ from dat_ds.attacks import (
     SampleGenerator,
     alignment_probes,
     attack_mode,
+    check_device,
     finite_samples,
     gradient_speedup,
     preserved_buffers,
@@ -74,8 +76,8 @@ class AdversarialEngine:
         weight_perturbation: Applied from the outer forward to the end of :meth:`backward`.
         averaging_optimizer: The optimizer, where it averages over ranks by itself.
         compression: Averages gradients through a codec; None where they are not compressed.
-        attack_precision: That of the attack's passes, ``bf16`` or ``fp16``; None for the engine's;
-            ``auto`` until the first attack has timed which is faster.
+        attack_precision: That of the attack's passes; None for the engine's; ``auto`` until the
+            first attack has timed which is faster.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
 
@@ -124,7 +126,11 @@ class AdversarialEngine:
         if self.attack_precision is None and attack is not None:
             self.attack_precision = attack.precision
         if self.attack_precision is not None and self.attack_precision != "auto":
+            with ranks.together():
+                check_device(ranks.device, self.attack_precision)
             _warn_of_slow_products(self.attack_precision, ranks)
+        if run.dat.engine.cuda_graphs and ranks.is_main and ranks.device.type != "cuda":
+            logger.warning("dat.engine.cuda_graphs=true does nothing without a CUDA device.")
         budget = run.dat.engine.resident_parameters_gib * 2**30
         self.keeps_parameters_resident = (
             run.zero_stage == 3 and hooks.gathered_bytes(engine) <= budget
@@ -276,7 +282,8 @@ class AdversarialEngine:
         """
         if self._attack is None:
             return x
-        attack = self._attack.at(self.progress)
+        attack = self.attack_in_use
+        assert attack is not None
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
         if self.free is not None:
             return self.free.images(x, self.micro_step, attack.threat, generator)
@@ -286,7 +293,7 @@ class AdversarialEngine:
         with self._phase("forward"), self.frozen(mode, self._attacked) as model:
             if self.attack_precision == "auto":
                 self.attack_precision = self._faster_precision(model, x)
-            attack = dataclasses.replace(attack, precision=self.attack_precision)
+                attack = dataclasses.replace(attack, precision=self.attack_precision)
             x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
@@ -318,7 +325,12 @@ class AdversarialEngine:
     @property
     def attack_in_use(self) -> Attack | None:
         """The training attack at this point of the run; None for natural training."""
-        return None if self._attack is None else self._attack.at(self.progress)
+        if self._attack is None:
+            return None
+        attack = self._attack.at(self.progress)
+        if self.attack_precision == "auto":
+            return attack
+        return dataclasses.replace(attack, precision=self.attack_precision)
 
     def use_attack(self, attack: Attack) -> None:
         """Train with another attack from the next micro-step on."""
@@ -427,7 +439,7 @@ class AdversarialEngine:
             return self.ranks.any(torch.tensor(speedup < _WORTHWHILE))
 
         # Where a processor lacks the instructions, the model would take minutes.
-        of_products = product_speedup(device, "bf16")
+        of_products = product_speedup(device, "bf16") if device.type == "cpu" else math.inf
         chosen: Precision | None = None
         found = f"matrix products in bfloat16 run at {of_products:.2f}x the speed"
         if not slower_anywhere(of_products):
@@ -668,7 +680,9 @@ def _compiled(engine: DeepSpeedEngine, config: EngineConfig) -> Callable[[Tensor
 
 
 def _warn_of_slow_products(precision: Precision, ranks: Ranks) -> None:
-    if ranks.is_main and (speedup := product_speedup(ranks.device, precision)) < 1:
+    if not ranks.is_main or ranks.device.type != "cpu" or precision in FORMATS:
+        return
+    if (speedup := product_speedup(ranks.device, precision)) < 1:
         logger.warning(
             "dat.attack.precision=%r is slow here: matrix products run at %.2fx the speed of "
             "float32's. Remove it, or write 'auto'.",

@@ -23,6 +23,7 @@ from dat_ds.config import (
     RunConfig,
     adapt_to_device,
     attack_of,
+    check_attack_passes,
     check_layerwise,
     check_one_bit,
     load_config,
@@ -100,11 +101,7 @@ def initialize(
         for note in run.notes:
             logger.info("Note: %s", note)
     objective = objective_of(run.dat) if objective is None else objective
-    if attack is None:
-        attack = attack_of(run.dat, objective)
-    elif not isinstance(attack, Attack):
-        name = getattr(attack, "__name__", "callable")
-        attack = CallableAttack(name, threat_of(run.dat), function=attack)
+    attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run)
     if attack is not None and (problems := misfits(attack, model)):
         raise ConfigError("\n".join(problems))
     helper = None
@@ -173,6 +170,23 @@ def initialize(
         averaging_optimizer=averaging,
     )
     return adversarial, optimizer, loader, scheduler
+
+
+def _own_attack(attack: Attack | UserAttack, run: RunConfig) -> Attack:
+    """An attack that was given to :func:`initialize`, checked against the run."""
+    if not isinstance(attack, Attack):
+        name = getattr(attack, "__name__", "callable")
+        attack = CallableAttack(name, threat_of(run.dat), function=attack)
+    problems: list[str] = []
+    if run.dat.attack.precision is not None:
+        problems.append(
+            f"dat.attack.precision={run.dat.attack.precision!r} with an attack given to "
+            "initialize, which brings its own: remove it, or build_attack({..., 'precision': ...})."
+        )
+    check_attack_passes(attack, run.deepspeed, run.dat, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return attack
 
 
 def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:

@@ -41,7 +41,7 @@ _FREE_KEYS = (
     "dat.evaluation",
     "dat.checkpoint",
     "dat.logging",
-    "dat.engine",
+    "dat.engine.resident_parameters_gib",
     "dat.output_dir",
     "dat.data.path",
     "dat.data.num_workers",

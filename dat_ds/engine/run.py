@@ -321,6 +321,7 @@ def _train_one(
         "validation": trainer.history,
         "events": trainer.all_events(),
         "steps": engine.global_steps,
+        "attack_precision": engine.attack_precision,
         "seconds": {
             "train": train_seconds,
             "evaluate": time.perf_counter() - before,

@@ -238,7 +238,12 @@ class Trainer:
     def _strengthen(self) -> None:
         """Train with more attack steps from now on, which the guard need not watch."""
         steps = self.run.dat.guard.stronger_steps
-        self.engine.use_attack(multi_step(self.engine, steps, 2.5 / steps))
+        training = self.engine.attack_in_use
+        assert training is not None
+        stronger = multi_step(self.engine, steps, 2.5 / steps)
+        # What makes passes cheaper stays; what makes the attack weaker goes.
+        stronger = dataclasses.replace(stronger, fold_batch_norm=training.fold_batch_norm)
+        self.engine.use_attack(stronger)
         self.is_strengthened = True
         self._guard = None
 

@@ -15,10 +15,12 @@ from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
 
 RANKS, STEPS = 2, 2
+THREAT = {"norm": "linf", "eps": 0.1}
 STAGES = [0, 1, 2, 3]
 SPEEDUPS: dict[str, dict[str, Any]] = {
     "compiled attack": {"engine": {"compile": "attack"}},
-    "graphed attack": {"engine": {"compile": "attack", "cuda_graphs": True}},
+    # Without a GPU there are no graphs, only the copies that they ask for.
+    "copied gradients": {"engine": {"compile": "attack", "cuda_graphs": True}},
     "compiled": {"engine": {"compile": "all"}},
     "compiled attack in bf16": {
         "engine": {"compile": "attack"},
@@ -35,11 +37,11 @@ SPEEDUPS: dict[str, dict[str, Any]] = {
     "fp8": {"model": "vit", "attack": {"steps": 2, "precision": "fp8"}},
     "folded, bf16": {"attack": {"steps": 2, "fold_batch_norm": True, "precision": "bf16"}},
 }
-EXACT = ["compiled attack", "graphed attack", "compiled", "channels last", "folded"]
+EXACT = ["compiled attack", "copied gradients", "compiled", "channels last", "folded"]
 CASES = [
     (name, stage)
     for name, stage in itertools.product(SPEEDUPS, STAGES)
-    if stage < 3 or "folded" not in name  # refused, see below
+    if stage < 3 or not name.startswith(("folded", "copied"))  # refused, see below
 ]
 
 
@@ -176,6 +178,43 @@ def test_folding_is_refused_where_it_cannot_be() -> None:
     attack = {"steps": 2, "fold_batch_norm": True}
     with pytest.raises(ConfigError, match=r"fold_batch_norm=true with zero_optimization\.stage=3"):
         load_config(tiny.config(3, dat={"attack": attack}))
+
+
+@pytest.mark.parametrize(
+    ("attack", "sections", "message"),
+    [
+        ({"fold_batch_norm": True}, {"stage": 3}, r"fold_batch_norm=true with zero_optimization"),
+        (
+            {"precision": "bf16"},
+            {"bf16": {"enabled": True}},
+            r"'bf16' with bf16\.enabled",
+        ),
+        ({"precision": "int8"}, {"compile": "attack"}, r"compile='attack' with dat\.attack\.prec"),
+        ({}, {"precision": "bf16"}, r"precision='bf16' with an attack given to initialize"),
+    ],
+)
+def test_an_attack_of_the_users_own_is_checked_too(
+    attack: dict[str, Any], sections: dict[str, Any], message: str
+) -> None:
+    import dat_ds
+    from dat_ds.attacks import build_attack
+
+    own = build_attack({"steps": 2, "step_size": 0.04, "threat_model": THREAT, **attack})
+    of_dat = {"attack": {"steps": 2, "precision": sections.pop("precision", None)}}
+    of_dat["engine"] = {"compile": sections.pop("compile", "none")}
+    config = tiny.config(sections.pop("stage", 0), dat=of_dat, **sections)
+    with pytest.raises(ConfigError, match=message):
+        dat_ds.initialize(model=tiny.vit(), config=config, attack=own)
+
+
+def test_graphs_are_refused_where_memory_moves() -> None:
+    from dat_ds.config import load_config
+
+    engine = {"compile": "attack", "cuda_graphs": True}
+    for stage, mode in ((3, "eval"), (0, "train")):
+        dat = {"engine": engine, "attack": {"steps": 2, "model_mode": mode}}
+        with pytest.raises(ConfigError, match=r"cuda_graphs=true with .* other memory in every"):
+            load_config(tiny.config(stage, dat=dat))
 
 
 def test_8_bits_are_refused_without_layers_for_them() -> None:

@@ -261,6 +261,34 @@ def test_weights_are_folded_anew_in_every_attack() -> None:
     assert float((folded == plain).float().mean()) > 0.99
 
 
+def test_a_replaced_layer_is_folded_too() -> None:
+    model, (x, y) = resnet(), images()
+    attack = build_attack({**PGD, "fold_batch_norm": True})
+    attack(model, x, y, SampleGenerator(0, 0))
+    model.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    plain = build_attack(PGD)(model, x, y, SampleGenerator(0, 0))
+    assert float((attack(model, x, y, SampleGenerator(0, 0)) == plain).float().mean()) > 0.99
+
+
+def test_another_librarys_forward_stays_in_place() -> None:
+    model, (x, y) = vit(), images()
+    layer, calls = model.blocks[0].mlp.fc1, []
+
+    def wrapped(inputs: Tensor) -> Tensor:
+        calls.append(len(inputs))
+        return F.linear(inputs, layer.weight, layer.bias)
+
+    layer.forward = wrapped
+    build_attack({**PGD, "precision": "int8"})(model, x, y)
+    assert calls == [6] * 5
+    assert vars(layer)["forward"] is wrapped
+
+
+def test_folding_in_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs attack\.model_mode='eval'"):
+        build_attack({**PGD, "fold_batch_norm": True, "model_mode": "train"})
+
+
 def test_a_network_with_nothing_to_fold_is_refused() -> None:
     x, y = images()
     with pytest.raises(ValueError, match="no BatchNorm of this model follows"):

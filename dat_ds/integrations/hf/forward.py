@@ -340,7 +340,8 @@ class AdversarialForward:
         return outer_batch(objective, x, x_adv, threat=attack.threat, probes=probes), y
 
     def _input_gradient(self) -> InputGradient:
-        overflows = self._overflows or self._settings.dat.attack.precision == "fp16"
+        attack = self._settings.attack
+        overflows = self._overflows or (attack is not None and attack.precision == "fp16")
         return InputGradient(retry_non_finite=overflows, agree=any_rank)
 
     @torch.no_grad()

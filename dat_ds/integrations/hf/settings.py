@@ -98,6 +98,8 @@ class Request:
         _refuse_what_needs_the_engine(dat, problems)
         if isinstance(self.attack, FreeAttack):
             problems.append(_FREE)
+        if isinstance(self.attack, Attack) and self.attack.fold_batch_norm:
+            problems.append(_FOLDED)
         if problems:
             raise ConfigError("\n".join(dict.fromkeys(problems)))
         objective = self.objective if isinstance(self.objective, Objective) else objective_of(dat)
@@ -180,6 +182,7 @@ def _check_evaluation(evaluation: Any, problems: list[str]) -> None:
             )
 
 
+_FOLDED = "dat.attack.fold_batch_norm=true needs dat_ds's own engine: remove it."
 _FREE = (
     "dat.attack.name='free' replays batches, which Hugging Face's Trainer does not: write "
     "dat.attack.name='fgsm_rs', or train with dat_ds.initialize."
@@ -191,11 +194,11 @@ def _refuse_what_needs_the_engine(dat: DatConfig, problems: list[str]) -> None:
         problems.append(_FREE)
     if dat.attack.precision == "auto":
         problems.append(
-            "dat.attack.precision='auto' needs dat_ds's own engine: write 'bf16', 'fp16', or "
-            "nothing."
+            "dat.attack.precision='auto' needs dat_ds's own engine: write 'bf16', 'fp16', 'int8' "
+            "or 'fp8', or nothing."
         )
     if dat.attack.fold_batch_norm:
-        problems.append("dat.attack.fold_batch_norm=true needs dat_ds's own engine: remove it.")
+        problems.append(_FOLDED)
     if dat.objective.name in ("rotation", "contrastive"):
         problems.append(
             f"dat.objective.name={dat.objective.name!r} trains a head of its own: pre-train with "
