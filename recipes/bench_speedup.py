@@ -1,7 +1,6 @@
 """The speedup tables: attack, precision, batch; then workers, compression, sharding.
 
 python recipes/bench_speedup.py --output docs/results/speedup     # about 20 minutes on 2 CPU cores
-
 Each row is one `dat-ds bench attack`: of ViT-B/16 and ResNet-50 at 224 pixels on a GPU, else of a
 ViT-Tiny and a ResNet-18 at 32. The second part is one `dat-ds bench scaling` of the ViT on the CPU;
 with --mbit (needs root) every worker sits behind a link of that speed. GPUs: docs/benchmarks.md.
@@ -23,18 +22,21 @@ DATA = {"name": "synthetic", "image_shape": [3, SIZE, SIZE], "num_classes": 10, 
 VIT = {"name": "vit_base_patch16_224"}
 VIT = VIT if ON_GPU else {"depth": 12, "embed_dim": 192, "num_heads": 3, "patch_size": 4}
 RESNET = {"name": "resnet50"} if ON_GPU else {"name": "resnet18", "stem": "cifar"}
+OTHERS = ("torchattacks + DDP", "backward through DDP")
 GRAPHS = ["dat.engine.compile=attack", "dat.engine.cuda_graphs=true"]
 OF_BOTH = {
     "PGD-3": [],
-    "PGD-1": ["dat.attack.steps=1"],
-    "PGD-7": ["dat.attack.steps=7"],
-    "twice the batch": [f"train_micro_batch_size_per_gpu={2 * BATCH}"],
     "compiled": ["dat.engine.compile=all"],
     **({"graphs": GRAPHS} if ON_GPU else {"attack in bf16": ["dat.attack.precision=bf16"]}),
 }
-OF_VIT = {f"attack in {name}": [f"dat.attack.precision={name}"] for name in ("int8", "fp8")}
-FOLDED = {"BatchNorm folded": ["dat.attack.fold_batch_norm=true"]}
-OF_RESNET = {**FOLDED, "channels last": ["dat.engine.channels_last=true"]}
+OF_VIT = {
+    "attack in int8": ["dat.attack.precision=int8"],
+    **({"attack in fp8": ["dat.attack.precision=fp8"]} if ON_GPU else {}),
+    **{f"PGD-{steps}": [f"dat.attack.steps={steps}"] for steps in (1, 7)},
+    "twice the batch": [f"train_micro_batch_size_per_gpu={2 * BATCH}"],
+}
+FOLDED, LAST = ["dat.attack.fold_batch_norm=true"], ["dat.engine.channels_last=true"]
+OF_RESNET = {"BatchNorm folded": FOLDED, "channels last": LAST}
 ROWS = {"ViT": (VIT, {**OF_BOTH, **OF_VIT}), "ResNet": (RESNET, {**OF_BOTH, **OF_RESNET})}
 
 
@@ -52,7 +54,6 @@ def measure(name: str, keys: list[str], file: Path, repetitions: int) -> str:
     return f"| {' | '.join([name, *cells, *compared, peak])} |"
 
 
-OTHERS = ("torchattacks + DDP", "backward through DDP")
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=10, help="timed rounds of each (>= 5)")
@@ -63,8 +64,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     (folder := Path(options.output)).mkdir(parents=True, exist_ok=True)
     base = [f"dat.data={json.dumps(DATA)}", f"train_micro_batch_size_per_gpu={BATCH}"]
-    table = [f"| step | ms | images/s | / parts | {' | '.join(f'x {o}' for o in OTHERS)} | MB |"]
-    table.append("| --- " * 7 + "|")
+    header = f"| step | ms | images/s | / parts | {' | '.join(f'x {o}' for o in OTHERS)} | MB |"
+    table = [header, "| --- " * 7 + "|"]
     for model, (section, rows) in ROWS.items() if options.only != "scaling" else ():
         for row, keys in rows.items():
             file = folder / f"{model}_{row}.json".replace(" ", "_").lower()
@@ -72,9 +73,8 @@ if __name__ == "__main__":
             table.append(measure(f"{model}, {row}", keys, file, options.repetitions))
     print("\n".join(table))
     if options.only != "attack" and not ON_GPU:
-        words = ["bench", "scaling", "--deepspeed_config", CONFIG, "--ranks", *options.ranks]
+        words = f"bench scaling --deepspeed_config {CONFIG} --output {folder}/scaling.json".split()
         words += ["--stages", "0", "2", "3", "--codecs", "none", "int8", "one_bit_adam"]
-        words += [*(["--mbit", *options.mbit] if options.mbit else []), "--output"]
-        words += [str(folder / "scaling.json"), "--plot", str(folder / "scaling.png")]
+        words += ["--ranks", *options.ranks, *(["--mbit", *options.mbit] if options.mbit else [])]
         base.append(f"dat.model={json.dumps(VIT)}")
         sys.exit(main([*words, *(word for key in base for word in ("--set", key))]))
