@@ -9,18 +9,17 @@ the command line: nothing here measures one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from dat_ds.bench.cost_model import (
     COLLECTIVES,
+    ONE_BIT,
     Cluster,
     Hardware,
     Link,
@@ -32,7 +31,7 @@ from dat_ds.bench.cost_model import (
     same_link,
     step_time,
 )
-from dat_ds.bench.records import write_record
+from dat_ds.bench.records import read_record, write_record
 from dat_ds.bench.scaling_report import MEASURE, read_scaling
 from dat_ds.compression import CODECS
 from dat_ds.errors import ConfigError
@@ -195,7 +194,7 @@ def _check(
         if n < 1 or (gpus >= 1 and n > gpus and n % gpus)
     ]
     problems += [f"--stages {s}: ZeRO has 0, 1, 2, 3." for s in stages if s not in range(4)]
-    known = ("none", *CODECS, "one_bit_adam", "one_bit_lamb")
+    known = ("none", *CODECS, *ONE_BIT)
     problems += [
         f"--codecs {name}: choose from {', '.join(known)}." for name in codecs if name not in known
     ]
@@ -396,11 +395,8 @@ def _over_floor(path: str) -> float:
 
 
 def _read(path: str, key: str, command: str) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read {path!r}: {error}. It is written by: {command}") from None
-    if not isinstance(values, dict) or key not in values:
+    values = read_record(path, command)
+    if key not in values:
         raise ConfigError(f"{path} has no {key!r}. A file that has it is written by: {command}")
     return values
 

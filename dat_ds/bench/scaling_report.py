@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dat_ds.bench.cost_model import fit_link, link_error
+from dat_ds.bench.records import read_record
 from dat_ds.bench.timing import check_drift
 from dat_ds.errors import ConfigError
 
@@ -62,11 +62,8 @@ def read_scaling(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read {path!r}: {error}. It is written by: {MEASURE}") from None
-    if not isinstance(values, dict) or values.get("bench") != KIND:
+    values = read_record(path, MEASURE)
+    if values.get("bench") != KIND:
         raise ConfigError(f"{path} is no record of 'bench scaling'. Such a one is: {MEASURE}")
     missing = [key for key in _KEYS if key not in values]
     for point in values.get("points", []):
