@@ -71,7 +71,7 @@ def test_only_the_engine_imports_deepspeed():
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("attacks", {"attacks"}),
+        ("attacks", {"attacks", "errors"}),
         ("objectives", {"objectives", "attacks"}),
         ("compression", {"compression"}),
         ("optim", {"optim", "compression"}),
