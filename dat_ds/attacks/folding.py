@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dat_ds.attacks.patching import may_be_patched, patched_forwards
+from dat_ds.attacks.patching import may_be_patched, module_of, patched_forwards
 from dat_ds.errors import ConfigError
 
 _WITH_ACTIVATION = "BatchNormAct2d"  # timm's: normalisation, dropout and activation in one module
@@ -39,8 +39,8 @@ def folded_batch_norm(model: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[
     Raises:
         ConfigError: If nothing can be folded.
     """
-    root = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    if not isinstance(root, nn.Module):
+    root = module_of(model)
+    if root is None:
         raise ConfigError("dat.attack.fold_batch_norm=true needs a torch module.")
     modules = set(root.modules())
     if not all(modules.issuperset(pair) for pair in _pairs_of.get(root, [])):

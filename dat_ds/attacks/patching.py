@@ -1,4 +1,4 @@
-"""Another forward for some modules while an attack runs."""
+"""The module behind a model, and another forward for some of its parts while an attack runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +20,12 @@ def patched_forwards(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -
     finally:
         for module in forwards:
             vars(module).pop("forward", None)  # uncovers the class's own
+
+
+def module_of(model: object) -> nn.Module | None:
+    """A module itself, or the module that a callable has as its ``module``; None without one."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def may_be_patched(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dat_ds.attacks.gradient import Model
-from dat_ds.attacks.quantized import multiplied, quantized_linears
+from dat_ds.attacks.quantized import is_format, multiplied, quantized_linears
 from dat_ds.errors import ConfigError
 
 Precision = Literal["bf16", "fp16", "int8", "fp8"]
@@ -47,7 +47,7 @@ def shorter_floats(model: Model, precision: Precision) -> Iterator[Model]:
             return model(images)
 
     with contextlib.ExitStack() as stack:
-        if precision == "int8" or precision == "fp8":
+        if is_format(precision):
             stack.enter_context(quantized_linears(model, precision))
         yield shortened
 
@@ -80,12 +80,12 @@ def check_device(device: torch.device, precision: Precision) -> None:
     Raises:
         ConfigError: With what torch says of it.
     """
-    if precision != "int8" and precision != "fp8":
+    if not is_format(precision):
         return
     matrix = torch.ones(32, 32, device=device)
     try:
         multiplied(matrix, matrix, precision)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"dat.attack.precision={precision!r}: this device cannot multiply so ({reason}). Write "

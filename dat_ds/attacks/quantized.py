@@ -10,17 +10,23 @@ outliers.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_ds.attacks.patching import may_be_patched, patched_forwards
+from dat_ds.attacks.patching import may_be_patched, module_of, patched_forwards
 from dat_ds.errors import ConfigError
 
 Format = Literal["int8", "fp8"]
 FORMATS: tuple[str, ...] = ("int8", "fp8")
+
+
+def is_format(precision: str) -> TypeGuard[Format]:
+    """Whether a precision is one of 8 bits."""
+    return precision in FORMATS
+
 
 _LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
 _FEWEST_ROWS = 17  # CUDA's product of int8 refuses fewer
@@ -55,8 +61,8 @@ def quantized_linears(model: object, format: Format) -> Iterator[None]:
 
 def quantizable_linears(model: object) -> list[nn.Linear]:
     """Linear layers of ``model``, as :func:`quantized_linears` takes it, whose sizes fit."""
-    root = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    modules = root.modules() if isinstance(root, nn.Module) else ()
+    root = module_of(model)
+    modules = () if root is None else root.modules()
     return [m for m in modules if isinstance(m, nn.Linear) and _fits(m)]
 
 

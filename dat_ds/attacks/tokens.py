@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_ds.attacks.noise import Generator, rand_like
+from dat_ds.attacks.patching import module_of
 
 _PATCH_DROPS = ("Identity", "PatchDropout")  # of timm; others return positions too
 _PREFIX_TOKENS = {"ViTEmbeddings": 1, "DeiTEmbeddings": 2, "Dinov2Embeddings": 1}
@@ -32,8 +33,8 @@ def patch_tokens(model: object) -> tuple[nn.Module, int] | None:
     Returns:
         The layer and the number of leading tokens, or None.
     """
-    root = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    for module in root.modules() if isinstance(root, nn.Module) else ():
+    root = module_of(model)
+    for module in () if root is None else root.modules():
         drop, prefix = getattr(module, "patch_drop", None), getattr(module, "num_prefix_tokens", 0)
         if type(drop).__name__ in _PATCH_DROPS and isinstance(drop, nn.Module):
             return drop, int(prefix)

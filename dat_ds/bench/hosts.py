@@ -36,7 +36,7 @@ def run_ranks(
         network = None if mbit is None else stack.enter_context(ShapedNetwork(ranks, mbit))
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
         workers: list[subprocess.Popen[bytes]] = []
-        port = _free_port() if network is None else _PORT
+        port = free_port() if network is None else _PORT
         words = [sys.executable, "-m", module, *arguments]
         try:
             for rank in range(ranks):
@@ -75,7 +75,8 @@ def run_ranks(
             raise ConfigError(f"Rank {failed[0]} failed: {last}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

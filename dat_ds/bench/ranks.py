@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import spawn
+
+from dat_ds.bench.hosts import free_port
 
 _RESULT = "result.json"
 
@@ -27,9 +28,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> Any:
     Returns:
         What rank 0's call returned, through JSON.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         spawn(_run, (function, ranks, port, folder, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
         return json.loads((Path(folder) / _RESULT).read_text(encoding="utf-8"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from dat_ds.attacks.patching import patched_forwards
 
 
 @contextlib.contextmanager
@@ -23,13 +25,10 @@ def split_batch_norm(model: nn.Module, sizes: Sequence[int]) -> Iterator[None]:
         sizes: Number of images of each part.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    for norm in norms:
-        norm.forward = functools.partial(_forward_in_parts, norm, list(sizes))  # type: ignore[method-assign]
-    try:
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]]
+    forwards = {norm: functools.partial(_forward_in_parts, norm, list(sizes)) for norm in norms}
+    with patched_forwards(forwards):
         yield
-    finally:
-        for norm in norms:
-            del norm.forward  # uncovers the class's own
 
 
 def _forward_in_parts(norm: _BatchNorm, sizes: list[int], x: Tensor) -> Tensor:
