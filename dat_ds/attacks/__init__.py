@@ -18,6 +18,7 @@ from dat_ds.attacks.build import (
 from dat_ds.attacks.folding import folded_batch_norm
 from dat_ds.attacks.free import FreePerturbation
 from dat_ds.attacks.gradient import InputGradient, finite_samples
+from dat_ds.attacks.graphs import AttackGraphs
 from dat_ds.attacks.losses import (
     FEATURE_LOSSES,
     INNER_LOSSES,
@@ -69,6 +70,7 @@ __all__ = [
     "REQUIRED",
     "AlignmentProbes",
     "Attack",
+    "AttackGraphs",
     "CallableAttack",
     "FreeAttack",
     "FreePerturbation",

@@ -88,8 +88,6 @@ class InputGradient:
             host synchronisation per gradient, so it is off otherwise.
         agree: Turns a rank's 0-dim bool tensor "mine was not finite" into the decision of all
             ranks, so that every rank does the same number of forwards. Default: decide alone.
-        copies: Copy gradients and logits, which lie in memory that the model's next call writes
-            to, as with CUDA graphs.
 
     Attributes:
         num_zero: Gradient entries that were exactly zero, 0-dim float64 tensor, summed over calls.
@@ -101,13 +99,12 @@ class InputGradient:
 
     retry_non_finite: bool = False
     agree: Callable[[Tensor], bool] = _agree_locally
-    copies: bool = False
     num_zero: Tensor | None = field(default=None, init=False)
     num_non_finite: Tensor | None = field(default=None, init=False)
     num_entries: int = field(default=0, init=False)
     num_samples: int = field(default=0, init=False)
     num_retries: int = field(default=0, init=False)
-    _uses_backward: bool | None = field(default=None, init=False, repr=False)
+    _uses_backward: bool | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss) -> Tensor:
         """Direction-preserving gradient of each sample's ``loss`` at ``x``.
@@ -161,8 +158,6 @@ class InputGradient:
         else:
             (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         assert gradient is not None
-        if self.copies:
-            return gradient.clone(), values, logits.detach().clone()
         return gradient, values, logits.detach()
 
     def count(self, gradient: Tensor, finite: Tensor) -> Tensor:
@@ -180,10 +175,20 @@ class InputGradient:
             gradient.masked_fill_(~per_sample(finite, gradient), 0.0)
         num_zero = (gradient.numel() - gradient.count_nonzero()).double()
         num_non_finite = (~finite).sum().double()
-        self.num_zero = num_zero if self.num_zero is None else self.num_zero + num_zero
-        self.num_non_finite = (
-            num_non_finite if self.num_non_finite is None else self.num_non_finite + num_non_finite
-        )
+        self._add(num_zero, num_non_finite)
         self.num_entries += gradient.numel()
         self.num_samples += len(gradient)
         return gradient
+
+    def add_counts(self, other: "InputGradient") -> None:
+        """Add what ``other`` has counted; its tensors may be overwritten afterwards."""
+        if other.num_zero is not None and other.num_non_finite is not None:
+            self._add(other.num_zero, other.num_non_finite)
+        self.num_entries += other.num_entries
+        self.num_samples += other.num_samples
+        self.num_retries += other.num_retries
+
+    def _add(self, num_zero: Tensor, num_non_finite: Tensor) -> None:
+        self.num_zero = num_zero + (0 if self.num_zero is None else self.num_zero)
+        before = 0 if self.num_non_finite is None else self.num_non_finite
+        self.num_non_finite = num_non_finite + before

@@ -6,6 +6,7 @@ neither on the number of ranks nor on the micro-batch nor on the device.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,23 +55,65 @@ class SampleGenerator:
         seed: Seed of the run.
         step: Optimizer step, so that every step draws anew.
         first_index: Index, within the step's global batch, of the batch's first sample.
+        indices: Those of all its samples, where they do not follow one another.
     """
 
     seed: int
     step: int
     first_index: int = 0
+    indices: Sequence[int] | None = None
     _draws: int = field(default=0, init=False, repr=False)
+
+    @property
+    def num_draws(self) -> int:
+        """How often numbers were drawn."""
+        return self._draws
 
     def bits(self, batch: int, numel: int, device: torch.device) -> Tensor:
         """Next 64 random bits for ``numel`` elements of each sample: int64 ``(batch, numel)``."""
-        keys = [
-            _signed(stream_key(self.seed, self.step, self.first_index + i, self._draws))
-            for i in range(batch)
-        ]
-        self._draws += 1
         counter = torch.arange(1, numel + 1, device=device) * _signed(_GOLDEN_GAMMA)
-        streams = torch.tensor(keys, dtype=torch.int64, device=device)  # int64 also when empty
-        return _mix_tensor_(streams.unsqueeze(1) + counter)
+        return _mix_tensor_(self._streams(batch, device).unsqueeze(1) + counter)
+
+    def keys(self, batch: int) -> list[int]:
+        """Next draw's key of each sample's stream, signed 64 bits."""
+        first = self.first_index
+        indices = range(first, first + batch) if self.indices is None else self.indices[:batch]
+        keys = [_signed(stream_key(self.seed, self.step, i, self._draws)) for i in indices]
+        self._draws += 1
+        return keys
+
+    def _streams(self, batch: int, device: torch.device) -> Tensor:
+        """:meth:`keys` on the device ``(batch,)``."""
+        # int64 also when empty
+        return torch.tensor(self.keys(batch), dtype=torch.int64, device=device)
+
+
+class RecordedStreams(SampleGenerator):
+    """The draws of another source, from keys in memory that a recorded computation finds again.
+
+    Args:
+        num_draws: How often the computation draws.
+        batch: Samples of each draw.
+        device: Where the keys lie.
+    """
+
+    def __init__(self, num_draws: int, batch: int, device: torch.device) -> None:
+        super().__init__(seed=0, step=0)
+        self._keys = torch.zeros((num_draws, batch), dtype=torch.int64, device=device)
+
+    def fill(self, source: SampleGenerator) -> None:
+        """Take the keys of the next draws of ``source``."""
+        num_draws, batch = self._keys.shape
+        if num_draws:
+            self._keys.copy_(torch.tensor([source.keys(batch) for _ in range(num_draws)]))
+
+    def rewind(self) -> None:
+        """Start again with the first draw."""
+        self._draws = 0
+
+    def _streams(self, batch: int, device: torch.device) -> Tensor:
+        self._draws += 1
+        return self._keys[self._draws - 1, :batch]
 
 
 Generator = torch.Generator | SampleGenerator

@@ -163,7 +163,9 @@ def sparse_sign(gradient: Tensor, share: float | Tensor) -> Tensor:
     """
     flat = gradient.flatten(1)
     numel = flat.shape[1]
-    count = (torch.as_tensor(share, device=flat.device) * numel).long().clamp(1, numel)
+    if not isinstance(share, Tensor):
+        share = torch.full((), share, device=flat.device)  # without a copy from the host
+    count = (share * numel).long().clamp(1, numel)
     descending = flat.abs().sort(dim=1, descending=True).values
     least = descending.gather(1, (count - 1).expand(len(flat)).unsqueeze(1))
     sign = flat.sign() * (flat.abs() >= least)

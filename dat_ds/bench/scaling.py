@@ -434,6 +434,7 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
         ranks.barrier()
         synchronize(device)
         start = time.perf_counter()
+        engine.look_ahead([(x, y, None)] * engine.accumulation)
         for _ in range(engine.accumulation):
             engine.backward(engine(x, y))
             engine.step()

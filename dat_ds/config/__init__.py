@@ -6,6 +6,7 @@ from dat_ds.config.length import Length
 from dat_ds.config.load import load_config
 from dat_ds.config.reconcile import (
     adapt_to_device,
+    check_attack_batch,
     check_attack_passes,
     check_layerwise,
     check_num_classes,
@@ -25,6 +26,7 @@ __all__ = [
     "RunConfig",
     "adapt_to_device",
     "attack_of",
+    "check_attack_batch",
     "check_attack_passes",
     "check_layerwise",
     "check_num_classes",

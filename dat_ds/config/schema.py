@@ -475,11 +475,15 @@ class EngineConfig:
     resident_parameters_gib: float = _at_least(0, 4.0)
     """ZeRO-3: parameters are gathered once per attack and stay on the device until it ends where
     they fit into this much memory; else they are gathered again on every pass."""
+    attack_micro_batches: int = _at_least(1, 1)
+    """Micro-batches of an optimizer step that are attacked as one batch; divides
+    ``gradient_accumulation_steps``. The attack keeps less in memory than the update, so its batch
+    may be larger; ZeRO-3 gathers parameters once for all of them."""
     compile: Literal["none", "attack", "all"] = "none"
     """What ``torch.compile`` compiles: the attack's passes, or the update's as well."""
     cuda_graphs: bool = False
-    """With ``compile`` ``attack``: replay its passes as CUDA graphs, without a launch per kernel
-    (``torch.compile``'s mode ``reduce-overhead``). Batches of one size only are worth it."""
+    """Record the whole attack, all of its steps, as a CUDA graph and replay it: one launch in the
+    place of one per kernel. Batches of a size that comes again only are worth it."""
     channels_last: bool = False
     """Images, and so what convolutions make of them, in the layout NHWC."""
 

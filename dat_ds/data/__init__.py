@@ -1,7 +1,12 @@
 """Images, labels, and the plan of which rank reads which of them."""
 
 from dat_ds.data.datasets import DATASETS, DataSplits, FolderImages, TensorImages, build_data
-from dat_ds.data.loader import DistributedLoader, EvaluationBatches, evaluation_batches
+from dat_ds.data.loader import (
+    DistributedLoader,
+    EvaluationBatches,
+    PlannedBatch,
+    evaluation_batches,
+)
 from dat_ds.data.mixing import Mixed
 from dat_ds.data.sampler import (
     BatchPlan,
@@ -27,6 +32,7 @@ __all__ = [
     "FolderImages",
     "Mixed",
     "PartlyLabelled",
+    "PlannedBatch",
     "SampleKey",
     "TensorImages",
     "build_data",

@@ -5,6 +5,7 @@ Shapes: ``B`` samples of a micro-batch (0 is possible), ``C H W`` of an image.
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -24,6 +25,7 @@ from dat_ds.data.transforms import Sample, fetch_sample
 from dat_ds.errors import CheckpointError, DataError
 
 Batch = tuple[Tensor, Tensor]
+PlannedBatch = tuple[Tensor, Tensor, BatchPlan]
 _GRACE_SECONDS = 20  # the deepspeed launcher waits 30 before it kills
 
 
@@ -49,12 +51,16 @@ class DistributedLoader:
         pin_memory: Whether batches are put into page-locked memory.
         shuffle: False keeps the dataset's own order.
         replays: How many optimizer steps in a row get the same samples, each read anew.
+        group: Micro-batches that are read before the first of them is handed out; divides
+            ``accumulation``.
 
     Attributes:
         sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
         plan: Plan of the batch handed out last; None before the first.
+        ahead: ``(x, y, plan)`` of the batch handed out last and of those of its group that follow.
 
     Raises:
+        ValueError: A ``group`` that does not divide ``accumulation``.
         DataError: More ranks than samples, or an unreadable sample (its own message, whichever
             process met it).
         RuntimeError: The position was moved, or a second iterator started, during an iteration.
@@ -76,7 +82,10 @@ class DistributedLoader:
         pin_memory: bool = False,
         shuffle: bool = True,
         replays: int = 1,
+        group: int = 1,
     ) -> None:
+        if group < 1 or accumulation % group:
+            raise ValueError(f"group={group} does not divide accumulation={accumulation}.")
         self.sampler = DistributedBatchSampler(
             len(cast(Any, dataset)),
             micro_batch=micro_batch,
@@ -90,7 +99,9 @@ class DistributedLoader:
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.group = group
         self.plan: BatchPlan | None = None
+        self.ahead: list[PlannedBatch] = []
         self._collate = _Collate(dataset)
         self._iteration = 0
 
@@ -118,18 +129,20 @@ class DistributedLoader:
         )
         # The DataLoader hands batches out in the order of its batch sampler however far its workers
         # run ahead, so a second pass over the same plans stays in step with it.
-        for plan, batch in zip(sampler.plans(), batches, strict=True):
-            if iteration != self._iteration:
-                raise RuntimeError(
-                    "The loader was moved or iterated anew during this iteration: "
-                    "start a new 'for' loop after set_position or load_state_dict."
-                )
-            self.plan = plan
-            # Moved before the batch is handed out, so that a checkpoint written after the update on
-            # the step's last micro-batch counts that step.
-            if plan.micro_step == sampler.accumulation - 1:
-                sampler.set_position(plan.epoch, plan.step + 1)
-            yield batch
+        planned = zip(sampler.plans(), batches, strict=True)
+        while group := [(x, y, plan) for plan, (x, y) in itertools.islice(planned, self.group)]:
+            for position, (x, y, plan) in enumerate(group):
+                if iteration != self._iteration:
+                    raise RuntimeError(
+                        "The loader was moved or iterated anew during this iteration: "
+                        "start a new 'for' loop after set_position or load_state_dict."
+                    )
+                self.plan, self.ahead = plan, group[position:]
+                # Moved before the batch is handed out, so that a checkpoint written after the
+                # update on the step's last micro-batch counts that step.
+                if plan.micro_step == sampler.accumulation - 1:
+                    sampler.set_position(plan.epoch, plan.step + 1)
+                yield x, y
 
     def set_position(self, epoch: int, step: int) -> None:
         """Continue at ``step`` (optimizer steps already done) of ``epoch``.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from dat_ds.attacks import (
     FORMATS,
     AlignmentProbes,
     Attack,
+    AttackGraphs,
     FreeAttack,
     FreePerturbation,
     InputGradient,
@@ -53,6 +55,8 @@ from dat_ds.optim import CompressedOptimizer
 
 logger = logging.getLogger(__name__)
 
+Given = tuple[Tensor, Tensor, BatchPlan | None]
+"""What the engine is called with: images, labels, and their place in the global batch."""
 _WORTHWHILE = 1.1
 """Speedup of the attack from which on ``auto`` takes a shorter float."""
 
@@ -78,6 +82,7 @@ class AdversarialEngine:
         compression: Averages gradients through a codec; None where they are not compressed.
         attack_precision: That of the attack's passes; None for the engine's; ``auto`` until the
             first attack has timed which is faster.
+        graphs: Replays attacks as CUDA graphs; None where they run step by step.
         free: What free adversarial training carries from step to step; None for other attacks.
     """
 
@@ -129,7 +134,10 @@ class AdversarialEngine:
             with ranks.together():
                 check_device(ranks.device, self.attack_precision)
             _warn_of_slow_products(self.attack_precision, ranks)
-        if run.dat.engine.cuda_graphs and ranks.is_main and ranks.device.type != "cuda":
+        self.graphs: AttackGraphs | None = None
+        if run.dat.engine.cuda_graphs and ranks.device.type == "cuda":
+            self.graphs = AttackGraphs(self.module, warns=ranks.is_main)
+        elif run.dat.engine.cuda_graphs and ranks.is_main:
             logger.warning("dat.engine.cuda_graphs=true does nothing without a CUDA device.")
         budget = run.dat.engine.resident_parameters_gib * 2**30
         self.keeps_parameters_resident = (
@@ -147,6 +155,8 @@ class AdversarialEngine:
         self._traffic = Traffic()
         listen(self._traffic)
         self._checked_pixels = False
+        self._coming: Sequence[Given] = ()
+        self._parts: list[tuple[_MicroBatch, Tensor]] = []
         self._pending = self._new_metrics()
         self._last: StepMetrics | None = None
 
@@ -202,34 +212,42 @@ class AdversarialEngine:
             The loss to give to :meth:`backward`: a mean over the micro-batch, local to this rank.
         """
         self._perturbed.close()  # where an earlier loss never went backward
-        first_index, weight = self._place_in_global_batch(len(x), plan)
         metrics = self._pending
         metrics.timer.enter("attack")
-        x, y, num_images = self._prepare(x, y, first_index)
-        y, labelled, weights = self._read_labels(y)
-        first_index *= self._objective.num_views
-        has_accuracy = num_images > 0 and self._objective.classifies
-        x_adv = self.attack(x, y, first_index=first_index, gradient=metrics.gradient)
+        part, x_adv = self._next_part(x, y, plan)
         if self.free is not None:
             x_adv.requires_grad_()
-            self._replayed = (x, x_adv) if num_images else None
-        probes = self._alignment_probes(x, y, first_index)
+            self._replayed = (part.x, x_adv) if part.num_images else None
+        probes = self._alignment_probes(part)
         metrics.timer.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
-        keep = preserved_buffers(self.module) if num_images == 0 else contextlib.nullcontext()
-        self._perturb_weights(x, x_adv, y, probes, weights, weight)
+        is_empty = part.num_images == 0
+        keep = preserved_buffers(self.module) if is_empty else contextlib.nullcontext()
+        self._perturb_weights(part, x_adv, probes)
         with self._phase("forward"), keep, self._restored_on_error():
-            terms, logits_adv, logits = self._outer_loss(
-                self.deepspeed, x, x_adv, y, probes, weights
-            )
+            terms, logits_adv, logits = self._outer_loss(self.deepspeed, part, x_adv, probes)
         natural_logits = logits_adv if self._attack is None else logits
-        if has_accuracy and natural_logits is not None:
-            metrics.add_natural(*num_correct(natural_logits, y, labelled))
-        if has_accuracy and self._attack is not None:
-            metrics.add_robust(*num_correct(logits_adv, y, labelled))
-        metrics.add_terms(terms, weight / self.accumulation)
+        if not is_empty and self._objective.classifies:
+            if natural_logits is not None:
+                metrics.add_natural(*num_correct(natural_logits, part.y, part.labelled))
+            if self._attack is not None:
+                metrics.add_robust(*num_correct(logits_adv, part.y, part.labelled))
+        metrics.add_terms(terms, part.weight / self.accumulation)
         loss = terms["loss"]
-        return loss if weight == 1.0 else loss * weight
+        return loss if part.weight == 1.0 else loss * part.weight
+
+    def look_ahead(self, batches: Sequence[Given]) -> None:
+        """Tell of the micro-batches that come next, where several are attacked in one batch.
+
+        Needed where ``dat.engine.attack_micro_batches`` is above 1 and the engine is not called
+        with what its loader hands out; does nothing otherwise.
+
+        Args:
+            batches: ``(x, y, plan)`` of the next calls: the very same tensors, in their order, and
+                the place of each in the global batch (``loader.plan`` when it was handed out);
+                None for batches that are not the loader's.
+        """
+        self._coming = batches
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
@@ -259,6 +277,7 @@ class AdversarialEngine:
         if completes:
             self._pending.bytes_sent, self._pending.collectives = self._traffic.take()
             self._last, self._pending = self._pending, self._new_metrics()
+            self._parts.clear()  # of weights that are gone, where calls were left out
 
     # ---- attack
 
@@ -280,21 +299,35 @@ class AdversarialEngine:
             Float32 images of the shape of ``x`` (several after one another for an attack with
             several views); ``x`` itself where the run has no attack.
         """
-        if self._attack is None:
-            return x
-        attack = self.attack_in_use
-        assert attack is not None
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
+        return self._adversarial_images(x, y, generator, gradient)
+
+    def _adversarial_images(
+        self,
+        x: Tensor,
+        y: Tensor,
+        generator: SampleGenerator,
+        gradient: InputGradient | None = None,
+    ) -> Tensor:
+        """:meth:`attack` with any source of random numbers."""
+        attack = self.attack_in_use
+        if attack is None:
+            return x
         if self.free is not None:
             return self.free.images(x, self.micro_step, attack.threat, generator)
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
-        mode = self.run.dat.attack.model_mode
-        with self._phase("forward"), self.frozen(mode, self._attacked) as model:
+        frozen = functools.partial(self.frozen, self.run.dat.attack.model_mode, self._attacked)
+        with self._phase("forward"):
             if self.attack_precision == "auto":
-                self.attack_precision = self._faster_precision(model, x)
+                with frozen() as model:
+                    self.attack_precision = self._faster_precision(model, x)
                 attack = dataclasses.replace(attack, precision=self.attack_precision)
-            x_adv = attack(model, x, y, generator, gradient=gradient)
+            if self.graphs is not None:
+                x_adv = self.graphs(attack, frozen, x, y, generator, gradient)
+            else:
+                with frozen() as model:
+                    x_adv = attack(model, x, y, generator, gradient=gradient)
         self._pending.attack_parameter_gathers += self._traffic.calls["parameters"] - gathers
         return x_adv
 
@@ -336,6 +369,7 @@ class AdversarialEngine:
         """Train with another attack from the next micro-step on."""
         self._attack = attack
         self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
+        self._parts.clear()
 
     @property
     def task(self) -> Task | None:
@@ -456,22 +490,81 @@ class AdversarialEngine:
         overflows = "fp16" in (self._precision, self.attack_precision) or (
             self._precision == "autocast" and self.deepspeed.torch_autocast_dtype() == torch.float16
         )
-        return InputGradient(
-            retry_non_finite=overflows,
-            agree=self.ranks.any,
-            copies=self.run.dat.engine.cuda_graphs,
-        )
+        return InputGradient(retry_non_finite=overflows, agree=self.ranks.any)
 
     def _new_metrics(self) -> StepMetrics:
         return StepMetrics(PhaseTimer(self.ranks.device), self._input_gradient())
 
-    def _place_in_global_batch(self, num_images: int, plan: BatchPlan | None) -> tuple[int, float]:
+    def _next_part(
+        self, x: Tensor, y: Tensor, plan: BatchPlan | None
+    ) -> tuple[_MicroBatch, Tensor]:
+        """A micro-batch ready for the outer forward, and its adversarial images.
+
+        Raises:
+            DataError: For a micro-batch that was not told of, where several are attacked in one.
+        """
+        together = self.run.dat.engine.attack_micro_batches
+        if together == 1 or self._attack is None:
+            if plan is None and self._loader is not None:
+                plan = self._loader.plan
+            return self._attack_together([self._micro_batch(x, y, plan)])[0]
+        while self._parts and not self._parts[0][0].holds(x, y):
+            self._parts.pop(0)  # of calls that were left out
+        if not self._parts:
+            left = min(together, self.accumulation - self.micro_step)
+            coming = self._coming_from(x, y, plan)
+            parts = [self._micro_batch(*coming[i], ahead=i) for i in range(min(left, len(coming)))]
+            self._parts = self._attack_together(parts)
+        return self._parts.pop(0)
+
+    def _coming_from(self, x: Tensor, y: Tensor, plan: BatchPlan | None) -> Sequence[Given]:
+        """What is known of the micro-batches from ``(x, y)`` on."""
+        of_loader = () if plan is not None or self._loader is None else self._loader.ahead
+        for coming in (self._coming, of_loader):
+            for first, (known_x, known_y, _) in enumerate(coming):
+                if known_x is x and known_y is y:
+                    return coming[first:]
+        raise DataError(
+            f"dat.engine.attack_micro_batches={self.run.dat.engine.attack_micro_batches}: these "
+            "images and labels are not the tensors that the loader handed out, so those that "
+            "follow are not known. Give the engine what the loader gives (it moves them to the "
+            "device; transforms belong into the dataset), call engine.look_ahead([(x, y, None), "
+            "...]) before each step, or write dat.engine.attack_micro_batches=1."
+        )
+
+    def _attack_together(self, parts: list[_MicroBatch]) -> list[tuple[_MicroBatch, Tensor]]:
+        """Micro-batches of one optimizer step, attacked as one batch, with their images."""
+        indices = [part.first_index + i for part in parts for i in range(len(part.x))]
+        generator = SampleGenerator(self.run.dat.seed, self.global_steps, indices=indices)
+        gradient = self._pending.gradient
+        if len(parts) == 1:
+            part = parts[0]
+            return [(part, self._adversarial_images(part.x, part.y, generator, gradient))]
+        x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+        x_adv = self._adversarial_images(x, y, generator, gradient)
+        # An attack with several views returns all images of one view before those of the next.
+        sizes = [len(part.x) for part in parts]
+        views = torch.split(x_adv.view(-1, *x.shape), sizes, dim=1)
+        return [(part, images.flatten(0, 1)) for part, images in zip(parts, views, strict=True)]
+
+    def _micro_batch(
+        self, x: Tensor, y: Tensor, plan: BatchPlan | None, ahead: int = 0
+    ) -> _MicroBatch:
+        """What the engine makes of a batch that it is given in ``ahead`` micro-steps."""
+        first_index, weight = self._place_in_global_batch(len(x), plan, ahead)
+        given = (x, y)
+        x, y, num_images = self._prepare(x, y, first_index)
+        y, labelled, weights = self._read_labels(y)
+        first_index *= self._objective.num_views
+        return _MicroBatch(given, x, y, labelled, weights, num_images, first_index, weight)
+
+    def _place_in_global_batch(
+        self, num_images: int, plan: BatchPlan | None, ahead: int
+    ) -> tuple[int, float]:
         """Index of the micro-batch's first image within the global batch, and its loss weight."""
-        if plan is None and self._loader is not None:
-            plan = self._loader.plan
         if plan is not None and len(plan.indices) == num_images:
             return plan.first_position, plan.weight
-        slot = self.micro_step * self.ranks.count + self.ranks.rank
+        slot = (self.micro_step + ahead) * self.ranks.count + self.ranks.rank
         return slot * num_images, 1.0
 
     def _prepare(self, x: Tensor, y: Tensor, first_index: int) -> tuple[Tensor, Tensor, int]:
@@ -545,36 +638,36 @@ class AdversarialEngine:
     def _outer_loss(
         self,
         model: Callable[[Tensor], Tensor],
-        x: Tensor,
+        part: _MicroBatch,
         x_adv: Tensor,
-        y: Tensor,
         probes: AlignmentProbes | None,
-        weights: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """The objective's terms, the adversarial and, where needed, the natural logits."""
-        batch = outer_batch(self._objective, x, x_adv, threat=self._threat, probes=probes)
+        batch = outer_batch(self._objective, part.x, x_adv, threat=self._threat, probes=probes)
         with self._batch_norm_of(list(batch.sizes.values())):
             outputs = self._forward(model, batch.images, training=True)
         compares = self._objective.compares_samples and self.ranks.count > 1
         outer = batch.terms(
             outputs,
-            y,
-            weights=weights,
+            part.y,
+            weights=part.weights,
             helper=self._helper,
             gather=self._features_of_others if compares else None,
             grad_align=self.run.dat.objective.grad_align,
         )
         return outer.terms, outer.logits_adv, outer.logits
 
-    def _alignment_probes(self, x: Tensor, y: Tensor, first_index: int) -> AlignmentProbes | None:
+    def _alignment_probes(self, part: _MicroBatch) -> AlignmentProbes | None:
         """GradAlign's images for the outer forward; None where it is off."""
         attack = self.attack_in_use
         if not self.run.dat.objective.grad_align or attack is None:
             return None
         # A stream of its own: the attack's random start is another draw.
-        generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, first_index)
+        generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, part.first_index)
         with self._phase("forward"), self.frozen(self.run.dat.attack.model_mode) as model:
-            return alignment_probes(model, x, y, threat=attack.threat, generator=generator)
+            return alignment_probes(
+                model, part.x, part.y, threat=attack.threat, generator=generator
+            )
 
     def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
         """Move free training's perturbation up the gradient that the backward left at ``x_adv``."""
@@ -588,13 +681,7 @@ class AdversarialEngine:
         self.free.ascend(x, x_adv, gradient, self.micro_step, attack.threat, attack.step_size)
 
     def _perturb_weights(
-        self,
-        x: Tensor,
-        x_adv: Tensor,
-        y: Tensor,
-        probes: AlignmentProbes | None,
-        weights: Tensor | None,
-        weight: float,
+        self, part: _MicroBatch, x_adv: Tensor, probes: AlignmentProbes | None
     ) -> None:
         """Move the weights up the outer loss, until the end of :meth:`backward`."""
         perturbation = self.weight_perturbation
@@ -602,8 +689,8 @@ class AdversarialEngine:
             return
 
         def outer_loss() -> Tensor:
-            terms, *_ = self._outer_loss(self.module, x, x_adv, y, probes, weights)
-            return terms["loss"] * weight
+            terms, *_ = self._outer_loss(self.module, part, x_adv, probes)
+            return terms["loss"] * part.weight
 
         scale = hooks.loss_scale(self.deepspeed)
         with self._phase("backward"), self._restored_on_error():
@@ -648,6 +735,35 @@ class AdversarialEngine:
 
 
 @dataclass(frozen=True)
+class _MicroBatch:
+    """A micro-batch as it is attacked and trained on; ``n`` images, views included.
+
+    Attributes:
+        given: The images and labels that the engine was called with.
+        x: Images ``(n, C, H, W)`` on the device.
+        y: What the inner and the outer loss compare the model's outputs with.
+        labelled: Which labels are true ``(n,)``; None for all.
+        weights: Weight of each sample ``(n,)``; None for 1.
+        num_images: How many images count; 0 where one fills in for none.
+        first_index: Index of the first image within the step's global batch.
+        weight: Of the loss.
+    """
+
+    given: tuple[Tensor, Tensor]
+    x: Tensor
+    y: Tensor
+    labelled: Tensor | None
+    weights: Tensor | None
+    num_images: int
+    first_index: int
+    weight: float
+
+    def holds(self, x: Tensor, y: Tensor) -> bool:
+        """Whether it was made of these very tensors."""
+        return self.given[0] is x and self.given[1] is y
+
+
+@dataclass(frozen=True)
 class _FrozenModel:
     """What :meth:`AdversarialEngine.frozen` gives: the module, called as the engine calls it."""
 
@@ -665,18 +781,7 @@ def _compiled(engine: DeepSpeedEngine, config: EngineConfig) -> Callable[[Tensor
     module: nn.Module = engine.module
     if config.compile == "all":
         engine.compile()
-    if config.compile != "attack":
-        return module
-    if not config.cuda_graphs:
-        return torch.compile(module)
-    graphed = torch.compile(module, mode="reduce-overhead")
-
-    def replayed(x: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        logits: Tensor = graphed(x)
-        return logits
-
-    return replayed
+    return torch.compile(module) if config.compile == "attack" else module
 
 
 def _warn_of_slow_products(precision: Precision, ranks: Ranks) -> None:

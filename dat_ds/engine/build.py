@@ -23,6 +23,7 @@ from dat_ds.config import (
     RunConfig,
     adapt_to_device,
     attack_of,
+    check_attack_batch,
     check_attack_passes,
     check_layerwise,
     check_one_bit,
@@ -102,7 +103,15 @@ def initialize(
             logger.info("Note: %s", note)
     objective = objective_of(run.dat) if objective is None else objective
     attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run)
-    if attack is not None and (problems := misfits(attack, model)):
+    problems = [] if attack is None else misfits(attack, model)
+    check_attack_batch(
+        run.dat,
+        problems,
+        accumulation=accumulation,
+        is_free=isinstance(attack, FreeAttack),
+        compares_samples=objective.compares_samples,
+    )
+    if problems:
         raise ConfigError("\n".join(problems))
     helper = None
     if run.dat.objective.helper_model is not None:
@@ -182,6 +191,11 @@ def _own_attack(attack: Attack | UserAttack, run: RunConfig) -> Attack:
         problems.append(
             f"dat.attack.precision={run.dat.attack.precision!r} with an attack given to "
             "initialize, which brings its own: remove it, or build_attack({..., 'precision': ...})."
+        )
+    if run.dat.engine.cuda_graphs and isinstance(attack, CallableAttack):
+        problems.append(
+            "dat.engine.cuda_graphs=true with an attack of your own, which may ask the device for "
+            "values: remove it, or build_attack({'name': 'pgd', ...})."
         )
     check_attack_passes(attack, run.deepspeed, run.dat, problems)
     if problems:
@@ -307,4 +321,5 @@ def build_loader(
         num_workers=dat.data.num_workers,
         pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
         replays=replays,
+        group=dat.engine.attack_micro_batches,
     )

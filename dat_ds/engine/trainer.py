@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat_ds.config import threat_of
-from dat_ds.data import BatchPlan, DistributedLoader
+from dat_ds.data import DistributedLoader, PlannedBatch
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.build import build_schedule
@@ -35,7 +34,6 @@ from dat_ds.optim import WeightEma
 
 logger = logging.getLogger("dat_ds")
 
-MicroBatch = tuple[Tensor, Tensor, BatchPlan | None]
 _GO_ON, _STOP, _BAD_DATA = 0, 1, 2
 
 
@@ -145,12 +143,12 @@ class Trainer:
 
     # ---- one step
 
-    def _fetch_step(self) -> tuple[list[MicroBatch], DataError | None]:
+    def _fetch_step(self) -> tuple[list[PlannedBatch], DataError | None]:
         """The micro-batches of one optimizer step, or the error that reading them met.
 
         They are read before the step begins, so that all ranks can still stop together.
         """
-        batches: list[MicroBatch] = []
+        batches: list[PlannedBatch] = []
         try:
             while len(batches) < self.engine.accumulation:
                 batches.append(next(self._batches))
@@ -158,12 +156,13 @@ class Trainer:
             return [], error
         return batches, None
 
-    def _stream(self) -> Generator[MicroBatch, None, None]:
+    def _stream(self) -> Generator[PlannedBatch, None, None]:
         while True:
-            for x, y in self.loader:
-                yield x, y, self.loader.plan
+            for _ in self.loader:
+                yield self.loader.ahead[0]
 
-    def _train_step(self, batches: list[MicroBatch]) -> None:
+    def _train_step(self, batches: list[PlannedBatch]) -> None:
+        self.engine.look_ahead(batches)
         for x, y, plan in batches:
             loss = self.engine(x, y, plan=plan)
             self.engine.backward(loss)
@@ -171,7 +170,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
 
-    def _after_step(self, batches: list[MicroBatch], bar: tqdm[Any]) -> None:
+    def _after_step(self, batches: list[PlannedBatch], bar: tqdm[Any]) -> None:
         step, dat = self.engine.global_steps, self.run.dat
         is_last = step == self.total_steps
         every = dat.checkpoint.every_steps
@@ -193,7 +192,7 @@ class Trainer:
 
     # ---- guard
 
-    def _overfits(self, batches: list[MicroBatch], bar: tqdm[Any]) -> bool:
+    def _overfits(self, batches: list[PlannedBatch], bar: tqdm[Any]) -> bool:
         """Look for catastrophic overfitting and act on it.
 
         Returns:
@@ -266,7 +265,7 @@ class Trainer:
 
     # ---- logging
 
-    def _log_step(self, batch: MicroBatch, bar: tqdm[Any]) -> None:
+    def _log_step(self, batch: PlannedBatch, bar: tqdm[Any]) -> None:
         self.engine.measure_natural_accuracy(batch[0], batch[1])
         metrics = self.engine.reduced_metrics()
         step = self.engine.global_steps

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from dat_ds.attacks import AttackGraphs
 from dat_ds.errors import ConfigError
 from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
+from tests.unit.test_attack_graphs import recorded
 
-RANKS, STEPS = 2, 2
+RANKS, STEPS = 2, 4
 THREAT = {"norm": "linf", "eps": 0.1}
 STAGES = [0, 1, 2, 3]
 SPEEDUPS: dict[str, dict[str, Any]] = {
     "compiled attack": {"engine": {"compile": "attack"}},
-    # Without a GPU there are no graphs, only the copies that they ask for.
-    "copied gradients": {"engine": {"compile": "attack", "cuda_graphs": True}},
+    "replayed": {"engine": {"cuda_graphs": True}},
+    "compiled and replayed": {"engine": {"compile": "attack", "cuda_graphs": True}},
     "compiled": {"engine": {"compile": "all"}},
     "compiled attack in bf16": {
         "engine": {"compile": "attack"},
@@ -37,11 +39,12 @@ SPEEDUPS: dict[str, dict[str, Any]] = {
     "fp8": {"model": "vit", "attack": {"steps": 2, "precision": "fp8"}},
     "folded, bf16": {"attack": {"steps": 2, "fold_batch_norm": True, "precision": "bf16"}},
 }
-EXACT = ["compiled attack", "copied gradients", "compiled", "channels last", "folded"]
+REPLAYED = ["replayed", "compiled and replayed"]
+EXACT = ["compiled attack", *REPLAYED, "compiled", "channels last", "folded"]
 CASES = [
     (name, stage)
     for name, stage in itertools.product(SPEEDUPS, STAGES)
-    if stage < 3 or not name.startswith(("folded", "copied"))  # refused, see below
+    if stage < 3 or not name.startswith(("folded", *REPLAYED))  # refused, see below
 ]
 
 
@@ -65,6 +68,8 @@ def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     dat = {"attack": {"steps": 2}, **dat}
     model = tiny.MODELS[dat.pop("model", "cnn")]()
     engine, *_ = dat_ds.initialize(model=model, config=tiny.config(stage, dat=dat))
+    if engine.run.dat.engine.cuda_graphs:  # which need a GPU; see tests/gpu
+        engine.graphs = AttackGraphs(engine.module, record=recorded_on(engine))
     for step in range(STEPS):
         x, y = tiny.images(8, seed=step)
         part = slice(4 * engine.ranks.rank, 4 * engine.ranks.rank + 4)
@@ -72,8 +77,25 @@ def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         engine.step()
     weights = {k: v.clone() for k, v in hooks.full_state_dict(engine.deepspeed).items()}
     metrics = engine.metrics
+    if engine.graphs is not None:
+        metrics["num_recorded"] = engine.graphs.num_recorded
     engine.close()
     return weights, metrics
+
+
+def recorded_on(engine: Any) -> Any:
+    """A recorder whose replays compute anew, on the model as it was frozen for the recording."""
+
+    def record(function: Any) -> Any:
+        outcome, replay = recorded(function)
+
+        def frozen_replay() -> None:
+            with engine.frozen():
+                replay()
+
+        return outcome, frozen_replay
+
+    return record
 
 
 def every_case() -> dict[Any, Any]:
@@ -148,6 +170,14 @@ def test_it_trains_the_same_model(outcomes: list[dict[Any, Any]], name: str, sta
         torch.testing.assert_close(weights[key], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "stage"), [case for case in CASES if case[0] in REPLAYED])
+def test_attacks_are_recorded_once(outcomes: list[dict[Any, Any]], name: str, stage: int) -> None:
+    _, metrics = outcomes[0][name, stage]
+    _, expected = outcomes[0]["cnn", stage]
+    assert metrics["num_recorded"] == 1
+    assert metrics["attack_zero_share"] == pytest.approx(expected["attack_zero_share"], abs=1e-3)
+
+
 @pytest.mark.parametrize(("name", "stage"), [case for case in CASES if case[0] not in EXACT])
 def test_shorter_floats_train_a_model_close_by(
     outcomes: list[dict[Any, Any]], name: str, stage: int
@@ -191,6 +221,8 @@ def test_folding_is_refused_where_it_cannot_be() -> None:
         ),
         ({"precision": "int8"}, {"compile": "attack"}, r"compile='attack' with dat\.attack\.prec"),
         ({}, {"precision": "bf16"}, r"precision='bf16' with an attack given to initialize"),
+        ({"name": "fat"}, {"graphs": True}, r"cuda_graphs=true with dat\.attack\.name='fat'"),
+        ({"name": "free"}, {"micro_batches": 2}, r"attack_micro_batches=2 with .*'free'"),
     ],
 )
 def test_an_attack_of_the_users_own_is_checked_too(
@@ -199,9 +231,16 @@ def test_an_attack_of_the_users_own_is_checked_too(
     import dat_ds
     from dat_ds.attacks import build_attack
 
-    own = build_attack({"steps": 2, "step_size": 0.04, "threat_model": THREAT, **attack})
+    steps = {} if attack.get("name") == "free" else {"steps": 2}
+    own = build_attack({**steps, "step_size": 0.04, "threat_model": THREAT, **attack})
     of_dat = {"attack": {"steps": 2, "precision": sections.pop("precision", None)}}
-    of_dat["engine"] = {"compile": sections.pop("compile", "none")}
+    together = sections.pop("micro_batches", 1)
+    of_dat["engine"] = {
+        "compile": sections.pop("compile", "none"),
+        "cuda_graphs": sections.pop("graphs", False),
+        "attack_micro_batches": together,
+    }
+    sections["gradient_accumulation_steps"] = together
     config = tiny.config(sections.pop("stage", 0), dat=of_dat, **sections)
     with pytest.raises(ConfigError, match=message):
         dat_ds.initialize(model=tiny.vit(), config=config, attack=own)
@@ -210,10 +249,9 @@ def test_an_attack_of_the_users_own_is_checked_too(
 def test_graphs_are_refused_where_memory_moves() -> None:
     from dat_ds.config import load_config
 
-    engine = {"compile": "attack", "cuda_graphs": True}
     for stage, mode in ((3, "eval"), (0, "train")):
-        dat = {"engine": engine, "attack": {"steps": 2, "model_mode": mode}}
-        with pytest.raises(ConfigError, match=r"cuda_graphs=true with .* other memory in every"):
+        dat = {"engine": {"cuda_graphs": True}, "attack": {"steps": 2, "model_mode": mode}}
+        with pytest.raises(ConfigError, match=r"cuda_graphs=true with .* other (memory|buffers)"):
             load_config(tiny.config(stage, dat=dat))
 
 

@@ -107,6 +107,17 @@ def test_eval_and_report_read_a_run(finished: Path, capsys: pytest.CaptureFixtur
 def test_resume_is_bit_exact(tmp_path: Path, model: dict[str, Any], stage: int) -> None:
     values = tiny_run.config(tmp_path / "whole", model=model)
     values["zero_optimization"] = {"stage": stage}
+    check_resume(tmp_path, values)
+
+
+def test_resume_is_bit_exact_where_micro_batches_are_attacked_together(tmp_path: Path) -> None:
+    values = tiny_run.config(tmp_path / "whole", engine={"attack_micro_batches": 2})
+    values |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    check_resume(tmp_path, values)
+
+
+def check_resume(tmp_path: Path, values: dict[str, Any]) -> None:
+    """A run that is broken off and resumed goes on as the whole one, bit by bit."""
     assert train(tmp_path, values) == 0
     # What a kill -9 after step 18 leaves: the checkpoint of step 15 and rows beyond it.
     interrupted = tmp_path / "interrupted"

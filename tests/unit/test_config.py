@@ -598,8 +598,16 @@ def test_loading_leaves_the_given_config_alone():
             "dat.engine.compile='attack' with dat.attack.keep_tokens, which changes the model ",
         ),
         (
-            {"engine": {"compile": "all", "cuda_graphs": True}},
-            "dat.engine.cuda_graphs=true with dat.engine.compile='all': gradients of the update ",
+            {"engine": {"cuda_graphs": True}, "attack": {"name": "fat"}},
+            "dat.engine.cuda_graphs=true with dat.attack.name='fat', which leaves decisions to ",
+        ),
+        (
+            {"engine": {"cuda_graphs": True}, "attack": {"precision": "fp16"}},
+            "dat.engine.cuda_graphs=true with dat.attack.precision='fp16', which leaves decisions ",
+        ),
+        (
+            {"engine": {"attack_micro_batches": 2}},
+            "dat.engine.attack_micro_batches=2 does not divide gradient_accumulation_steps=1: ",
         ),
         (
             {"objective": {"name": "dat", "batch_norm": "split"}, "engine": {"compile": "all"}},
@@ -763,6 +771,30 @@ def test_loading_leaves_the_given_config_alone():
 def test_a_combination_without_sense_is_refused_with_the_reason(sections, message):
     (problem,) = problems(ours(**sections))
     assert problem.startswith(message), problem
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"attack": {"name": "free"}}, "dat.attack.name='free', whose attack is the training step"),
+        (
+            {"attack": {"model_mode": "train"}},
+            "dat.attack.model_mode='train', whose BatchNorm and dropout go by the batch",
+        ),
+        (
+            {"objective": {"name": "contrastive"}},
+            "dat.objective.name='contrastive', which compares the images of a batch",
+        ),
+    ],
+)
+def test_micro_batches_are_not_attacked_together_where_it_would_be_another_attack(
+    sections, message
+):
+    together = {"engine": {"attack_micro_batches": 2}}
+    config = {**ours(**sections, **together), "gradient_accumulation_steps": 4}
+    (problem,) = problems(config)
+    assert problem == f"dat.engine.attack_micro_batches=2 with {message}: remove it."
+    load_config({**ours(**together, attack={"name": "none"}), "gradient_accumulation_steps": 3})
 
 
 @pytest.mark.parametrize(
