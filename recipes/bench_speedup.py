@@ -1,9 +1,9 @@
 """The speedup tables: attack, precision, batch; then workers, compression, sharding.
 
 python recipes/bench_speedup.py --output docs/results/speedup     # about 20 minutes on 2 CPU cores
-Each row is one `dat-ds bench attack`: of ViT-B/16 and ResNet-50 at 224 pixels on a GPU, else of a
-ViT-Tiny and a ResNet-18 at 32. The second part is one `dat-ds bench scaling` of the ViT on the CPU;
-with --mbit (needs root) every worker sits behind a link of that speed. GPUs: docs/benchmarks.md.
+Each row is a `dat-ds bench attack`: of ViT-B/16 and ResNet-50 at 224 pixels on a GPU, else of a
+ViT-Tiny and a ResNet-18 at 32. The second part is a `dat-ds bench scaling` of the ViT on the CPU;
+with --mbit (needs root) every worker sits behind a link of that speed.
 """
 
 import argparse
@@ -24,6 +24,7 @@ VIT = VIT if ON_GPU else {"depth": 12, "embed_dim": 192, "num_heads": 3, "patch_
 RESNET = {"name": "resnet50"} if ON_GPU else {"name": "resnet18", "stem": "cifar"}
 OTHERS = ("torchattacks + DDP", "backward through DDP")
 GRAPHS = ["dat.engine.compile=attack", "dat.engine.cuda_graphs=true"]
+IN_FOUR = [f"train_micro_batch_size_per_gpu={BATCH // 4}", "gradient_accumulation_steps=4"]
 OF_BOTH = {
     "PGD-3": [],
     "compiled": ["dat.engine.compile=all"],
@@ -34,6 +35,7 @@ OF_VIT = {
     **({"attack in fp8": ["dat.attack.precision=fp8"]} if ON_GPU else {}),
     **{f"PGD-{steps}": [f"dat.attack.steps={steps}"] for steps in (1, 7)},
     "twice the batch": [f"train_micro_batch_size_per_gpu={2 * BATCH}"],
+    **{f"in 4 attacked by {n}": [*IN_FOUR, f"dat.engine.attack_micro_batches={n}"] for n in (1, 4)},
 }
 FOLDED, LAST = ["dat.attack.fold_batch_norm=true"], ["dat.engine.channels_last=true"]
 OF_RESNET = {"BatchNorm folded": FOLDED, "channels last": LAST}
@@ -43,15 +45,13 @@ ROWS = {"ViT": (VIT, {**OF_BOTH, **OF_VIT}), "ResNet": (RESNET, {**OF_BOTH, **OF
 def measure(name: str, keys: list[str], file: Path, repetitions: int) -> str:
     """One row, from the record that `dat-ds bench attack` leaves."""
     words = ["bench", "attack", "--deepspeed_config", CONFIG, "--repetitions", str(repetitions)]
-    settings = [word for key in keys for word in ("--set", key)]
-    if main([*words, *settings, "--output", str(file)]):
+    if main([*words, *(word for key in keys for word in ("--set", key)), "--output", str(file)]):
         return f"| {name} | refused, see above {'| ' * 5}|"
     found = json.loads(file.read_text(encoding="utf-8"))
     step, others = found["median_seconds"]["engine step"], found["over_others"]
-    compared = [f"{1 / others[o]:.2f}" if o in others else "-" for o in OTHERS]
     cells = [f"{1000 * step:.0f}", f"{found['images'] / step:.1f}", f"{found['over_parts']:.3f}"]
-    peak = f"{found['peak_bytes']['engine step'] / 1e6:.0f}"
-    return f"| {' | '.join([name, *cells, *compared, peak])} |"
+    cells += [f"{1 / others[o]:.2f}" if o in others else "-" for o in OTHERS]
+    return f"| {name} | {' | '.join(cells)} | {found['peak_bytes']['engine step'] / 1e6:.0f} |"
 
 
 if __name__ == "__main__":
@@ -76,5 +76,5 @@ if __name__ == "__main__":
         words = f"bench scaling --deepspeed_config {CONFIG} --output {folder}/scaling.json".split()
         words += ["--stages", "0", "2", "3", "--codecs", "none", "int8", "one_bit_adam"]
         words += ["--ranks", *options.ranks, *(["--mbit", *options.mbit] if options.mbit else [])]
-        base.append(f"dat.model={json.dumps(VIT)}")
-        sys.exit(main([*words, *(word for key in base for word in ("--set", key))]))
+        keys = [*base, f"dat.model={json.dumps(VIT)}"]
+        sys.exit(main([*words, *(word for key in keys for word in ("--set", key))]))

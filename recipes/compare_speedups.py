@@ -24,6 +24,7 @@ OF_BOTH: dict[str, dict[str, Any]] = {
 OF_VIT: dict[str, dict[str, Any]] = {
     "attack in int8": {"attack": {"precision": "int8"}},
     "attack in fp8": {"attack": {"precision": "fp8"}},
+    "4 micro-batches attacked as one": {"engine": {"attack_micro_batches": 4}},
 }
 OF_CNN: dict[str, dict[str, Any]] = {
     "channels last": {"engine": {"channels_last": True}},
@@ -37,6 +38,8 @@ def record_of(name: str, model: dict[str, Any], keys: dict[str, Any], epochs: in
     folder = OUTPUT / name
     if not (folder / "record.json").exists():
         values = json.loads(Path("ds_configs/zero2.json").read_text(encoding="utf-8"))
+        if "attack_micro_batches" in keys.get("engine", {}):
+            values |= {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4}
         dat = values["dat"]
         dat |= {"model": model, "seed": int(name[-1]), "output_dir": str(folder)}
         dat["evaluation"] = {"attacks": ATTACKS, "pictures": 0}

@@ -1,10 +1,11 @@
 """Time of an adversarial step against the sum of its parts, and against how others write it.
 
 The parts of a K-step step are K stand-alone input-gradient passes and one training step (forward,
-backward, clipping, optimizer), in hand-written PyTorch, under autocast where the run is. The floor
-is ``(2 K + 3) F`` with ``F`` the time of one forward in evaluation mode without graph: forward
-``F``, input gradient ``F``, full backward ``2 F``. The others are torchattacks' PGD on a model
-under DistributedDataParallel, and an attack that calls ``backward`` through it, which computes the
+backward, clipping, optimizer), in hand-written PyTorch, under autocast where the run is; where
+gradients are accumulated, passes and training go by micro-batch. The floor is ``(2 K + 3) F`` a
+micro-batch, with ``F`` the time of one forward in evaluation mode without graph: forward ``F``,
+input gradient ``F``, full backward ``2 F``. The others are torchattacks' PGD on a model under
+DistributedDataParallel, and an attack that calls ``backward`` through it, which computes the
 parameters' gradients in every pass and sums them over ranks.
 """
 
@@ -73,7 +74,6 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
         "dat.threat_model.norm": run.dat.threat_model.norm == "linf",
         "dat.objective.name": run.dat.objective.name in ("at", "dat"),
         "dat.objective.natural_weight": not run.dat.objective.natural_weight,
-        "gradient_accumulation_steps": run.deepspeed.get("gradient_accumulation_steps", 1) == 1,
         "bf16 or fp16": precision_of(run.deepspeed) in ("float32", "autocast"),
     }
     other = [key for key, is_default in by_hand.items() if not is_default]
@@ -82,24 +82,26 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     from dat_ds.engine.bench import prepared_engine, training_loader
 
     engine, model, x, y = prepared_engine(run)
-    ranks, steps = engine.ranks, run.dat.attack.steps
+    ranks, steps, accumulation = engine.ranks, run.dat.attack.steps, engine.accumulation
     with ranks.together():
         check_alone(ranks.device)
     loader = training_loader(run, ranks)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    plain = PlainSteps(model, run, x, y)
-    others = OtherSteps(model, run, x, y)
+    plain = PlainSteps(model, run, x, y, accumulation)
+    others = OtherSteps(model, run, x, y, accumulation)
 
     def engine_step() -> None:
-        engine.backward(engine(x, y))
-        engine.step()
+        engine.look_ahead([(x, y, None)] * accumulation)
+        for _ in range(accumulation):
+            engine.backward(engine(x, y))
+            engine.step()
 
     parts: dict[str, Callable[[], object]] = {
         STEP: engine_step,
         GRADIENTS: lambda: plain.input_gradients(steps),
         TRAINING: plain.training_step,
         FORWARD: plain.forward,
-        DATA: lambda: next(batches),
+        DATA: lambda: [next(batches) for _ in range(accumulation)],
         BACKWARD: lambda: others.backward_through(steps),
     }
     if importlib.util.find_spec("torchattacks") is not None:
@@ -121,8 +123,8 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     engine.close()
     if not ranks.is_main:
         return ""
-    values = _summary(steps, rounds, metrics, communication)
-    values |= {"flops_forward": plain.flops(), "images": len(x) * ranks.count}
+    values = _summary(steps, accumulation, rounds, metrics, communication)
+    values |= {"flops_forward": plain.flops(), "images": len(x) * accumulation * ranks.count}
     values |= {"peak_bytes": memory, "ranks": ranks.count, "config": run.to_dict()}
     values |= {"attack_precision": engine.attack_precision, "num_parameters": _size_of(model)}
     write_record(output, values, ranks.device)
@@ -136,12 +138,15 @@ class PlainSteps:
     Args:
         model: A copy of the engine's model of its own, on the same device.
         run: Gives the optimizer's kind, clipping and threat model.
-        x: Images ``(B, C, H, W)``.
+        x: Images ``(B, C, H, W)`` of every micro-batch.
         y: Labels ``(B,)``.
+        accumulation: Micro-batches of a step.
     """
 
-    def __init__(self, model: nn.Module, run: RunConfig, x: Tensor, y: Tensor) -> None:
-        self.model, self.x, self.y = model, x, y
+    def __init__(
+        self, model: nn.Module, run: RunConfig, x: Tensor, y: Tensor, accumulation: int = 1
+    ) -> None:
+        self.model, self.x, self.y, self.accumulation = model, x, y, accumulation
         self.autocast: Callable[[], contextlib.AbstractContextManager[object]]
         self.autocast = contextlib.nullcontext
         if precision_of(run.deepspeed) == "autocast":
@@ -158,20 +163,28 @@ class PlainSteps:
     def input_gradients(self, steps: int) -> None:
         """``steps`` forwards and input gradients with parameters frozen, and the sign steps."""
         self.model.eval().requires_grad_(False)
-        x_adv = self.x.clone()
-        for _ in range(steps):
-            x_adv.requires_grad_()
-            (gradient,) = torch.autograd.grad(self.loss(x_adv), x_adv)
-            x_adv = self._moved(x_adv, gradient)
+        for _ in range(self.accumulation):
+            x_adv = self.x.clone()
+            for _ in range(steps):
+                x_adv.requires_grad_()
+                (gradient,) = torch.autograd.grad(self.loss(x_adv), x_adv)
+                x_adv = self._moved(x_adv, gradient)
         self.model.train().requires_grad_(True)
 
-    def training_step(self, x: Tensor | None = None) -> None:
-        """Forward, backward, clipping, optimizer step; on ``x`` in the place of the images."""
+    def training_step(self, attack: Callable[[], Tensor] | None = None) -> None:
+        """Forwards, backwards, clipping, optimizer step; on what ``attack`` makes of the images."""
         self.optimizer.zero_grad()
-        torch.autograd.backward(self.loss(self.x if x is None else x))
+        for micro_step in range(self.accumulation):
+            x = self.x if attack is None else attack()
+            with self.reduced(micro_step == self.accumulation - 1):
+                torch.autograd.backward(self.loss(x) / self.accumulation)
         if self.clipping:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping)
         self.optimizer.step()
+
+    def reduced(self, is_last: bool) -> contextlib.AbstractContextManager[object]:
+        """What sums gradients over ranks in the last micro-step alone; here nothing does."""
+        return contextlib.nullcontext()
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -206,11 +219,14 @@ class OtherSteps(PlainSteps):
         run: As for :class:`PlainSteps`.
         x: Images ``(B, C, H, W)``.
         y: Labels ``(B,)``.
+        accumulation: As there.
     """
 
-    def __init__(self, model: nn.Module, run: RunConfig, x: Tensor, y: Tensor) -> None:
-        own = DistributedDataParallel(copy.deepcopy(model))
-        super().__init__(own, run, x, y)
+    def __init__(
+        self, model: nn.Module, run: RunConfig, x: Tensor, y: Tensor, accumulation: int = 1
+    ) -> None:
+        self._wrapped = DistributedDataParallel(copy.deepcopy(model))
+        super().__init__(self._wrapped, run, x, y, accumulation)
 
     def torchattacks(self, steps: int) -> None:
         """Torchattacks' PGD, then a training step."""
@@ -218,21 +234,33 @@ class OtherSteps(PlainSteps):
         attack = library.PGD(
             self.model, eps=self.eps, alpha=self.step_size, steps=steps, random_start=False
         )
-        with self.autocast():
-            x_adv = attack(self.x, self.y)
-        self.training_step(x_adv.float())
+
+        def attacked() -> Tensor:
+            with self.autocast():
+                x_adv: Tensor = attack(self.x, self.y)
+            return x_adv.float()
+
+        self.training_step(attacked)
 
     def backward_through(self, steps: int) -> None:
         """An attack that calls ``backward`` on the loss of the wrapped model, then a step."""
-        self.model.eval()
-        x_adv = self.x.clone()
-        for _ in range(steps):
-            x_adv.requires_grad_()
-            torch.autograd.backward(self.loss(x_adv))
-            assert x_adv.grad is not None
-            x_adv = self._moved(x_adv, x_adv.grad)
-        self.model.train()
-        self.training_step(x_adv)
+
+        def attacked() -> Tensor:
+            self.model.eval()
+            x_adv = self.x.clone()
+            for _ in range(steps):
+                x_adv.requires_grad_()
+                torch.autograd.backward(self.loss(x_adv))
+                assert x_adv.grad is not None
+                x_adv = self._moved(x_adv, x_adv.grad)
+            self.model.train()
+            return x_adv
+
+        self.training_step(attacked)
+
+    def reduced(self, is_last: bool) -> contextlib.AbstractContextManager[object]:
+        """Let DistributedDataParallel reduce in the last micro-step, as it documents."""
+        return contextlib.nullcontext() if is_last else self._wrapped.no_sync()
 
 
 def _size_of(model: nn.Module) -> int:
@@ -250,11 +278,15 @@ def _seconds_alone(num_bytes: int, repetitions: int, device: torch.device) -> fl
 
 
 def _summary(
-    steps: int, rounds: dict[str, list[float]], metrics: Mapping[str, Any], communication: float
+    steps: int,
+    accumulation: int,
+    rounds: dict[str, list[float]],
+    metrics: Mapping[str, Any],
+    communication: float,
 ) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in rounds.items()}
     sums = [sum(pair) for pair in zip(rounds[GRADIENTS], rounds[TRAINING], strict=True)]
-    floors = [(2 * steps + 3) * forward for forward in rounds[FORWARD]]
+    floors = [accumulation * (2 * steps + 3) * forward for forward in rounds[FORWARD]]
     attack, update = metrics["seconds_attack"], metrics["seconds_update"]
     step = medians[STEP]
     return {
@@ -292,13 +324,15 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def _describe(run: RunConfig, values: Mapping[str, Any]) -> str:
-    batch, _ = resolve_batch(run.deepspeed, values["ranks"])
+    batch, accumulation = resolve_batch(run.deepspeed, values["ranks"])
+    together = run.dat.engine.attack_micro_batches
+    of_step = f" x {accumulation}, {together} attacked as one" if accumulation > 1 else ""
     precision = values["attack_precision"] or "the engine's precision"
     steps, seconds = run.dat.attack.steps, values["median_seconds"]
     assert steps is not None
     rows = [
         f"{run.dat.model.name} ({values['num_parameters']} parameters), {values['ranks']} rank(s), "
-        f"batch {batch} each, {run.dat.attack.name}-{run.dat.attack.steps} in {precision}, "
+        f"batch {batch}{of_step} each, {run.dat.attack.name}-{steps} in {precision}, "
         f"ZeRO-{run.zero_stage}, medians of {len(values['seconds'][STEP])} rounds",
         "",
         "| what | milliseconds | peak MB |",

@@ -389,9 +389,9 @@ def kept(beta: float, usable: Tensor) -> Tensor:
     return torch.where(usable > 0, beta, 1.0)
 
 
-def norms(pieces: list[Tensor], order: float = 2) -> Tensor:
-    """Norm of each piece, ``(len(pieces),)``."""
-    return torch.stack(torch._foreach_norm(pieces, order))
+def norms(pieces: list[Tensor]) -> Tensor:
+    """Euclidean norm of each piece, ``(len(pieces),)``."""
+    return torch.stack(torch._foreach_norm(pieces))
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ class OneBitLamb(FreezingOptimizer):
         self._factor_bounds = (factor_min, factor_max)
         self._factor_threshold, self._adapt_vectors = factor_threshold, adapt_vectors
         self._layers: dict[str, Tensor] = {}
+        self._spare: Tensor | None = None
 
     @property
     def trust_ratios(self) -> Tensor:
@@ -117,13 +118,15 @@ class OneBitLamb(FreezingOptimizer):
     def _update(self, flat: FlatParameters, gradient: Tensor) -> None:
         usable = self._usable(gradient, everywhere=self.is_frozen)
         momentum = self._buffers["momentum"]
-        before = momentum.clone() if self.is_frozen else None
+        before = self._copy_of(momentum) if self.is_frozen else None
         self._take_in(flat, gradient, usable)
         if before is not None:
-            views = flat.views(momentum)
-            torch._foreach_mul_(views, list(self._layers["scaling"].unbind()))
+            views, scaling = flat.views(momentum), list(self._layers["scaling"].unbind())
+            if not self.preconditioned:
+                torch._foreach_mul_(views, scaling)
             self._average_frozen(momentum)
-            torch._foreach_div_(views, list(self._layers["scaling"].unbind()))
+            if not self.preconditioned:
+                torch._foreach_div_(views, scaling)
             self._refresh_variance(flat, momentum, before, usable)
         self._precondition(flat, out=gradient)
         directions = self._work_views
@@ -172,19 +175,32 @@ class OneBitLamb(FreezingOptimizer):
     def _refresh_variance(
         self, flat: FlatParameters, momentum: Tensor, before: Tensor, usable: Tensor
     ) -> None:
-        """Fold in the gradient that the new momentum implies; note ``max sqrt(v) / sqrt(w)``."""
+        """Fold in the gradient that the new momentum implies; note ``max sqrt(v) / sqrt(w)``.
+
+        Args:
+            flat: The layout.
+            momentum: The new one.
+            before: The old one; overwritten, so that a step allocates nothing of this size.
+            usable: Whether the step takes place.
+        """
         fresh, frozen = self._buffers["fresh_variance"], self._buffers["denominator"]
-        ratio = before
         for part, group in zip(flat.parts, self.param_groups, strict=True):
             beta1, beta2 = group["betas"]
-            implied = torch.sub(momentum[part], before[part], alpha=beta1).div_(1 - beta1)
-            implied.mul_(usable)
-            fresh[part].mul_(kept(beta2, usable)).addcmul_(implied, implied, value=1 - beta2)
+            gain, decay = usable / (1 - beta1), kept(beta2, usable)
             _, of_variance = self._corrections(group, self.num_steps)
-            denominator = (fresh[part] / of_variance).sqrt_().add_(group["eps"])
-            torch.div(frozen[part], denominator, out=ratio[part])
-        self._mask(ratio)
-        self._layers["largest"] = norms(flat.views(ratio), float("inf"))
+            work = before[part]
+            implied = torch.sub(momentum[part], work, alpha=beta1, out=work).mul_(gain)
+            fresh[part].mul_(decay).addcmul_(implied, implied, value=1 - beta2)
+            torch.div(fresh[part], of_variance, out=work).sqrt_().add_(group["eps"])
+            torch.div(frozen[part], work, out=work)
+        self._mask(before)
+        self._layers["largest"] = torch.stack(torch._foreach_max(flat.views(before)))
+
+    def _copy_of(self, flat: Tensor) -> Tensor:
+        """``flat`` in memory that is kept from step to step."""
+        if self._spare is None:
+            self._spare = torch.empty_like(flat)
+        return self._spare.copy_(flat)
 
     def _freeze(self, flat: FlatParameters, ratio: float | None, chosen_by: str) -> None:
         self._buffers["fresh_variance"] = self._buffers["variance"].clone()

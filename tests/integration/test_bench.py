@@ -41,6 +41,21 @@ def test_the_table_compares_the_step_with_its_parts(
     assert set(numbers["over_others"]) == others & set(numbers["median_seconds"])
 
 
+def test_micro_batches_of_a_step_count_in_every_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_run.config(tmp_path / "run", engine={"attack_micro_batches": 2})
+    values |= {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
+    config, output = tiny_run.write(tmp_path / "config.json", values), tmp_path / "step.json"
+    command = ["bench", "attack", "--deepspeed_config", str(config), "--repetitions", "5"]
+    assert main([*command, "--output", str(output)]) == 0
+    assert "batch 4 x 4, 2 attacked as one each" in capsys.readouterr().out
+    numbers = json.loads(output.read_text())
+    assert numbers["images"] == 16
+    assert 0.3 < numbers["over_parts"] < 3
+    assert 0.3 < numbers["over_floor"] < 3
+
+
 def test_peak_memory_is_what_a_call_holds_at_most() -> None:
     def call() -> None:
         first = torch.ones(1000)
