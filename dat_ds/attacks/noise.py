@@ -39,12 +39,17 @@ def _mix_tensor_(z: Tensor) -> Tensor:
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def stream_key(*parts: int) -> int:
-    """Hash integers into one 63-bit key; a different order gives a different key."""
+def _absorbed(*parts: int) -> int:
+    """Hash integers into 64 bits."""
     key = 0
     for part in parts:
         key = _mix(key ^ _mix(part + _GOLDEN_GAMMA))
-    return key >> 1
+    return key
+
+
+def stream_key(*parts: int) -> int:
+    """Hash integers into one 63-bit key; a different order gives a different key."""
+    return _absorbed(*parts) >> 1
 
 
 @dataclass
@@ -74,18 +79,30 @@ class SampleGenerator:
         counter = torch.arange(1, numel + 1, device=device) * _signed(_GOLDEN_GAMMA)
         return _mix_tensor_(self._streams(batch, device).unsqueeze(1) + counter)
 
-    def keys(self, batch: int) -> list[int]:
-        """Next draw's key of each sample's stream, signed 64 bits."""
-        first = self.first_index
-        indices = range(first, first + batch) if self.indices is None else self.indices[:batch]
-        keys = [_signed(stream_key(self.seed, self.step, i, self._draws)) for i in indices]
+    def keys(self, batch: int) -> Tensor:
+        """Next draw's ``stream_key(seed, step, index, draw)`` of each sample: int64 ``(batch,)``.
+
+        Raises:
+            ValueError: For a draw of more samples than there are indices.
+        """
+        if self.indices is None:
+            keys = torch.arange(self.first_index, self.first_index + batch)
+        elif batch <= len(self.indices):
+            keys = torch.tensor(self.indices[:batch], dtype=torch.int64)
+        else:
+            raise ValueError(
+                f"A draw for {batch} samples of a batch of {len(self.indices)}: draw once for each "
+                "image, several times if need be."
+            )
+        _mix_tensor_(keys.add_(_signed(_GOLDEN_GAMMA)))
+        keys.bitwise_xor_(_signed(_absorbed(self.seed, self.step)))
+        _mix_tensor_(keys).bitwise_xor_(_signed(_mix(self._draws + _GOLDEN_GAMMA)))
         self._draws += 1
-        return keys
+        return (_mix_tensor_(keys) >> 1).bitwise_and_((1 << 63) - 1)
 
     def _streams(self, batch: int, device: torch.device) -> Tensor:
-        """:meth:`keys` on the device ``(batch,)``."""
-        # int64 also when empty
-        return torch.tensor(self.keys(batch), dtype=torch.int64, device=device)
+        """:meth:`keys` on the device."""
+        return self.keys(batch).to(device)
 
 
 class RecordedStreams(SampleGenerator):
@@ -105,7 +122,10 @@ class RecordedStreams(SampleGenerator):
         """Take the keys of the next draws of ``source``."""
         num_draws, batch = self._keys.shape
         if num_draws:
-            self._keys.copy_(torch.tensor([source.keys(batch) for _ in range(num_draws)]))
+            keys = torch.stack([source.keys(batch) for _ in range(num_draws)])
+            # From pinned memory the host need not wait for the device.
+            keys = keys.pin_memory() if self._keys.is_cuda else keys
+            self._keys.copy_(keys, non_blocking=True)
 
     def rewind(self) -> None:
         """Start again with the first draw."""

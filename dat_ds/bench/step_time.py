@@ -173,9 +173,9 @@ class PlainSteps:
 
     def training_step(self, attack: Callable[[], Tensor] | None = None) -> None:
         """Forwards, backwards, clipping, optimizer step; on what ``attack`` makes of the images."""
-        self.optimizer.zero_grad()
-        for micro_step in range(self.accumulation):
-            x = self.x if attack is None else attack()
+        batches = [self.x if attack is None else attack() for _ in range(self.accumulation)]
+        self.optimizer.zero_grad()  # of what an attack by backward has left, too
+        for micro_step, x in enumerate(batches):
             with self.reduced(micro_step == self.accumulation - 1):
                 torch.autograd.backward(self.loss(x) / self.accumulation)
         if self.clipping:
@@ -326,13 +326,13 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 def _describe(run: RunConfig, values: Mapping[str, Any]) -> str:
     batch, accumulation = resolve_batch(run.deepspeed, values["ranks"])
     together = run.dat.engine.attack_micro_batches
-    of_step = f" x {accumulation}, {together} attacked as one" if accumulation > 1 else ""
+    of_step = f" x {accumulation} ({together} attacked as one)" if accumulation > 1 else ""
     precision = values["attack_precision"] or "the engine's precision"
     steps, seconds = run.dat.attack.steps, values["median_seconds"]
     assert steps is not None
     rows = [
         f"{run.dat.model.name} ({values['num_parameters']} parameters), {values['ranks']} rank(s), "
-        f"batch {batch}{of_step} each, {run.dat.attack.name}-{steps} in {precision}, "
+        f"{batch}{of_step} images each, {run.dat.attack.name}-{steps} in {precision}, "
         f"ZeRO-{run.zero_stage}, medians of {len(values['seconds'][STEP])} rounds",
         "",
         "| what | milliseconds | peak MB |",

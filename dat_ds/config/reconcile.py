@@ -50,6 +50,7 @@ from dat_ds.config.schema import (
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import (
     OBJECTIVES,
+    Objective,
     default_attack_loss,
     objective_options,
     uses_unlabelled,
@@ -644,13 +645,10 @@ def resolve_deepspeed(
         )
     _check_precision(config, problems)
     check_attack_passes(dat.attack, config, dat, problems)
-    check_attack_batch(
-        dat,
-        problems,
-        accumulation=config.get("gradient_accumulation_steps"),
-        is_free=dat.attack.name == "free",
-        compares_samples=OBJECTIVES[dat.objective.name].compares_samples,
-    )
+    if dat.attack.name != "none":
+        accumulation = config.get("gradient_accumulation_steps")
+        objective = OBJECTIVES[dat.objective.name]
+        check_attack_batch(dat.attack.name, objective, accumulation, dat, problems)
     if dat.objective.grad_align and precision_of(config) == "fp16":
         problems.append(
             f"dat.objective.grad_align={dat.objective.grad_align:g} with fp16.enabled: it needs "
@@ -716,65 +714,69 @@ def check_attack_passes(
         return
     autocast = config["torch_autocast"] if _enabled(config, "torch_autocast") else {}
     of_host = "leaves decisions to the host"
+    saves = "saves and restores random states in every pass"
     reasons = {
         "zero_optimization.stage=3": (is_sharded, "gathers parameters into other memory"),
         "dat.attack.model_mode='train'": (
             dat.attack.model_mode == "train",
             "gives the model other buffers in every attack",
         ),
-        f"dat.attack.name={attack.name!r}": (attack.name in ("fat", "free"), of_host),
-        "dat.attack.precision='fp16'": (attack.precision == "fp16", of_host),
+        f"the attack {attack.name!r}": (attack.name in ("fat", "free"), of_host),
+        "the attack's precision 'fp16'": (attack.precision == "fp16", of_host),
         "fp16.enabled": (precision_of(config) == "fp16", of_host),
         "torch_autocast.dtype='float16'": (autocast.get("dtype") in _FLOAT16, of_host),
         f"dat.model.activation_checkpointing={dat.model.activation_checkpointing!r}": (
             dat.model.activation_checkpointing != "none",
-            of_host,
+            saves,
         ),
     }
     problems += [
-        f"dat.engine.cuda_graphs=true with {key}, which {reason}: remove one of them."
-        for key, (is_given, reason) in reasons.items()
+        f"dat.engine.cuda_graphs=true with {what}, which {reason}: remove one of them."
+        for what, (is_given, reason) in reasons.items()
         if is_given
     ]
 
 
 def check_attack_batch(
+    attack: str,
+    objective: Objective | type[Objective],
+    accumulation: object,
     dat: DatConfig,
     problems: list[str],
-    *,
-    accumulation: object,
-    is_free: bool,
-    compares_samples: bool,
 ) -> None:
     """Refuse to attack several micro-batches as one where it would be another attack.
 
     Args:
+        attack: Name of the run's attack, from its config or given to ``initialize``.
+        objective: The run's objective, likewise.
+        accumulation: Micro-steps per optimizer step; anything but an integer is not known yet.
         dat: Our section.
         problems: What is wrong is appended.
-        accumulation: Micro-steps per optimizer step; anything but an integer is not known yet.
-        is_free: Whether the attack is free training's.
-        compares_samples: Whether the loss of an image depends on the others of its batch.
     """
-    together = dat.engine.attack_micro_batches
-    if together == 1 or dat.attack.name == "none":
+    size = dat.engine.attack_micro_batches
+    if size == 1:
         return
-    words = f"dat.engine.attack_micro_batches={together}"
-    if isinstance(accumulation, int) and accumulation % together:
+    words = f"dat.engine.attack_micro_batches={size}"
+    if isinstance(accumulation, int) and accumulation % size:
         valid = [str(n) for n in range(1, accumulation + 1) if accumulation % n == 0]
         problems.append(
             f"{words} does not divide gradient_accumulation_steps={accumulation}: write "
             f"{', '.join(valid)}, or accumulate over another number of micro-batches."
         )
-    other = {
-        "dat.attack.name='free', whose attack is the training step": is_free,
+    reasons = {
+        "the attack 'free', which is the training step itself": attack == "free",
         "dat.attack.model_mode='train', whose BatchNorm and dropout go by the batch": (
             dat.attack.model_mode == "train"
         ),
-        f"dat.objective.name={dat.objective.name!r}, which compares the images of a batch": (
-            compares_samples
+        f"the objective {objective.name!r}, which compares the images of a batch": (
+            objective.compares_samples
         ),
     }
-    problems += [f"{words} with {what}: remove it." for what, is_given in other.items() if is_given]
+    problems += [
+        f"{words} with {what}: remove one of them."
+        for what, is_given in reasons.items()
+        if is_given
+    ]
 
 
 def _resolve_reductions(

@@ -483,7 +483,8 @@ class EngineConfig:
     """What ``torch.compile`` compiles: the attack's passes, or the update's as well."""
     cuda_graphs: bool = False
     """Record the whole attack, all of its steps, as a CUDA graph and replay it: one launch in the
-    place of one per kernel. Batches of a size that comes again only are worth it."""
+    place of one per kernel. What it needs for activations stays reserved. Worth it for batches of
+    one size."""
     channels_last: bool = False
     """Images, and so what convolutions make of them, in the layout NHWC."""
 

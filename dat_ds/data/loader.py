@@ -25,7 +25,8 @@ from dat_ds.data.transforms import Sample, fetch_sample
 from dat_ds.errors import CheckpointError, DataError
 
 Batch = tuple[Tensor, Tensor]
-PlannedBatch = tuple[Tensor, Tensor, BatchPlan]
+PlannedBatch = tuple[Tensor, Tensor, BatchPlan | None]
+"""Images, labels, and their place in the global batch; None for batches that are not a loader's."""
 _GRACE_SECONDS = 20  # the deepspeed launcher waits 30 before it kills
 
 
@@ -130,19 +131,20 @@ class DistributedLoader:
         # The DataLoader hands batches out in the order of its batch sampler however far its workers
         # run ahead, so a second pass over the same plans stays in step with it.
         planned = zip(sampler.plans(), batches, strict=True)
-        while group := [(x, y, plan) for plan, (x, y) in itertools.islice(planned, self.group)]:
-            for position, (x, y, plan) in enumerate(group):
+        while group := list(itertools.islice(planned, self.group)):
+            for position, (plan, batch) in enumerate(group):
                 if iteration != self._iteration:
                     raise RuntimeError(
                         "The loader was moved or iterated anew during this iteration: "
                         "start a new 'for' loop after set_position or load_state_dict."
                     )
-                self.plan, self.ahead = plan, group[position:]
+                self.plan = plan
+                self.ahead = [(x, y, its_plan) for its_plan, (x, y) in group[position:]]
                 # Moved before the batch is handed out, so that a checkpoint written after the
                 # update on the step's last micro-batch counts that step.
                 if plan.micro_step == sampler.accumulation - 1:
                     sampler.set_position(plan.epoch, plan.step + 1)
-                yield x, y
+                yield batch
 
     def set_position(self, epoch: int, step: int) -> None:
         """Continue at ``step`` (optimizer steps already done) of ``epoch``.

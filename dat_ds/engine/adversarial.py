@@ -38,13 +38,13 @@ from dat_ds.attacks import (
 )
 from dat_ds.config import RunConfig, precision_of, threat_of
 from dat_ds.config.schema import EngineConfig
-from dat_ds.data import BatchPlan, DistributedLoader, classes_of
+from dat_ds.data import BatchPlan, DistributedLoader, PlannedBatch, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.compression import attach_compression
 from dat_ds.engine.distributed import Ranks, rows_of_others
 from dat_ds.engine.metrics import PhaseTimer, StepMetrics
 from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
-from dat_ds.engine.validate import has_batch_norm
+from dat_ds.engine.validate import attack_problems, has_batch_norm
 from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Task, task_of
@@ -55,8 +55,6 @@ from dat_ds.optim import CompressedOptimizer
 
 logger = logging.getLogger(__name__)
 
-Given = tuple[Tensor, Tensor, BatchPlan | None]
-"""What the engine is called with: images, labels, and their place in the global batch."""
 _WORTHWHILE = 1.1
 """Speedup of the attack from which on ``auto`` takes a shorter float."""
 
@@ -155,8 +153,8 @@ class AdversarialEngine:
         self._traffic = Traffic()
         listen(self._traffic)
         self._checked_pixels = False
-        self._coming: Sequence[Given] = ()
-        self._parts: list[tuple[_MicroBatch, Tensor]] = []
+        self._coming: Sequence[PlannedBatch] = ()
+        self._group: list[tuple[_MicroBatch, Tensor]] = []
         self._pending = self._new_metrics()
         self._last: StepMetrics | None = None
 
@@ -214,7 +212,7 @@ class AdversarialEngine:
         self._perturbed.close()  # where an earlier loss never went backward
         metrics = self._pending
         metrics.timer.enter("attack")
-        part, x_adv = self._next_part(x, y, plan)
+        part, x_adv = self._next_attacked(x, y, plan)
         if self.free is not None:
             x_adv.requires_grad_()
             self._replayed = (part.x, x_adv) if part.num_images else None
@@ -236,7 +234,7 @@ class AdversarialEngine:
         loss = terms["loss"]
         return loss if part.weight == 1.0 else loss * part.weight
 
-    def look_ahead(self, batches: Sequence[Given]) -> None:
+    def look_ahead(self, batches: Sequence[PlannedBatch]) -> None:
         """Tell of the micro-batches that come next, where several are attacked in one batch.
 
         Needed where ``dat.engine.attack_micro_batches`` is above 1 and the engine is not called
@@ -277,42 +275,39 @@ class AdversarialEngine:
         if completes:
             self._pending.bytes_sent, self._pending.collectives = self._traffic.take()
             self._last, self._pending = self._pending, self._new_metrics()
-            self._parts.clear()  # of weights that are gone, where calls were left out
+            self._group.clear()  # attacked on weights that are gone, where calls were left out
 
     # ---- attack
 
     def attack(
-        self, x: Tensor, y: Tensor, *, first_index: int = 0, gradient: InputGradient | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        first_index: int = 0,
+        indices: Sequence[int] | None = None,
+        gradient: InputGradient | None = None,
     ) -> Tensor:
         """Adversarial images for ``x`` under the run's attack; the model is left as it was.
 
-        Random starts are a function of the run's seed, the optimizer step, and ``first_index`` plus
-        the position in ``x``; not of ranks or devices.
+        Random starts are a function of the run's seed, the optimizer step, and each image's index;
+        not of ranks or devices.
 
         Args:
             x: Images in pixel units [0, 1], float32, on the engine's device.
             y: What the inner loss compares outputs with, on the engine's device.
             first_index: Index of the first image within the step's global batch.
+            indices: Those of all images, where they do not follow one another.
             gradient: Counts of the attack's gradients go here.
 
         Returns:
             Float32 images of the shape of ``x`` (several after one another for an attack with
             several views); ``x`` itself where the run has no attack.
         """
-        generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index)
-        return self._adversarial_images(x, y, generator, gradient)
-
-    def _adversarial_images(
-        self,
-        x: Tensor,
-        y: Tensor,
-        generator: SampleGenerator,
-        gradient: InputGradient | None = None,
-    ) -> Tensor:
-        """:meth:`attack` with any source of random numbers."""
         attack = self.attack_in_use
         if attack is None:
             return x
+        generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index, indices)
         if self.free is not None:
             return self.free.images(x, self.micro_step, attack.threat, generator)
         gradient = self._input_gradient() if gradient is None else gradient
@@ -366,10 +361,18 @@ class AdversarialEngine:
         return dataclasses.replace(attack, precision=self.attack_precision)
 
     def use_attack(self, attack: Attack) -> None:
-        """Train with another attack from the next micro-step on."""
+        """Train with another attack from the next micro-step on.
+
+        Raises:
+            ConfigError: If the run cannot go along with it.
+        """
+        if problems := attack_problems(attack, self._objective, self.run, self.accumulation):
+            raise ConfigError("\n".join(problems))
         self._attack = attack
         self.free = FreePerturbation() if isinstance(attack, FreeAttack) else None
-        self._parts.clear()
+        self._group.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @property
     def task(self) -> Task | None:
@@ -495,7 +498,7 @@ class AdversarialEngine:
     def _new_metrics(self) -> StepMetrics:
         return StepMetrics(PhaseTimer(self.ranks.device), self._input_gradient())
 
-    def _next_part(
+    def _next_attacked(
         self, x: Tensor, y: Tensor, plan: BatchPlan | None
     ) -> tuple[_MicroBatch, Tensor]:
         """A micro-batch ready for the outer forward, and its adversarial images.
@@ -503,23 +506,26 @@ class AdversarialEngine:
         Raises:
             DataError: For a micro-batch that was not told of, where several are attacked in one.
         """
-        together = self.run.dat.engine.attack_micro_batches
-        if together == 1 or self._attack is None:
+        size = self.run.dat.engine.attack_micro_batches
+        if size == 1 or self._attack is None:
             if plan is None and self._loader is not None:
                 plan = self._loader.plan
-            return self._attack_together([self._micro_batch(x, y, plan)])[0]
-        while self._parts and not self._parts[0][0].holds(x, y):
-            self._parts.pop(0)  # of calls that were left out
-        if not self._parts:
-            left = min(together, self.accumulation - self.micro_step)
-            coming = self._coming_from(x, y, plan)
-            parts = [self._micro_batch(*coming[i], ahead=i) for i in range(min(left, len(coming)))]
-            self._parts = self._attack_together(parts)
-        return self._parts.pop(0)
+            return self._attack_group([self._micro_batch(x, y, plan)])[0]
+        while self._group and not self._group[0][0].is_made_of(x, y):
+            self._group.pop(0)  # of calls that were left out
+        if not self._group:
+            size = min(size, self.accumulation - self.micro_step)
+            group = list(self._coming_from(x, y)[:size])
+            if plan is not None:
+                group[0] = (x, y, plan)
+            self._group = self._attack_group(
+                [self._micro_batch(*batch, ahead=ahead) for ahead, batch in enumerate(group)]
+            )
+        return self._group.pop(0)
 
-    def _coming_from(self, x: Tensor, y: Tensor, plan: BatchPlan | None) -> Sequence[Given]:
+    def _coming_from(self, x: Tensor, y: Tensor) -> Sequence[PlannedBatch]:
         """What is known of the micro-batches from ``(x, y)`` on."""
-        of_loader = () if plan is not None or self._loader is None else self._loader.ahead
+        of_loader = () if self._loader is None else self._loader.ahead
         for coming in (self._coming, of_loader):
             for first, (known_x, known_y, _) in enumerate(coming):
                 if known_x is x and known_y is y:
@@ -528,35 +534,36 @@ class AdversarialEngine:
             f"dat.engine.attack_micro_batches={self.run.dat.engine.attack_micro_batches}: these "
             "images and labels are not the tensors that the loader handed out, so those that "
             "follow are not known. Give the engine what the loader gives (it moves them to the "
-            "device; transforms belong into the dataset), call engine.look_ahead([(x, y, None), "
-            "...]) before each step, or write dat.engine.attack_micro_batches=1."
+            "device; transforms belong into the dataset). Or call engine.look_ahead([(x, y, "
+            "loader.plan), ...]) before each step, with None for batches that are not the "
+            "loader's. Or write dat.engine.attack_micro_batches=1."
         )
 
-    def _attack_together(self, parts: list[_MicroBatch]) -> list[tuple[_MicroBatch, Tensor]]:
+    def _attack_group(self, group: list[_MicroBatch]) -> list[tuple[_MicroBatch, Tensor]]:
         """Micro-batches of one optimizer step, attacked as one batch, with their images."""
-        indices = [part.first_index + i for part in parts for i in range(len(part.x))]
-        generator = SampleGenerator(self.run.dat.seed, self.global_steps, indices=indices)
         gradient = self._pending.gradient
-        if len(parts) == 1:
-            part = parts[0]
-            return [(part, self._adversarial_images(part.x, part.y, generator, gradient))]
-        x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
-        x_adv = self._adversarial_images(x, y, generator, gradient)
+        if len(group) == 1:
+            part = group[0]
+            x_adv = self.attack(part.x, part.y, first_index=part.first_index, gradient=gradient)
+            return [(part, x_adv)]
+        x, y = torch.cat([part.x for part in group]), torch.cat([part.y for part in group])
+        indices = [part.first_index + i for part in group for i in range(len(part.x))]
+        x_adv = self.attack(x, y, indices=indices, gradient=gradient)
         # An attack with several views returns all images of one view before those of the next.
-        sizes = [len(part.x) for part in parts]
+        sizes = [len(part.x) for part in group]
         views = torch.split(x_adv.view(-1, *x.shape), sizes, dim=1)
-        return [(part, images.flatten(0, 1)) for part, images in zip(parts, views, strict=True)]
+        return [(part, images.flatten(0, 1)) for part, images in zip(group, views, strict=True)]
 
     def _micro_batch(
         self, x: Tensor, y: Tensor, plan: BatchPlan | None, ahead: int = 0
     ) -> _MicroBatch:
         """What the engine makes of a batch that it is given in ``ahead`` micro-steps."""
         first_index, weight = self._place_in_global_batch(len(x), plan, ahead)
-        given = (x, y)
+        source = (x, y)
         x, y, num_images = self._prepare(x, y, first_index)
         y, labelled, weights = self._read_labels(y)
         first_index *= self._objective.num_views
-        return _MicroBatch(given, x, y, labelled, weights, num_images, first_index, weight)
+        return _MicroBatch(source, x, y, labelled, weights, num_images, first_index, weight)
 
     def _place_in_global_batch(
         self, num_images: int, plan: BatchPlan | None, ahead: int
@@ -739,7 +746,7 @@ class _MicroBatch:
     """A micro-batch as it is attacked and trained on; ``n`` images, views included.
 
     Attributes:
-        given: The images and labels that the engine was called with.
+        source: The images and labels that the engine was called with.
         x: Images ``(n, C, H, W)`` on the device.
         y: What the inner and the outer loss compare the model's outputs with.
         labelled: Which labels are true ``(n,)``; None for all.
@@ -749,7 +756,7 @@ class _MicroBatch:
         weight: Of the loss.
     """
 
-    given: tuple[Tensor, Tensor]
+    source: tuple[Tensor, Tensor]
     x: Tensor
     y: Tensor
     labelled: Tensor | None
@@ -758,9 +765,9 @@ class _MicroBatch:
     first_index: int
     weight: float
 
-    def holds(self, x: Tensor, y: Tensor) -> bool:
-        """Whether it was made of these very tensors."""
-        return self.given[0] is x and self.given[1] is y
+    def is_made_of(self, x: Tensor, y: Tensor) -> bool:
+        """Whether these very tensors are its source."""
+        return self.source[0] is x and self.source[1] is y
 
 
 @dataclass(frozen=True)

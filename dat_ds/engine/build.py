@@ -23,8 +23,6 @@ from dat_ds.config import (
     RunConfig,
     adapt_to_device,
     attack_of,
-    check_attack_batch,
-    check_attack_passes,
     check_layerwise,
     check_one_bit,
     load_config,
@@ -41,7 +39,7 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.distributed import Ranks, setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
-from dat_ds.engine.validate import check_deepspeed, check_precision
+from dat_ds.engine.validate import attack_problems, check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.models import load
 from dat_ds.models.replicas import share_from_first_rank
@@ -103,16 +101,10 @@ def initialize(
             logger.info("Note: %s", note)
     objective = objective_of(run.dat) if objective is None else objective
     attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run)
-    problems = [] if attack is None else misfits(attack, model)
-    check_attack_batch(
-        run.dat,
-        problems,
-        accumulation=accumulation,
-        is_free=isinstance(attack, FreeAttack),
-        compares_samples=objective.compares_samples,
-    )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    if attack is not None:
+        problems = attack_problems(attack, objective, run, accumulation) + misfits(attack, model)
+        if problems:
+            raise ConfigError("\n".join(problems))
     helper = None
     if run.dat.objective.helper_model is not None:
         with ranks.together():
@@ -126,7 +118,10 @@ def initialize(
     loader = None
     if training_data is not None:
         replays = attack.replays if isinstance(attack, FreeAttack) else 1
-        loader = build_loader(training_data, run.dat, ranks, micro_batch, accumulation, replays)
+        group = 1 if attack is None else run.dat.engine.attack_micro_batches
+        loader = build_loader(
+            training_data, run.dat, ranks, micro_batch, accumulation, replays=replays, group=group
+        )
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)
@@ -182,25 +177,16 @@ def initialize(
 
 
 def _own_attack(attack: Attack | UserAttack, run: RunConfig) -> Attack:
-    """An attack that was given to :func:`initialize`, checked against the run."""
-    if not isinstance(attack, Attack):
-        name = getattr(attack, "__name__", "callable")
-        attack = CallableAttack(name, threat_of(run.dat), function=attack)
-    problems: list[str] = []
+    """An attack that was given to :func:`initialize`."""
     if run.dat.attack.precision is not None:
-        problems.append(
+        raise ConfigError(
             f"dat.attack.precision={run.dat.attack.precision!r} with an attack given to "
             "initialize, which brings its own: remove it, or build_attack({..., 'precision': ...})."
         )
-    if run.dat.engine.cuda_graphs and isinstance(attack, CallableAttack):
-        problems.append(
-            "dat.engine.cuda_graphs=true with an attack of your own, which may ask the device for "
-            "values: remove it, or build_attack({'name': 'pgd', ...})."
-        )
-    check_attack_passes(attack, run.deepspeed, run.dat, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return attack
+    if isinstance(attack, Attack):
+        return attack
+    name = getattr(attack, "__name__", "callable")
+    return CallableAttack(name, threat_of(run.dat), function=attack)
 
 
 def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:
@@ -307,7 +293,9 @@ def build_loader(
     ranks: Ranks,
     micro_batch: int,
     accumulation: int,
+    *,
     replays: int = 1,
+    group: int = 1,
 ) -> DistributedLoader:
     """The loader of a run's training data, which hands out each batch ``replays`` times."""
     pin_memory = dat.data.pin_memory
@@ -321,5 +309,5 @@ def build_loader(
         num_workers=dat.data.num_workers,
         pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
         replays=replays,
-        group=dat.engine.attack_micro_batches,
+        group=group,
     )

@@ -101,7 +101,6 @@ class OneBitLamb(FreezingOptimizer):
         self._factor_bounds = (factor_min, factor_max)
         self._factor_threshold, self._adapt_vectors = factor_threshold, adapt_vectors
         self._layers: dict[str, Tensor] = {}
-        self._spare: Tensor | None = None
 
     @property
     def trust_ratios(self) -> Tensor:
@@ -118,15 +117,10 @@ class OneBitLamb(FreezingOptimizer):
     def _update(self, flat: FlatParameters, gradient: Tensor) -> None:
         usable = self._usable(gradient, everywhere=self.is_frozen)
         momentum = self._buffers["momentum"]
-        before = self._copy_of(momentum) if self.is_frozen else None
+        before = momentum.clone() if self.is_frozen else None
         self._take_in(flat, gradient, usable)
         if before is not None:
-            views, scaling = flat.views(momentum), list(self._layers["scaling"].unbind())
-            if not self.preconditioned:
-                torch._foreach_mul_(views, scaling)
-            self._average_frozen(momentum)
-            if not self.preconditioned:
-                torch._foreach_div_(views, scaling)
+            self._average_layers(flat, momentum)
             self._refresh_variance(flat, momentum, before, usable)
         self._precondition(flat, out=gradient)
         directions = self._work_views
@@ -172,6 +166,16 @@ class OneBitLamb(FreezingOptimizer):
         last.copy_(torch.where((usable > 0) & self._layers["adapts"], factor, last))
         return self._layers["average"] * last
 
+    def _average_layers(self, flat: FlatParameters, momentum: Tensor) -> None:
+        """Average over ranks, layers brought to one size where the momentum itself is sent."""
+        if self.preconditioned:
+            self._average_frozen(momentum)
+            return
+        views, scaling = flat.views(momentum), list(self._layers["scaling"].unbind())
+        torch._foreach_mul_(views, scaling)
+        self._average_frozen(momentum)
+        torch._foreach_div_(views, scaling)
+
     def _refresh_variance(
         self, flat: FlatParameters, momentum: Tensor, before: Tensor, usable: Tensor
     ) -> None:
@@ -180,27 +184,20 @@ class OneBitLamb(FreezingOptimizer):
         Args:
             flat: The layout.
             momentum: The new one.
-            before: The old one; overwritten, so that a step allocates nothing of this size.
+            before: The old one; overwritten, so that nothing else of this size is made.
             usable: Whether the step takes place.
         """
         fresh, frozen = self._buffers["fresh_variance"], self._buffers["denominator"]
         for part, group in zip(flat.parts, self.param_groups, strict=True):
             beta1, beta2 = group["betas"]
-            gain, decay = usable / (1 - beta1), kept(beta2, usable)
-            _, of_variance = self._corrections(group, self.num_steps)
             work = before[part]
-            implied = torch.sub(momentum[part], work, alpha=beta1, out=work).mul_(gain)
-            fresh[part].mul_(decay).addcmul_(implied, implied, value=1 - beta2)
+            torch.sub(momentum[part], work, alpha=beta1, out=work).mul_(usable / (1 - beta1))
+            fresh[part].mul_(kept(beta2, usable)).addcmul_(work, work, value=1 - beta2)
+            _, of_variance = self._corrections(group, self.num_steps)
             torch.div(fresh[part], of_variance, out=work).sqrt_().add_(group["eps"])
             torch.div(frozen[part], work, out=work)
         self._mask(before)
         self._layers["largest"] = torch.stack(torch._foreach_max(flat.views(before)))
-
-    def _copy_of(self, flat: Tensor) -> Tensor:
-        """``flat`` in memory that is kept from step to step."""
-        if self._spare is None:
-            self._spare = torch.empty_like(flat)
-        return self._spare.copy_(flat)
 
     def _freeze(self, flat: FlatParameters, ratio: float | None, chosen_by: str) -> None:
         self._buffers["fresh_variance"] = self._buffers["variance"].clone()

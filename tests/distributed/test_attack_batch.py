@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from dat_ds.errors import DataError
+from dat_ds.errors import ConfigError, DataError
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
 
@@ -84,7 +84,73 @@ def every_case() -> dict[Any, Any]:
         for together in (1, 2, 4) if name.startswith("ZeRO") else (1, 4):
             outcomes[name, together] = train(*case, together)
     outcomes["of one's own"] = batches_of_ones_own()
+    outcomes["ways to call"] = {way: call(way) for way in WAYS}
+    outcomes["natural"] = natural_training()
     return outcomes
+
+
+WAYS = ("as handed out", "with its plan", "moved, told of with plans", "moved")
+
+
+def call(way: str) -> Any:
+    """Losses of an epoch of the engine's own loader, or what is refused."""
+    import dat_ds
+
+    sizes = {"train_micro_batch_size_per_gpu": MICRO_BATCH}
+    sizes["gradient_accumulation_steps"] = ACCUMULATION
+    dat = {"attack": PGD, "engine": {"attack_micro_batches": 4}}
+    engine, _, loader, _ = dat_ds.initialize(
+        model=tiny.vit(),
+        config=tiny.config(0, dat=dat, **sizes),
+        training_data=TensorDataset(*tiny.images(NUM_IMAGES)),
+    )
+    losses, step = [], []
+    try:
+        for x, y in loader:
+            moved = x + 0.0 if way.startswith("moved") else x
+            step.append((moved, y, loader.plan))
+            if len(step) < ACCUMULATION and way.startswith("moved, told of"):
+                continue
+            if way.startswith("moved, told of"):
+                engine.look_ahead(step)
+            for each_x, each_y, plan in step:
+                options = {"plan": plan} if way == "with its plan" else {}
+                loss = engine(each_x, each_y, **options)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            step = []
+    except DataError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return losses
+
+
+def natural_training() -> list[str]:
+    """A run without an attack ignores the key; one that gets another attack is asked again."""
+    import dat_ds
+    from dat_ds.attacks import build_attack
+
+    config = tiny.config(
+        0,
+        gradient_accumulation_steps=3,
+        dat={"attack": {"name": "none"}, "engine": {"attack_micro_batches": 2}},
+    )
+    data = TensorDataset(*tiny.images(NUM_IMAGES))
+    engine, _, loader, _ = dat_ds.initialize(model=tiny.vit(), config=config, training_data=data)
+    for x, y in loader:
+        engine.backward(engine(x, y))
+        engine.step()
+    problems = []
+    threat = {"norm": "linf", "eps": 0.1}
+    for attack in ({"name": "pgd", **PGD}, {"name": "free"}):
+        try:
+            engine.use_attack(build_attack({**attack, "threat_model": threat}))
+        except ConfigError as error:
+            problems += str(error).split("\n")
+    engine.close()
+    return problems
 
 
 def batches_of_ones_own() -> dict[str, Any]:
@@ -179,4 +245,19 @@ def test_batches_without_a_loader(outcomes: dict[Any, Any]) -> None:
     assert found["changed 1"] is found["unknown 1"] is None
     for what in ("changed", "unknown"):
         assert found[f"{what} 4"].startswith("dat.engine.attack_micro_batches=4: these images and ")
-        assert "engine.look_ahead([(x, y, None), ...])" in found[f"{what} 4"]
+        assert "engine.look_ahead([(x, y, loader.plan), ...])" in found[f"{what} 4"]
+
+
+def test_the_loader_s_batches_may_be_given_in_several_ways(outcomes: dict[Any, Any]) -> None:
+    found = outcomes["ways to call"]
+    for way in ("with its plan", "moved, told of with plans"):
+        assert found[way] == pytest.approx(found["as handed out"], rel=1e-4)
+    assert "engine.look_ahead([(x, y, loader.plan), ...])" in found["moved"]
+
+
+def test_without_an_attack_there_is_nothing_to_group(outcomes: dict[Any, Any]) -> None:
+    of_pgd, *of_free = outcomes["natural"]
+    words = "dat.engine.attack_micro_batches=2"
+    assert of_pgd.startswith(f"{words} does not divide gradient_accumulation_steps=3: write 1, 3,")
+    free = f"{words} with the attack 'free', which is the training step itself: remove one of them."
+    assert of_free == [of_pgd, free]

@@ -18,9 +18,10 @@ from dat_ds.attacks import (
     pgd,
 )
 from dat_ds.compression import CODECS, Payload, build_codec
+from dat_ds.errors import ConfigError
 from dat_ds.objectives import random_view
 from tests.distributed import tiny
-from tests.unit.test_attack_graphs import ATTACKS, Behind, attack_of, images, vit
+from tests.unit.test_attack_graphs import ATTACKS, Behind, attack_of, images, model_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,13 +110,35 @@ def test_cheaper_attack_passes_train_the_same_model(name: str) -> None:
     attack = SPEEDUPS[name].get("attack", {"steps": 3})
     plain = {k: v for k, v in attack.items() if k != "fold_batch_norm"}
     expected = trained({"attack": plain})
-    for key, value in trained({"attack": attack, **SPEEDUPS[name]}).items():
+    graphs = int("graphed" in name)
+    for key, value in trained({"attack": attack, **SPEEDUPS[name]}, graphs).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_recorded_is_named_and_leaves_the_stream_as_it_was() -> None:
+    class Asks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :4] * float(x.mean())
+
+    model, attack = Asks().cuda(), attack_of(ATTACKS["pgd"])
+    graphs, stream = AttackGraphs(model), torch.cuda.current_stream()
+    x, y = (tensor.cuda() for tensor in images())
+
+    def once(step: int) -> None:
+        graphs(attack, lambda: contextlib.nullcontext(model), x, y, *source(step))
+
+    def source(step: int) -> tuple[SampleGenerator, InputGradient]:
+        return SampleGenerator(0, step), InputGradient()
+
+    once(0)
+    with pytest.raises(ConfigError, match=r"cuda_graphs=true: the attack on this model cannot"):
+        once(1)
+    assert torch.cuda.current_stream() == stream
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_graph_is_the_attack(name: str) -> None:
-    model, attack = vit().cuda(), attack_of(ATTACKS[name])
+    model, attack = model_of(name).cuda(), attack_of(ATTACKS[name])
     graphs = AttackGraphs(model)
 
     @contextlib.contextmanager
@@ -130,7 +153,7 @@ def test_a_graph_is_the_attack(name: str) -> None:
         with frozen() as seen:
             expected = attack(seen, x, y, SampleGenerator(0, step), gradient=counts[1])
         # Kernels may add up in another order, which turns few signs of gradients.
-        assert float(((found - expected).abs() > 1e-6).float().mean()) < 0.02
+        assert float(((found - expected).abs() > 1e-6).float().mean()) < 0.05
         assert counts[0].num_samples == counts[1].num_samples
         with torch.no_grad():
             for parameter in model.parameters():
@@ -138,8 +161,8 @@ def test_a_graph_is_the_attack(name: str) -> None:
     assert graphs.num_recorded == 1
 
 
-def trained(dat: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights after four steps of one process."""
+def trained(dat: dict[str, Any], graphs: int = 0) -> dict[str, torch.Tensor]:
+    """Weights after four steps of one process, which made that many graphs."""
     import dat_ds
 
     engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=tiny.config(0, dat=dat))
@@ -147,5 +170,6 @@ def trained(dat: dict[str, Any]) -> dict[str, torch.Tensor]:
         engine.backward(engine(*tiny.images(4, seed=step)))
         engine.step()
     weights = {key: value.clone() for key, value in engine.module.state_dict().items()}
+    assert (0 if engine.graphs is None else engine.graphs.num_recorded) == graphs
     engine.close()
     return weights

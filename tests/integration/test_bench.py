@@ -49,7 +49,7 @@ def test_micro_batches_of_a_step_count_in_every_part(
     config, output = tiny_run.write(tmp_path / "config.json", values), tmp_path / "step.json"
     command = ["bench", "attack", "--deepspeed_config", str(config), "--repetitions", "5"]
     assert main([*command, "--output", str(output)]) == 0
-    assert "batch 4 x 4, 2 attacked as one each" in capsys.readouterr().out
+    assert "4 x 4 (2 attacked as one) images each" in capsys.readouterr().out
     numbers = json.loads(output.read_text())
     assert numbers["images"] == 16
     assert 0.3 < numbers["over_parts"] < 3

@@ -106,6 +106,21 @@ def test_ten_thousand_derived_seeds_are_distinct():
     assert len(seeds) == 10_000
 
 
+def test_keys_are_hashes_of_seed_step_index_and_draw():
+    for indices in (range(5, 9), [3, 70_000, 0, 12]):
+        first = indices[0] if isinstance(indices, range) else 0
+        source = SampleGenerator(-3, 11, first, None if isinstance(indices, range) else indices)
+        for draw in range(3):
+            expected = [stream_key(-3, 11, index, draw) for index in indices]
+            assert source.keys(4).tolist() == expected
+        assert source.num_draws == 3
+
+
+def test_a_draw_for_more_samples_than_indices_is_refused():
+    with pytest.raises(ValueError, match="A draw for 3 samples of a batch of 2"):
+        SampleGenerator(0, 0, indices=[4, 7]).keys(3)
+
+
 def uniforms(batch: int, numel: int, seed: int = 0) -> Tensor:
     like = torch.empty(batch, numel, dtype=torch.float64)
     return rand_like(like, SampleGenerator(seed, 0))

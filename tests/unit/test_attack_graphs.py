@@ -34,6 +34,10 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "pgd, l2": {"steps": 3, "step_size": 0.1, "threat_model": L2},
     "pgd, kl": {**STEPS, "loss": "kl"},
     "pgd, half the tokens": {**STEPS, "keep_tokens": 0.5},
+    "pgd, cw": {**STEPS, "loss": "cw"},
+    "pgd, dlr, targeted": {**STEPS, "loss": "dlr", "targeted": True},
+    "pgd, folded": {**STEPS, "fold_batch_norm": True},
+    "pgd, at a lower resolution": {**STEPS, "resolution": 8},
     "pgd, bf16": {**STEPS, "precision": "bf16"},
     "pgd, int8": {**STEPS, "precision": "int8"},
     "fgsm": {"name": "fgsm"},
@@ -52,24 +56,55 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 
 
+class Tape(TorchDispatchMode):
+    """Takes down every operation with its tensors, as a graph does; a replay does them again.
+
+    Whatever Python decided or computed on the way is what it was at the recording.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        outputs = operation(*args, **kwargs)
+        self.operations.append((operation, args, kwargs, outputs))
+        return outputs
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Do it again, into the memory of the first time."""
+        for operation, args, kwargs, outputs in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
 def recorded(function: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-    """A recorder for a CPU: like a graph, a replay writes into the memory of the first outcome."""
-    x_adv, counts = function()
-
-    def replay() -> None:
-        again, counted = function()
-        x_adv.copy_(again)
-        counts.num_zero.copy_(counted.num_zero)
-        counts.num_non_finite.copy_(counted.num_non_finite)
-
+    """A recorder for a CPU."""
+    with Tape() as tape:
+        x_adv, counts = function()
     x_adv.fill_(float("nan"))  # a recorded graph holds no values yet
-    return (x_adv, counts), replay
+    return (x_adv, counts), tape.replay
 
 
 def vit() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return timm.create_model("vit_tiny_patch16_224", num_classes=4, **sizes)
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=4, channels=[8, 8, 16, 16])
+
+
+def model_of(case: str) -> nn.Module:
+    return cnn() if case in ("pgd, folded", "pgd, at a lower resolution") else vit()
 
 
 def images(count: int = 5, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -114,7 +149,7 @@ class Run:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_replay_is_the_attack(name: str) -> None:
-    run, attack = Run(vit()), attack_of(ATTACKS[name])
+    run, attack = Run(model_of(name)), attack_of(ATTACKS[name])
     for num_recorded in (0, 1, 1, 1):  # the first of its kind runs as ever
         run.compare(attack)
         assert run.graphs.num_recorded == num_recorded
@@ -133,7 +168,10 @@ def test_every_size_of_batch_has_its_own_recording() -> None:
 def test_another_attack_is_recorded_anew_and_a_changing_one_not_at_all() -> None:
     run, scheduled = Run(vit()), attack_of({**STEPS, "eps_warmup": 0.5})
     for progress in (0.1, 0.2, 0.3, 0.4):
-        run.compare(scheduled.at(progress))
+        for _ in range(3):  # micro-batches of one optimizer step
+            run.compare(scheduled.at(progress))
+            run.step -= 1
+        run.step += 1
     assert run.graphs.num_recorded == 0
     for progress in (0.5, 0.6, 0.7):
         run.compare(scheduled.at(progress))
@@ -151,17 +189,21 @@ def test_weights_in_other_memory_are_noticed(caplog: pytest.LogCaptureFixture) -
         weight.data = weight.data.clone().mul_(1.1)
 
     for _ in range(3):
-        run.compare(attack)
-    moved()
+        for count in range(1, 6):
+            run.compare(attack, count)
+            run.step -= 1
+        run.step += 1
+    assert run.graphs.num_recorded == 5
+    moved()  # one move, however many kinds of batches there are
     for _ in range(3):
         run.compare(attack)
-    assert run.graphs.num_recorded == 2
+    assert run.graphs.num_recorded == 6
     for _ in range(5):
         moved()
         run.compare(attack)
     for _ in range(3):  # given up for good
         run.compare(attack)
-    assert run.graphs.num_recorded == 2
+    assert run.graphs.num_recorded == 6
     assert caplog.text.count("cuda_graphs=true does nothing any more") == 1
 
 
@@ -188,7 +230,7 @@ class NothingFromTheHost(TorchDispatchMode):
 @pytest.mark.parametrize("name", [name for name in ATTACKS if "precision" not in ATTACKS[name]])
 def test_recorded_attacks_ask_nothing_of_the_host(name: str) -> None:
     # Tensors on the meta device hold no values: whatever would read one raises.
-    model = vit().to("meta").eval().requires_grad_(False)
+    model = model_of(name).to("meta").eval().requires_grad_(False)
     x, y = (tensor.to("meta") for tensor in images())
     streams, gradient = RecordedStreams(50, len(x), x.device), InputGradient()
     with NothingFromTheHost():

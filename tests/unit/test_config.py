@@ -599,11 +599,11 @@ def test_loading_leaves_the_given_config_alone():
         ),
         (
             {"engine": {"cuda_graphs": True}, "attack": {"name": "fat"}},
-            "dat.engine.cuda_graphs=true with dat.attack.name='fat', which leaves decisions to ",
+            "dat.engine.cuda_graphs=true with the attack 'fat', which leaves decisions ",
         ),
         (
             {"engine": {"cuda_graphs": True}, "attack": {"precision": "fp16"}},
-            "dat.engine.cuda_graphs=true with dat.attack.precision='fp16', which leaves decisions ",
+            "dat.engine.cuda_graphs=true with the attack's precision 'fp16', which leaves ",
         ),
         (
             {"engine": {"attack_micro_batches": 2}},
@@ -776,14 +776,14 @@ def test_a_combination_without_sense_is_refused_with_the_reason(sections, messag
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"attack": {"name": "free"}}, "dat.attack.name='free', whose attack is the training step"),
+        ({"attack": {"name": "free"}}, "the attack 'free', which is the training step itself"),
         (
             {"attack": {"model_mode": "train"}},
             "dat.attack.model_mode='train', whose BatchNorm and dropout go by the batch",
         ),
         (
             {"objective": {"name": "contrastive"}},
-            "dat.objective.name='contrastive', which compares the images of a batch",
+            "the objective 'contrastive', which compares the images of a batch",
         ),
     ],
 )
@@ -793,7 +793,7 @@ def test_micro_batches_are_not_attacked_together_where_it_would_be_another_attac
     together = {"engine": {"attack_micro_batches": 2}}
     config = {**ours(**sections, **together), "gradient_accumulation_steps": 4}
     (problem,) = problems(config)
-    assert problem == f"dat.engine.attack_micro_batches=2 with {message}: remove it."
+    assert problem == f"dat.engine.attack_micro_batches=2 with {message}: remove one of them."
     load_config({**ours(**together, attack={"name": "none"}), "gradient_accumulation_steps": 3})
 
 
