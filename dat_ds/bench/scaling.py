@@ -141,16 +141,14 @@ def bench_scaling(
 def drift_of(points: Sequence[Mapping[str, Any]], again: Sequence[float]) -> float:
     """Factor by which the machine changed its speed: the furthest from 1 that is seen.
 
-    Seen are the first point's steps and ``again``, its steps at the end; and the forwards beside
-    the steps of the fewest ranks, which are the same in all points of a micro-batch.
+    Seen are the first point's steps and ``again``, its steps at the end; and rank 0's forwards
+    while the others wait, which are the same in all points of a micro-batch.
     """
     found = [statistics.median(again) / statistics.median(points[0]["seconds"])]
-    fewest = min(point["ranks"] for point in points)
     forwards: dict[int, list[float]] = {}
     for point in points:
-        if point["ranks"] == fewest:
-            seconds = statistics.median(point["seconds_forward"])
-            forwards.setdefault(point["micro_batch"], []).append(seconds)
+        seconds = statistics.median(point["seconds_alone"])
+        forwards.setdefault(point["micro_batch"], []).append(seconds)
     found += [max(same) / min(same) for same in forwards.values()]
     return float(max(found, key=lambda ratio: abs(math.log(ratio))))
 
@@ -419,7 +417,7 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
     """Steps of one point, each beside the forwards of a floor; a collective.
 
     Seconds are those of the slowest rank. Forwards run on all ranks at once: where ranks share
-    cores, they share them as in a step.
+    cores, they share them as in a step. Rank 0 repeats them alone: those show the machine's speed.
     """
     from dat_ds.engine.bench import prepared_engine
 
@@ -429,7 +427,17 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
     ranks, device = engine.ranks, engine.ranks.device
     precision, steps = precision_of(run.deepspeed), run.dat.attack.steps or 0
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    rounds, phases, forward = [], [], []
+    rounds, phases, forward, alone = [], [], [], []
+
+    def time_forwards() -> float:
+        start = time.perf_counter()
+        low = torch.autocast(device.type, dtype, enabled=precision != "float32")
+        with torch.no_grad(), low:
+            for _ in range(2 * steps + 3):
+                model(x)
+        synchronize(device)
+        return (time.perf_counter() - start) / (2 * steps + 3)
+
     for repetition in range(-_WARM_UP, repetitions):
         ranks.barrier()
         synchronize(device)
@@ -441,14 +449,12 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
         synchronize(device)
         seconds = time.perf_counter() - start
         ranks.barrier()
-        start = time.perf_counter()
-        low = torch.autocast(device.type, dtype, enabled=precision != "float32")
-        with torch.no_grad(), low:
-            for _ in range(2 * steps + 3):
-                model(x)
-        synchronize(device)
+        together = time_forwards()
+        ranks.barrier()
+        by_itself = time_forwards() if ranks.is_main else together
         if repetition >= 0:
-            forward.append((time.perf_counter() - start) / (2 * steps + 3))
+            forward.append(together)
+            alone.append(by_itself)
             rounds.append(seconds)
             phases.append([engine.metrics[f"seconds_{phase}"] for phase in ("attack", "update")])
     attack, update = zip(*phases, strict=True)
@@ -461,6 +467,7 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
         "bytes_sent": engine.metrics["bytes_sent"],
         "collectives": engine.collectives,
         "seconds_forward": _slowest(ranks, forward),
+        "seconds_alone": alone,
         "num_parameters": sum(
             getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()
         ),

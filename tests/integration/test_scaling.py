@@ -44,6 +44,7 @@ def point(ranks: int, seconds: float, **changes: Any) -> dict[str, Any]:
         "attack_steps": 2,
         "seconds": [seconds] * 5,
         "seconds_forward": [forward] * 5,
+        "seconds_alone": [0.01] * 5,
         "seconds_attack": 0.1,
         "seconds_update": 0.2,
         "bytes_sent": {"gradients": 1_000_000},
@@ -206,8 +207,9 @@ def test_drift_is_the_furthest_from_one_that_is_seen() -> None:
     points = [point(1, 0.4), point(1, 0.5, zero_stage=3), point(4, 0.8)]
     assert drift_of(points, [0.2] * 5) == pytest.approx(0.5)
     assert drift_of(points, [0.44] * 5) == pytest.approx(1.1)
-    slower = point(1, 0.5, zero_stage=3, seconds_forward=[0.03] * 5)
-    assert drift_of([points[0], slower, points[2]], [0.44] * 5) == pytest.approx(3)
+    slower = point(4, 0.8, seconds_alone=[0.03] * 5)
+    assert drift_of([*points[:2], slower], [0.44] * 5) == pytest.approx(3)
+    assert drift_of([*points[:2], {**slower, "micro_batch": 9}], [0.44] * 5) == pytest.approx(1.1)
 
 
 def test_files_of_one_run_make_one_table(
@@ -267,7 +269,8 @@ def test_ranks_on_loopback_are_counted_and_timed(
     assert 2 * numel <= sent[2, 3, "none"]["gradients"] <= 2.1 * numel
     assert sent[2, 0, "one_bit_adam"]["momentum"] < 0.06 * 4 * numel, "its variance is frozen"
     assert all(len(p["seconds"]) >= 5 and min(p["seconds"]) > 0 for p in values["points"])
-    assert all(len(p["seconds_forward"]) == len(p["seconds"]) for p in values["points"])
+    for forwards in ("seconds_forward", "seconds_alone"):
+        assert all(len(p[forwards]) == len(p["seconds"]) for p in values["points"])
     assert {timed["collective"] for timed in values["links"]} == {
         *("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
     }
