@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from dat_ds.bench.network import ShapedNetwork
 from dat_ds.bench.records import write_record
 from dat_ds.bench.scaling_report import KIND, describe, draw, read_scaling, write_csv
 from dat_ds.bench.timing import (
+    MAX_DRIFT,
     MIN_REPETITIONS,
     check_alone,
     check_drift,
@@ -48,6 +49,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _WARM_UP = 3  # two steps of a 1-bit optimizer before its freeze, and one after
 _FREEZE_STEP = 2
+_RETRIES = 2
 _PROBE_BYTES = tuple(4**exponent for exponent in range(6, 14))  # 4 KiB to 64 MiB
 _LONGEST_PROBE = 0.2  # seconds: where one takes longer, larger ones are left out
 
@@ -118,7 +120,7 @@ def bench_scaling(
     points = points_of(run, plan, launched)
     configs = [config_of(run, point) for point in points]
     if launched is not None:
-        measured = _measure_here(points, configs, plan.repetitions, with_first_again=True)
+        measured = _measure_here(points, configs, plan.repetitions, is_whole_run=True)
     else:
         measured = _measure_on_this_machine(points, configs, plan.repetitions)
     if not measured:
@@ -144,13 +146,25 @@ def drift_of(points: Sequence[Mapping[str, Any]], again: Sequence[float]) -> flo
     Seen are the first point's steps and ``again``, its steps at the end; and rank 0's forwards
     while the others wait, which are the same in all points of a micro-batch.
     """
-    found = [statistics.median(again) / statistics.median(points[0]["seconds"])]
-    forwards: dict[int, list[float]] = {}
-    for point in points:
-        seconds = statistics.median(point["seconds_alone"])
-        forwards.setdefault(point["micro_batch"], []).append(seconds)
-    found += [max(same) / min(same) for same in forwards.values()]
+    found = [statistics.median(again) / statistics.median(points[0]["seconds"]), *_slowness(points)]
     return float(max(found, key=lambda ratio: abs(math.log(ratio))))
+
+
+def slow_points(points: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Points that were measured while the machine was slower than it can be by more than 20 %."""
+    return [i for i, slowness in enumerate(_slowness(points)) if slowness > MAX_DRIFT]
+
+
+def _slowness(points: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Rank 0's forward while the others wait, over the fastest one of its micro-batch, by point.
+
+    The fastest of a point's forwards counts: it is the machine's speed, less interruptions.
+    """
+    fastest: dict[int, float] = {}
+    for point in points:
+        size, seconds = point["micro_batch"], min(point["seconds_alone"])
+        fastest[size] = min(seconds, fastest.get(size, seconds))
+    return [min(point["seconds_alone"]) / fastest[point["micro_batch"]] for point in points]
 
 
 def merge_scaling(
@@ -356,11 +370,9 @@ def config_of(run: RunConfig, point: Point) -> dict[str, Any]:
 def _measure_on_this_machine(
     points: Sequence[Point], configs: Sequence[Mapping[str, Any]], repetitions: int
 ) -> dict[str, Any]:
-    """All points, group by group of ranks and link, and the first one again."""
-    groups: dict[tuple[int, float | None], list[int]] = {}
-    for i, point in enumerate(points):
-        groups.setdefault((point.ranks, point.mbit), []).append(i)
-    measured: dict[str, Any] = {"points": [], "links": []}
+    """All points, group by group of ranks and link, slow ones anew, and the first one again."""
+    measured: list[dict[str, Any]] = [{} for _ in points]
+    links: dict[tuple[int, float | None], list[dict[str, Any]]] = {}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         plan, result = Path(folder) / "plan.json", Path(folder) / "result.json"
@@ -374,13 +386,25 @@ def _measure_on_this_machine(
             run_ranks(__name__, [str(plan), str(result)], ranks=point.ranks, mbit=point.mbit)
             return dict(json.loads(result.read_text(encoding="utf-8")))
 
-        for numbers in groups.values():
-            found = measure(numbers)
-            for key, items in measured.items():
-                items += found[key]
+        left = list(range(len(points)))
+        for _ in range(1 + _RETRIES):
+            groups: dict[tuple[int, float | None], list[int]] = {}
+            for i in left:
+                groups.setdefault((points[i].ranks, points[i].mbit), []).append(i)
+            for group, numbers in groups.items():
+                found = measure(numbers)
+                links.setdefault(group, found["links"])
+                for i, point in zip(numbers, found["points"], strict=True):
+                    measured[i] = point
+            left = slow_points(measured)
         again = measure([0])["points"][0]["seconds"]
-    origin = {"device": "cpu", "num_parameters": found["num_parameters"], "again": again}
-    return {**measured, **origin}
+    return {
+        "points": measured,
+        "links": [link for group in links.values() for link in group],
+        "device": "cpu",
+        "num_parameters": found["num_parameters"],
+        "again": again,
+    }
 
 
 def _measure_here(
@@ -388,9 +412,16 @@ def _measure_here(
     configs: Sequence[Mapping[str, Any]],
     repetitions: int,
     *,
-    with_first_again: bool = False,
+    is_whole_run: bool = False,
 ) -> dict[str, Any]:
     """All points, in this process as one of several ranks.
+
+    Args:
+        points: What to measure.
+        configs: Of each.
+        repetitions: Timed steps of each.
+        is_whole_run: Measure slow points anew, and the first one again, at the end; else whoever
+            started this process does.
 
     Returns:
         On rank 0; an empty dict elsewhere.
@@ -403,11 +434,16 @@ def _measure_here(
     measured: dict[str, Any] = {"points": [], "links": []}
     if ranks.count > 1:
         measured["links"] = _time_collectives(ranks, points[0].mbit, repetitions)
-    for point, config in zip(points, configs, strict=True):
-        found = _time_point(config, repetitions)
-        measured["num_parameters"] = found.pop("num_parameters")
-        measured["points"].append({**dataclasses.asdict(point), **found})
-    if with_first_again:
+    measured["points"] = [{} for _ in points]
+    left = list(range(len(points)))
+    for _ in range(1 + (_RETRIES if is_whole_run else 0)):
+        for i in left:
+            found = _time_point(configs[i], repetitions)
+            measured["num_parameters"] = found.pop("num_parameters")
+            measured["points"][i] = {**dataclasses.asdict(points[i]), **found}
+        # As the rank saw it that was alone.
+        left = cast("list[int]", ranks.gather(slow_points(measured["points"]))[0])
+    if is_whole_run:
         measured["again"] = _time_point(configs[0], repetitions)["seconds"]
     measured["device"] = str(ranks.device)
     return measured if ranks.is_main else {}

@@ -207,9 +207,35 @@ def test_drift_is_the_furthest_from_one_that_is_seen() -> None:
     points = [point(1, 0.4), point(1, 0.5, zero_stage=3), point(4, 0.8)]
     assert drift_of(points, [0.2] * 5) == pytest.approx(0.5)
     assert drift_of(points, [0.44] * 5) == pytest.approx(1.1)
-    slower = point(4, 0.8, seconds_alone=[0.03] * 5)
+    slower = point(4, 0.8, seconds_alone=[0.03, 0.04, 0.05, 0.06, 0.07])
     assert drift_of([*points[:2], slower], [0.44] * 5) == pytest.approx(3)
     assert drift_of([*points[:2], {**slower, "micro_batch": 9}], [0.44] * 5) == pytest.approx(1.1)
+
+
+def test_points_of_a_slow_moment_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = {(1, 0): [0.01], (2, 0): [0.013, 0.0131, 0.01], (2, 3): [0.0119]}
+    measured: list[tuple[int, int]] = []
+
+    def run_ranks(_module: str, files: list[str], *, ranks: int, mbit: float | None) -> None:
+        found = []
+        for planned in json.loads(Path(files[0]).read_text())["points"]:
+            kind = planned["ranks"], planned["zero_stage"]
+            measured.append(kind)
+            forward = alone[kind].pop(0) if len(alone[kind]) > 1 else alone[kind][0]
+            found.append({**point(*kind[:1], 0.4), **planned, "seconds_alone": [forward] * 5})
+        result = {"points": found, "links": [], "num_parameters": 10}
+        Path(files[1]).write_text(json.dumps(result))
+
+    monkeypatch.setattr("dat_ds.bench.scaling.run_ranks", run_ranks)
+    plan = Plan(ranks=(1, 2), stages=(0, 3), codecs=("none",))
+    alone[1, 3] = [0.01]
+    bench_scaling(run_of(tmp_path), plan, output=str(tmp_path / "found.json"))
+    assert measured == [(1, 0), (1, 3), (2, 0), (2, 3), (2, 0), (2, 0), (1, 0)]
+    values = read_scaling([str(tmp_path / "found.json")])
+    assert values["clock_drift"] == pytest.approx(1.19)
+    assert [p["ranks"] for p in values["points"]] == [1, 1, 2, 2]
 
 
 def test_files_of_one_run_make_one_table(
