@@ -228,6 +228,7 @@ def test_points_of_a_slow_moment_are_measured_again(
         result = {"points": found, "links": [], "num_parameters": 10}
         Path(files[1]).write_text(json.dumps(result))
 
+    monkeypatch.delenv("RANK", raising=False)  # of a run in this process
     monkeypatch.setattr("dat_ds.bench.scaling.run_ranks", run_ranks)
     plan = Plan(ranks=(1, 2), stages=(0, 3), codecs=("none",))
     alone[1, 3] = [0.01]
