@@ -455,7 +455,7 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
     Seconds are those of the slowest rank. Forwards run on all ranks at once: where ranks share
     cores, they share them as in a step. Rank 0 repeats them alone: those show the machine's speed.
     """
-    from dat_ds.engine.bench import prepared_engine
+    from dat_ds.engine.bench import optimizer_step, prepared_engine
 
     run = load_config(config)
     engine, model, x, y = prepared_engine(run)
@@ -478,10 +478,7 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
         ranks.barrier()
         synchronize(device)
         start = time.perf_counter()
-        engine.look_ahead([(x, y, None)] * engine.accumulation)
-        for _ in range(engine.accumulation):
-            engine.backward(engine(x, y))
-            engine.step()
+        optimizer_step(engine, x, y)
         synchronize(device)
         seconds = time.perf_counter() - start
         ranks.barrier()

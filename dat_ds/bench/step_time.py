@@ -79,7 +79,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     other = [key for key, is_default in by_hand.items() if not is_default]
     if other:
         raise ConfigError(f"The parts are not written by hand for {', '.join(other)}: remove it.")
-    from dat_ds.engine.bench import prepared_engine, training_loader
+    from dat_ds.engine.bench import optimizer_step, prepared_engine, training_loader
 
     engine, model, x, y = prepared_engine(run)
     ranks, steps, accumulation = engine.ranks, run.dat.attack.steps, engine.accumulation
@@ -90,14 +90,8 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     plain = PlainSteps(model, run, x, y, accumulation)
     others = OtherSteps(model, run, x, y, accumulation)
 
-    def engine_step() -> None:
-        engine.look_ahead([(x, y, None)] * accumulation)
-        for _ in range(accumulation):
-            engine.backward(engine(x, y))
-            engine.step()
-
     parts: dict[str, Callable[[], object]] = {
-        STEP: engine_step,
+        STEP: lambda: optimizer_step(engine, x, y),
         GRADIENTS: lambda: plain.input_gradients(steps),
         TRAINING: plain.training_step,
         FORWARD: plain.forward,
@@ -109,7 +103,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     rounds = time_in_turn(parts, repetitions, ranks.device)
     steps_alone = []
     for _ in range(repetitions):
-        engine_step()
+        optimizer_step(engine, x, y)
         steps_alone.append(engine.metrics)
     metrics = {
         "bytes_sent": steps_alone[-1]["bytes_sent"],

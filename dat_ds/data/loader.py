@@ -57,7 +57,6 @@ class DistributedLoader:
 
     Attributes:
         sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
-        plan: Plan of the batch handed out last; None before the first.
         ahead: ``(x, y, plan)`` of the batch handed out last and of those of its group that follow.
 
     Raises:
@@ -101,10 +100,14 @@ class DistributedLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.group = group
-        self.plan: BatchPlan | None = None
         self.ahead: list[PlannedBatch] = []
         self._collate = _Collate(dataset)
         self._iteration = 0
+
+    @property
+    def plan(self) -> BatchPlan | None:
+        """Plan of the batch handed out last; None before the first."""
+        return self.ahead[0][2] if self.ahead else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -138,7 +141,6 @@ class DistributedLoader:
                         "The loader was moved or iterated anew during this iteration: "
                         "start a new 'for' loop after set_position or load_state_dict."
                     )
-                self.plan = plan
                 self.ahead = [(x, y, its_plan) for its_plan, (x, y) in group[position:]]
                 # Moved before the batch is handed out, so that a checkpoint written after the
                 # update on the step's last micro-batch counts that step.

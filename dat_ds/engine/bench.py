@@ -39,6 +39,14 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
     return engine, twin, x.to(ranks.device), y.to(ranks.device)
 
 
+def optimizer_step(engine: AdversarialEngine, x: Tensor, y: Tensor) -> None:
+    """One optimizer step on the same batch in every micro-step."""
+    engine.look_ahead([(x, y, None)] * engine.accumulation)
+    for _ in range(engine.accumulation):
+        engine.backward(engine(x, y))
+        engine.step()
+
+
 def training_loader(run: RunConfig, ranks: Ranks) -> DistributedLoader:
     """The loader of a run's training data, as a training run has it."""
     with ranks.together():

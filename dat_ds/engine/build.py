@@ -100,11 +100,12 @@ def initialize(
         for note in run.notes:
             logger.info("Note: %s", note)
     objective = objective_of(run.dat) if objective is None else objective
-    attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run)
+    problems: list[str] = []
+    attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run, problems)
     if attack is not None:
-        problems = attack_problems(attack, objective, run, accumulation) + misfits(attack, model)
-        if problems:
-            raise ConfigError("\n".join(problems))
+        problems += attack_problems(attack, objective, run, accumulation) + misfits(attack, model)
+    if problems:
+        raise ConfigError("\n".join(problems))
     helper = None
     if run.dat.objective.helper_model is not None:
         with ranks.together():
@@ -176,10 +177,10 @@ def initialize(
     return adversarial, optimizer, loader, scheduler
 
 
-def _own_attack(attack: Attack | UserAttack, run: RunConfig) -> Attack:
-    """An attack that was given to :func:`initialize`."""
+def _own_attack(attack: Attack | UserAttack, run: RunConfig, problems: list[str]) -> Attack:
+    """An attack that was given to :func:`initialize`; what is wrong with that is appended."""
     if run.dat.attack.precision is not None:
-        raise ConfigError(
+        problems.append(
             f"dat.attack.precision={run.dat.attack.precision!r} with an attack given to "
             "initialize, which brings its own: remove it, or build_attack({..., 'precision': ...})."
         )

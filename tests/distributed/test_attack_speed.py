@@ -234,6 +234,19 @@ def test_an_attack_of_the_users_own_is_checked_too(
         dat_ds.initialize(model=tiny.vit(), config=config, attack=own)
 
 
+def test_all_that_is_wrong_with_an_own_attack_is_said_at_once() -> None:
+    import dat_ds
+
+    of_dat = {"attack": {"steps": 2, "precision": "bf16"}, "engine": {"cuda_graphs": True}}
+    with pytest.raises(ConfigError) as caught:
+        dat_ds.initialize(
+            model=tiny.vit(), config=tiny.config(0, dat=of_dat), attack=lambda _m, x, _y, _g: x
+        )
+    precision, graphs = str(caught.value).split("\n")
+    assert precision.startswith("dat.attack.precision='bf16' with an attack given to initialize")
+    assert graphs.startswith("dat.engine.cuda_graphs=true with an attack of your own")
+
+
 def test_graphs_are_refused_where_memory_moves() -> None:
     from dat_ds.config import load_config
 
