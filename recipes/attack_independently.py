@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 from dat_ds import load_config, models
-from dat_ds.engine.run import build_data_of
+from dat_ds.assembly import build_data_of
 
 STEPS, RESTARTS = 100, 5
 ATTACKS = {

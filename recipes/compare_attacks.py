@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from dat_ds import load_config, models
+from dat_ds.assembly import build_data_of
 from dat_ds.attacks import ThreatModel
 from dat_ds.bench.attack_strength import apgd_table, pgd_table
 from dat_ds.config import threat_of
-from dat_ds.engine.run import build_data_of
 
 
 def network_of(path: Path) -> tuple[Any, Tensor, Tensor, ThreatModel]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import dat_ds
-from dat_ds.engine.run import train
 from dat_ds.files import write_json
+from dat_ds.training.run import train
 
 IMAGES, BATCH, STEPS = 1438, 64, 400
 OPTIONS = {"contrastive": {"flip": 0.0}, "rotation": {}}  # a mirrored digit is no digit

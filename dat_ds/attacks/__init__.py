@@ -1,6 +1,5 @@
 """Attacks: the inner maximisation, as pure functions that need only torch."""
 
-from dat_ds.attacks.alignment import AlignmentProbes, alignment_probes
 from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.build import (
     ATTACK_SETTINGS,
@@ -13,12 +12,9 @@ from dat_ds.attacks.build import (
     attack_options,
     build_attack,
     misfits,
-    parse_length,
 )
-from dat_ds.attacks.folding import folded_batch_norm
 from dat_ds.attacks.free import FreePerturbation
 from dat_ds.attacks.gradient import InputGradient, finite_samples
-from dat_ds.attacks.graphs import AttackGraphs
 from dat_ds.attacks.losses import (
     FEATURE_LOSSES,
     INNER_LOSSES,
@@ -34,6 +30,17 @@ from dat_ds.attacks.losses import (
 )
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
 from dat_ds.attacks.noise import Generator, SampleGenerator, rand_like
+from dat_ds.attacks.passes.folding import folded_batch_norm
+from dat_ds.attacks.passes.graphs import AttackGraphs
+from dat_ds.attacks.passes.precision import (
+    PRECISIONS,
+    Precision,
+    check_device,
+    gradient_speedup,
+    product_speedup,
+)
+from dat_ds.attacks.passes.quantized import FORMATS
+from dat_ds.attacks.passes.tokens import dropped_tokens, patch_tokens
 from dat_ds.attacks.pgd import (
     fat,
     fgsm,
@@ -45,17 +52,9 @@ from dat_ds.attacks.pgd import (
     pgd,
     threat_like,
 )
-from dat_ds.attacks.precision import (
-    PRECISIONS,
-    Precision,
-    check_device,
-    gradient_speedup,
-    product_speedup,
-)
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
-from dat_ds.attacks.quantized import FORMATS
 from dat_ds.attacks.threat import NORMS, ThreatModel
-from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
+from dat_ds.length import parse_length
 
 __all__ = [
     "ATTACKS",
@@ -68,7 +67,6 @@ __all__ = [
     "NORMS",
     "PRECISIONS",
     "REQUIRED",
-    "AlignmentProbes",
     "Attack",
     "AttackGraphs",
     "CallableAttack",
@@ -81,7 +79,6 @@ __all__ = [
     "SampleGenerator",
     "ThreatModel",
     "UserAttack",
-    "alignment_probes",
     "apgd",
     "attack_mode",
     "attack_options",

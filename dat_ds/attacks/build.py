@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dat_ds.attacks.apgd import apgd
-from dat_ds.attacks.folding import folded_batch_norm
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.modes import attack_mode
 from dat_ds.attacks.noise import Generator, fresh_generator
+from dat_ds.attacks.passes.folding import folded_batch_norm
+from dat_ds.attacks.passes.precision import PRECISIONS, Precision, shorter_floats
+from dat_ds.attacks.passes.quantized import FORMATS, quantizable_linears
+from dat_ds.attacks.passes.tokens import dropped_tokens, patch_tokens
 from dat_ds.attacks.pgd import fat, fgsm, fgsm_rs, mim, multi_norm, n_fgsm, pgd
-from dat_ds.attacks.precision import PRECISIONS, Precision, shorter_floats
-from dat_ds.attacks.quantized import FORMATS, quantizable_linears
 from dat_ds.attacks.threat import ThreatModel
-from dat_ds.attacks.tokens import dropped_tokens, patch_tokens
+from dat_ds.length import parse_length
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
     "pgd": pgd,
@@ -328,21 +329,3 @@ def _build_threat_model(config: Mapping[str, Any]) -> ThreatModel:
         )
     lengths: dict[str, Any] = {k: v if k == "norm" else parse_length(v) for k, v in config.items()}
     return ThreatModel(**lengths)
-
-
-def parse_length(value: float | str) -> float:
-    """A length in pixel units from a number or a fraction: ``"8/255"`` is 8 / 255.
-
-    Raises:
-        ValueError: If the text is neither.
-    """
-    if isinstance(value, str):
-        numerator, slash, denominator = value.partition("/")
-        try:
-            return float(numerator) / float(denominator) if slash else float(numerator)
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"{value!r} is not a length: write 0.03 or '8/255'.") from None
-    try:
-        return float(value)
-    except TypeError:
-        raise ValueError(f"{value!r} is not a length: write 0.03 or '8/255'.") from None

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_ds.bench.ranks import on_ranks
 from dat_ds.bench.records import write_record
 from dat_ds.bench.step_time import PlainSteps
 from dat_ds.bench.timing import check_repetitions, time_in_turn
 from dat_ds.compression import CODECS, Codec, build_codec
 from dat_ds.config import RunConfig, load_config, resolve_batch
+from dat_ds.processes import on_ranks
 
 RANKS, STAGES = 2, (0, 1, 2, 3)
 _SAMPLE, _DRAWS, _FREEDOM = 2**20, 32, 2.0
@@ -106,7 +106,7 @@ def _add_times(
     codecs: dict[str, dict[str, float]], run: RunConfig, repetitions: int
 ) -> tuple[int, float]:
     """Time codecs beside an update of the run's model; its parameters and seconds."""
-    from dat_ds.engine.bench import prepared_engine
+    from dat_ds.bench.engines import prepared_engine
 
     engine, model, x, y = prepared_engine(run)
     plain = PlainSteps(model, run, x, y)
@@ -151,7 +151,7 @@ def _count_bytes(values: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]]
 
 
 def _sent(values: dict[str, Any], stage: int, codec: str) -> dict[str, int]:
-    from dat_ds.engine.bench import prepared_engine
+    from dat_ds.bench.engines import prepared_engine
 
     section = {"name": codec} if codec == "none" else {"name": codec, "sides": "double"}
     dat = {**values["dat"], "compression": section}

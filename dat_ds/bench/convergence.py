@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from dat_ds.attacks import Attack, ThreatModel
-from dat_ds.bench.ranks import on_ranks
 from dat_ds.bench.records import write_record
 from dat_ds.compression import CODECS, build_codec
 from dat_ds.objectives import Objective
+from dat_ds.processes import on_ranks
 
 RANKS = (1, 2, 4)
 HORIZONS = (32, 128, 512)

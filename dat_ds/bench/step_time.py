@@ -79,7 +79,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     other = [key for key, is_default in by_hand.items() if not is_default]
     if other:
         raise ConfigError(f"The parts are not written by hand for {', '.join(other)}: remove it.")
-    from dat_ds.engine.bench import optimizer_step, prepared_engine, training_loader
+    from dat_ds.bench.engines import optimizer_step, prepared_engine, training_loader
 
     engine, model, x, y = prepared_engine(run)
     ranks, steps, accumulation = engine.ranks, run.dat.attack.steps, engine.accumulation

@@ -20,10 +20,10 @@ import torch
 
 from dat_ds.bench.timing import check_alone
 from dat_ds.config import RunConfig, load_config
-from dat_ds.config.length import Length
 from dat_ds.errors import ConfigError, DataError, UserError
 from dat_ds.evaluation import describe_training
 from dat_ds.files import write_json
+from dat_ds.length import Length
 
 JUDGE = "pgd-50-10"
 """The attack that decides."""

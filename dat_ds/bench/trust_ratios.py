@@ -17,7 +17,7 @@ from dat_ds.errors import ConfigError
 from dat_ds.optim import PRESETS, LayerwiseOptimizer, build_optimizer
 
 if TYPE_CHECKING:
-    from dat_ds.engine.bench import LayerwiseSteps
+    from dat_ds.bench.engines import LayerwiseSteps
 
 STEPS = 3
 _ROUND_ROBIN = {"round_robin_gradients": True}
@@ -59,8 +59,8 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
         raise ConfigError(f"There are no trust ratios: write dat.optimizer.name, one of {names}.")
     if precision_of(run.deepspeed) != "float32":
         raise ConfigError("Errors are those of float32: remove bf16, fp16 or torch_autocast.")
-    from dat_ds.engine.bench import layerwise_steps, model_and_batches
-    from dat_ds.engine.run import natural_twin_of
+    from dat_ds.bench.engines import layerwise_steps, model_and_batches
+    from dat_ds.training.twin import natural_twin_of
 
     run = natural_twin_of(run)
     without_dropout = dataclasses.replace(run.dat.model, drop_rate=None, drop_path_rate=None)

@@ -16,6 +16,7 @@ import dat_ds
 from dat_ds.config import RunConfig, load_config
 from dat_ds.config.reference import reference
 from dat_ds.errors import NumericsError, UserError
+from dat_ds.processes import end_process
 
 logger = logging.getLogger("dat_ds")
 
@@ -30,18 +31,6 @@ def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None 
         defaults: As for :func:`main`.
     """
     end_process(main([*words, *sys.argv[1:]], defaults=defaults))
-
-
-def end_process(code: int) -> NoReturn:
-    """Write out what is buffered and end, without taking Python down.
-
-    Threads of torch's CPU collectives may still ask for Python while it is taken down, which now
-    and then aborts a process whose work is done, also after its process group was destroyed.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def main(
@@ -219,14 +208,14 @@ def _load(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig
 
 def _train(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     run = _load(options, defaults)
-    from dat_ds.engine.run import train
+    from dat_ds.training.run import train
 
     train(run, resume=options.resume)
     return 0
 
 
 def _evaluate(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
-    from dat_ds.engine.evaluate import evaluate_run
+    from dat_ds.training.evaluate import evaluate_run
 
     evaluate_run(Path(options.path), options.set)
     return 0
@@ -270,7 +259,8 @@ def _bench_compression(options: argparse.Namespace, defaults: Mapping[str, Any])
 
 
 def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
-    from dat_ds.bench.scaling import Plan, bench_scaling, merge_scaling
+    from dat_ds.bench.scaling.measure import bench_scaling, merge_scaling
+    from dat_ds.bench.scaling.plan import Plan
 
     files = {"output": options.output, "csv": options.csv, "plot": options.plot}
     if options.merge:
@@ -295,7 +285,8 @@ def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> 
 
 
 def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
-    from dat_ds.bench.predict import Target, bench_predict
+    from dat_ds.bench.prediction.predict import bench_predict
+    from dat_ds.bench.prediction.target import Target
 
     names = [field.name for field in dataclasses.fields(Target)]
     given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}

@@ -1,7 +1,7 @@
 """Gradient codecs, and the collectives that carry what they make."""
 
+from dat_ds.compression.base import Codec, Payload
 from dat_ds.compression.build import CODECS, build_codec, codec_options
-from dat_ds.compression.codecs import Codec, NearestInt8, Payload
 from dat_ds.compression.collectives import (
     CompressedAllReduce,
     CompressedReduceScatter,
@@ -9,7 +9,7 @@ from dat_ds.compression.collectives import (
     finish_together,
     gather_shares,
 )
-from dat_ds.compression.traffic import current_kind, kind_of_traffic
+from dat_ds.compression.rounding import NearestInt8
 
 __all__ = [
     "CODECS",
@@ -21,8 +21,6 @@ __all__ = [
     "build_codec",
     "check_agreement",
     "codec_options",
-    "current_kind",
     "finish_together",
     "gather_shares",
-    "kind_of_traffic",
 ]

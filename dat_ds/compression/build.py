@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dat_ds.compression.codecs import Codec, Int4, Int8, Natural, Qsgd, Sign, TopK
+from dat_ds.compression.base import Codec
+from dat_ds.compression.natural import Natural
+from dat_ds.compression.rounding import Int4, Int8, Qsgd
+from dat_ds.compression.sign import Sign
+from dat_ds.compression.topk import TopK
 
 CODECS: dict[str, type[Codec]] = {
     kind.name: kind for kind in (Int8, Int4, Qsgd, Natural, TopK, Sign)

@@ -24,8 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dat_ds.compression.codecs import BlockCodec, Codec
-from dat_ds.compression.traffic import kind_of_traffic
+from dat_ds.compression.base import BlockCodec, Codec
+from dat_ds.traffic import kind_of_traffic
 
 logger = logging.getLogger("dat_ds")
 

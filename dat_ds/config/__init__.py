@@ -2,7 +2,6 @@
 
 from dat_ds.config.build import attack_of, objective_of, threat_of
 from dat_ds.config.evaluation_attack import EvaluationAttack, parse_evaluation_attack
-from dat_ds.config.length import Length
 from dat_ds.config.load import load_config
 from dat_ds.config.reconcile import (
     adapt_to_device,
@@ -18,6 +17,7 @@ from dat_ds.config.reconcile import (
     scale_learning_rate,
 )
 from dat_ds.config.schema import DatConfig, RunConfig, plain
+from dat_ds.length import Length
 
 __all__ = [
     "DatConfig",

@@ -9,7 +9,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dat_ds.config.length import Length
+from dat_ds.length import Length
 
 T = TypeVar("T")
 _INVALID = object()

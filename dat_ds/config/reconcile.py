@@ -34,7 +34,6 @@ from dat_ds.config.deepspeed_keys import (
     adam_weight_decay,
 )
 from dat_ds.config.evaluation_attack import parse_evaluation_attack
-from dat_ds.config.length import Length
 from dat_ds.config.parse import did_you_mean, parse_section
 from dat_ds.config.schema import (
     AttackConfig,
@@ -48,6 +47,7 @@ from dat_ds.config.schema import (
     WeightPerturbationConfig,
 )
 from dat_ds.errors import ConfigError
+from dat_ds.length import Length
 from dat_ds.objectives import (
     OBJECTIVES,
     Objective,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dat_ds.config.length import Length
+from dat_ds.length import Length
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"]
 Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]

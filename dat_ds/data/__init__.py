@@ -1,6 +1,7 @@
 """Images, labels, and the plan of which rank reads which of them."""
 
-from dat_ds.data.datasets import DATASETS, DataSplits, FolderImages, TensorImages, build_data
+from dat_ds.data.datasets import DATASETS, DataSplits, build_data
+from dat_ds.data.images import FolderImages, TensorImages
 from dat_ds.data.loader import (
     DistributedLoader,
     EvaluationBatches,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dat_ds.attacks import (
     FORMATS,
-    AlignmentProbes,
     Attack,
     AttackGraphs,
     FreeAttack,
@@ -28,7 +27,6 @@ from dat_ds.attacks import (
     InputGradient,
     Precision,
     SampleGenerator,
-    alignment_probes,
     attack_mode,
     check_device,
     finite_samples,
@@ -40,18 +38,20 @@ from dat_ds.config import RunConfig, precision_of, threat_of
 from dat_ds.config.schema import EngineConfig
 from dat_ds.data import BatchPlan, DistributedLoader, PlannedBatch, classes_of
 from dat_ds.engine import hooks
-from dat_ds.engine.compression import attach_compression
-from dat_ds.engine.distributed import Ranks, rows_of_others
-from dat_ds.engine.metrics import PhaseTimer, StepMetrics
+from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import attack_problems, has_batch_norm
-from dat_ds.engine.weight_perturbation import WeightPerturbation
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Task, task_of
+from dat_ds.minmax.metrics import PhaseTimer, StepMetrics
+from dat_ds.minmax.outer import num_correct, outer_batch
+from dat_ds.minmax.weights import WeightPerturbation
 from dat_ds.models import PixelModel
 from dat_ds.models.batch_norm import split_batch_norm
-from dat_ds.objectives import Objective, num_correct, outer_batch
+from dat_ds.objectives import Objective
+from dat_ds.objectives.grad_align import AlignmentProbes, alignment_probes
 from dat_ds.optim import CompressedOptimizer
+from dat_ds.ranks import Ranks, rows_of_others
 
 logger = logging.getLogger(__name__)
 

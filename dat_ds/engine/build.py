@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
+from dat_ds.assembly import build_loader, build_schedule
 from dat_ds.attacks import Attack, CallableAttack, FreeAttack, UserAttack, misfits
 from dat_ds.config import (
     DatConfig,
@@ -37,7 +37,7 @@ from dat_ds.config import (
 from dat_ds.data import DistributedLoader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
-from dat_ds.engine.distributed import Ranks, setup_ranks
+from dat_ds.engine.launch import setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
 from dat_ds.engine.validate import attack_problems, check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
@@ -48,10 +48,10 @@ from dat_ds.optim import (
     OPTIMIZERS,
     CompressedOptimizer,
     LayerwiseOptimizer,
-    Schedule,
     build_optimizer,
     usual_scaling,
 )
+from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
 
@@ -264,51 +264,3 @@ def _frozen_copy(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
     copied = copy.deepcopy(model).to(ranks.device, dtype=half.get(precision_of(run.deepspeed)))
     share_from_first_rank(copied)
     return copied.requires_grad_(False).eval()
-
-
-def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | None:
-    """The learning-rate schedule of a run; None where its length is unknown."""
-    config = dat.schedule
-    if steps_per_epoch is None:
-        if config.max_steps is None:
-            return None
-        total, warmup_share = config.max_steps, config.warmup_epochs / config.epochs
-        warmup = round(warmup_share * total)
-    else:
-        total = max(1, math.ceil(config.epochs * steps_per_epoch))
-        total = total if config.max_steps is None else min(total, config.max_steps)
-        warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    return Schedule(
-        config.name,
-        total_steps=total,
-        warmup_steps=warmup,
-        final_ratio=config.final_ratio,
-        milestones=tuple(config.milestones),
-        decay_factor=config.decay_factor,
-    )
-
-
-def build_loader(
-    data: Dataset[Any],
-    dat: DatConfig,
-    ranks: Ranks,
-    micro_batch: int,
-    accumulation: int,
-    *,
-    replays: int = 1,
-    group: int = 1,
-) -> DistributedLoader:
-    """The loader of a run's training data, which hands out each batch ``replays`` times."""
-    pin_memory = dat.data.pin_memory
-    return DistributedLoader(
-        data,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        rank=ranks.rank,
-        ranks=ranks.count,
-        seed=dat.seed,
-        num_workers=dat.data.num_workers,
-        pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
-        replays=replays,
-        group=group,
-    )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from dat_ds.compression import current_kind
+from dat_ds.traffic import current_kind
 
 _GATHERS = ("allgather", "_allgather_base", "all_gather_single", "allgather_into_tensor_coalesced")
 _SCATTERS = ("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single")

@@ -17,6 +17,7 @@ from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, apgd, attack
 from dat_ds.config import EvaluationAttack, parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
+from dat_ds.evaluation.task import Task
 
 Model = Callable[[Tensor], Tensor]
 _APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
@@ -32,23 +33,6 @@ class Gather(Protocol):
 
 def _alone(value: object) -> list[object]:
     return [value]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a self-supervised model is judged by.
-
-    Attributes:
-        inputs: Images, labels and a source of random numbers to the images that the model is shown,
-            ``num_views`` for each, and what its outputs are compared with.
-        num_views: Images shown for each image.
-        loss: Mean loss is measured in the place of accuracy, and attacked; None where outputs are
-            logits of what ``inputs`` gives.
-    """
-
-    inputs: Callable[[Tensor, Tensor, SampleGenerator], tuple[Tensor, Tensor]]
-    num_views: int = 1
-    loss: InnerLoss | None = None
 
 
 _CLASSIFICATION = Task(inputs=lambda x, y, generator: (x, y))

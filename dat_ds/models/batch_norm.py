@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dat_ds.attacks.patching import patched_forwards
+from dat_ds.patching import patched_forwards
 
 
 @contextlib.contextmanager

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import timm
 import torch
 from timm.layers import set_reentrant_ckpt
 from torch import nn
 
 from dat_ds.errors import ModelError
-from dat_ds.models import huggingface
-from dat_ds.models.head import use_projection_head
+from dat_ds.models.families import huggingface
+from dat_ds.models.families.huggingface import build_huggingface
+from dat_ds.models.families.projection import use_projection_head
+from dat_ds.models.families.stem import use_cifar_stem
+from dat_ds.models.families.timm import TIMM_OVERRIDES, build_timm, timm_head_names
 from dat_ds.models.normalize import PixelModel
 from dat_ds.models.pretrained import load_pretrained
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
-from dat_ds.models.stem import use_cifar_stem
 
 _LOG = logging.getLogger("dat_ds")
 CheckpointingKind = Literal["none", "non_reentrant", "reentrant"]
@@ -31,14 +30,6 @@ Head = Literal["classes", "rotation", "projection", "features"]
 _HEADS = get_args(Head)
 _CHECKPOINTING_KINDS = ("none", "non_reentrant", "reentrant")
 _STEMS = ("default", "cifar")
-_OVERRIDES = (
-    "patch_size",
-    "depth",
-    "embed_dim",
-    "num_heads",
-    "drop_rate",
-    "drop_path_rate",
-)
 # Keyword arguments and config fields that would defeat the arguments of build_model.
 _RESERVED = frozenset(
     {
@@ -58,8 +49,6 @@ _RESERVED = frozenset(
         "pretrained_cfg_overlay",
     }
 )
-# What timm raises for values that a model does not take; it has no error class of its own.
-_TIMM_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def build_model(
@@ -174,7 +163,7 @@ def _check_choices(spec: Mapping[str, Any]) -> None:
             problems.append(f"dat.model.{key}='{spec[key]}' is unknown. Valid: {choices}.")
     # A Hugging Face config has fields of the same names, which only options can set.
     reserved = (
-        _RESERVED if huggingface.is_hugging_face(spec["name"]) else _RESERVED.union(_OVERRIDES)
+        _RESERVED if huggingface.is_hugging_face(spec["name"]) else _RESERVED.union(TIMM_OVERRIDES)
     )
     problems += [
         f"dat.model.options.{key} is not allowed: it is set by the data or by a key of dat.model."
@@ -212,10 +201,10 @@ def _build_body(
 ) -> nn.Module:
     """Build the network without normalisation: architecture, stem, head, weights."""
     name: str = spec["name"]
-    body = _build_huggingface(spec) if huggingface.is_hugging_face(name) else _build_timm(spec)
+    body = build_huggingface(spec) if huggingface.is_hugging_face(name) else build_timm(spec)
     if spec["stem"] == "cifar":
         use_cifar_stem(body, name)
-    network, classifier = body, _timm_head_names(body)
+    network, classifier = body, timm_head_names(body)
     if isinstance(body, huggingface.HuggingFaceBody):
         network, classifier = body.model, body.head_names()
     if spec["head"] == "projection":
@@ -225,124 +214,6 @@ def _build_body(
         skips_head = bool(saved_spec) and saved_spec.get("head", "classes") != spec["head"]
         load_pretrained(network, file, classifier, skips_head=skips_head)
     return body
-
-
-def _build_huggingface(spec: Mapping[str, Any]) -> huggingface.HuggingFaceBody:
-    """Build a Hugging Face model; the timm overrides are errors."""
-    given = [f"dat.model.{key}={spec[key]}" for key in _OVERRIDES if spec[key] is not None]
-    if given:
-        raise ModelError(
-            f"{', '.join(given)}: not for the Hugging Face model dat.model.name='{spec['name']}'. "
-            "Set the fields of its config with dat.model.options, "
-            "for example {'num_hidden_layers': 6}."
-        )
-    return huggingface.build_body(
-        huggingface.HuggingFaceSource(
-            location=huggingface.location_of(spec["name"]),
-            num_classes=spec["num_classes"],
-            in_chans=spec["in_chans"],
-            img_size=spec["img_size"],
-            options=spec["options"],
-        )
-    )
-
-
-def _build_timm(spec: Mapping[str, Any]) -> nn.Module:
-    """Build a timm model with random weights."""
-    _check_timm_name(spec["name"])
-    keys = ("num_classes", "in_chans", "img_size", *_OVERRIDES)
-    arguments = {key: spec[key] for key in keys if spec[key] is not None}
-    arguments.update(spec["options"])
-    body, rejected = _create_accepted(spec["name"], arguments)
-    rejected.pop("img_size", None)
-    if rejected:
-        raise ModelError(
-            f"dat.model.name='{spec['name']}' does not accept "
-            + ", ".join(
-                f"dat.model.{'options.' if key in spec['options'] else ''}{key}={value!r}"
-                for key, value in rejected.items()
-            )
-            + ". Remove it, or choose an architecture that has it."
-        )
-    _check_patches(body, spec["name"])
-    return body
-
-
-def _check_timm_name(name: str) -> None:
-    """Raise a ModelError with suggestions unless timm has a model of that name."""
-    if timm.is_model(name):
-        return
-    close = [f"'{match}'" for match in difflib.get_close_matches(name, timm.list_models())]
-    hint = f"; did you mean {' or '.join(close)}?" if close else "."
-    raise ModelError(
-        f"dat.model.name='{name}' is not a timm model{hint} "
-        "Valid: any of timm.list_models() or 'hf:/path/to/model'."
-    )
-
-
-def _create_accepted(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a timm model with the arguments that it accepts.
-
-    What a model accepts is spread over its entry point, class and config, so the only reliable
-    way to know is to try. The arguments are rejected before any weight is made.
-
-    Returns:
-        The model, and the arguments that it does not accept.
-    """
-    accepted, rejected = dict(arguments), dict[str, Any]()
-    while True:
-        try:
-            return timm.create_model(name, pretrained=False, **accepted), rejected
-        except _TIMM_ERRORS as error:
-            refused = [key for key in _refused_keywords(error) if key in accepted]
-            if not refused:
-                raise _creation_error(name, accepted, error) from error
-            rejected.update({key: accepted.pop(key) for key in refused})
-
-
-def _refused_keywords(error: Exception) -> list[str]:
-    """Return the names in Python's (and timm's) messages about arguments that cannot be given."""
-    pattern = r"unexpected keyword argument.*|multiple values for keyword argument.*"
-    found = re.search(pattern, str(error))
-    return re.findall(r"'(\w+)'", found.group()) if found else []
-
-
-def _creation_error(name: str, arguments: Mapping[str, Any], error: Exception) -> ModelError:
-    """Turn what timm raised into a ModelError that names the keys to change."""
-    values = [
-        f"dat.model.{key}={arguments[key]}"
-        for key in ("embed_dim", "num_heads")
-        if key in arguments
-    ]
-    if values and "divisible by num_heads" in str(error):
-        return ModelError(
-            f"{' with '.join(values)}: the width of '{name}' must be a multiple of its number of "
-            "attention heads. Set dat.model.num_heads to a divisor of dat.model.embed_dim."
-        )
-    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    reason = str(error) or type(error).__name__
-    return ModelError(f"dat.model.name='{name}' cannot be built by timm with {given}: {reason}")
-
-
-def _check_patches(body: nn.Module, name: str) -> None:
-    """Raise a ModelError if patches do not tile the image; timm would drop the remainder."""
-    embed = getattr(body, "patch_embed", None)
-    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
-    padded = getattr(embed, "dynamic_img_pad", False)
-    if padded or not isinstance(size, tuple) or not isinstance(patch, tuple):
-        return
-    if any(s % p for s, p in zip(size, patch, strict=True)):
-        raise ModelError(
-            f"dat.model.patch_size={'x'.join(map(str, patch))} does not divide the image size "
-            f"{'x'.join(map(str, size))} of dat.model.name='{name}'. Set dat.model.patch_size to "
-            "a divisor of the image size, or resize the images."
-        )
-
-
-def _timm_head_names(body: nn.Module) -> tuple[str, ...]:
-    """Return the names of the classifier modules."""
-    names = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _enable_checkpointing(body: nn.Module, reentrant: bool, name: str) -> None:

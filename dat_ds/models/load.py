@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dat_ds.errors import CheckpointError, ModelError
-from dat_ds.models import huggingface
 from dat_ds.models.build import build_model
-from dat_ds.models.head import use_projection_head
+from dat_ds.models.families import huggingface
+from dat_ds.models.families.projection import use_projection_head
 from dat_ds.models.normalize import PixelModel
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import FORMAT, SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec

@@ -10,13 +10,14 @@ from dat_ds.objectives.build import (
     uses_unlabelled,
 )
 from dat_ds.objectives.consistency import Alp, Hat, Mart, Trades, helper_images
-from dat_ds.objectives.outer import OuterBatch, OuterTerms, num_correct, outer_batch
+from dat_ds.objectives.grad_align import AlignmentProbes, alignment_probes
 from dat_ds.objectives.self_supervised import Contrastive, Fare, Rotation
 from dat_ds.objectives.views import random_view, rotations
 
 __all__ = [
     "OBJECTIVES",
     "AdversarialTraining",
+    "AlignmentProbes",
     "Alp",
     "Contrastive",
     "Dat",
@@ -24,16 +25,13 @@ __all__ = [
     "Hat",
     "Mart",
     "Objective",
-    "OuterBatch",
-    "OuterTerms",
     "Rotation",
     "Trades",
+    "alignment_probes",
     "build_objective",
     "default_attack_loss",
     "helper_images",
-    "num_correct",
     "objective_options",
-    "outer_batch",
     "random_view",
     "rotations",
     "uses_unlabelled",

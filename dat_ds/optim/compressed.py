@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dat_ds.compression import CompressedAllReduce, build_codec
-from dat_ds.compression.codecs import WholeSign
+from dat_ds.compression.sign import WholeSign
 
 logger = logging.getLogger("dat_ds")
 Scale = Literal["mean", "rms"]

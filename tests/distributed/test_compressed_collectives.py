@@ -11,13 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dat_ds.compression import (
-    CODECS,
-    CompressedAllReduce,
-    CompressedReduceScatter,
-    build_codec,
-    kind_of_traffic,
-)
+from dat_ds.compression import CODECS, CompressedAllReduce, CompressedReduceScatter, build_codec
+from dat_ds.traffic import kind_of_traffic
 from tests.distributed.harness import run_ranks
 
 ODD = 10_007

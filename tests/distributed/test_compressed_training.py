@@ -67,7 +67,7 @@ def compress_parameters(resident_gib: float) -> dict[str, Any]:
     """Double-sided under ZeRO-3: what the passes of one step see, and what remains exact."""
     from dat_ds.compression import NearestInt8
     from dat_ds.engine import hooks
-    from dat_ds.engine.compression import GradientCompression
+    from dat_ds.engine.reductions import GradientCompression
 
     seen: dict[int, list[Tensor]] = {}
     gather = GradientCompression._gather
@@ -196,7 +196,7 @@ def move_hook(stage: int) -> str:
 
 
 def disagree() -> str:
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
     from dat_ds.errors import ConfigError
 
     with pytest.raises(ConfigError, match="Ranks disagree on dat") as caught:
@@ -205,7 +205,7 @@ def disagree() -> str:
 
 
 def everything() -> dict[Any, Any]:
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
 
     setup_ranks()
     allow_fp16()

@@ -18,7 +18,7 @@ DECAY, STEPS = 0.6, 4
 def average_and_trace(stage: int, threshold: int) -> dict[str, Any]:
     import dat_ds
     from dat_ds.engine import hooks
-    from dat_ds.engine.trainer import Trainer
+    from dat_ds.training.trainer import Trainer
 
     config = tiny.config(stage, dat={"ema": {"decay": DECAY}, "logging": {"tensorboard": False}})
     if stage == 3:

@@ -99,7 +99,7 @@ def train_with_callback(
 def train_with_engine(stage: int, objective: str, accumulation: int) -> dict[str, Tensor]:
     import dat_ds
     from dat_ds.models import PixelModel
-    from dat_ds.models.huggingface import HuggingFaceBody
+    from dat_ds.models.families.huggingface import HuggingFaceBody
 
     body = HuggingFaceBody(vit())
     model = PixelModel(body, num_classes=tiny.CLASSES, mean=MEAN, std=STD)

@@ -171,7 +171,7 @@ def train_without_quantisation() -> dict[str, Any]:
 def export_between_agreements(folder: Path) -> dict[str, Tensor]:
     """0/1 Adam's weights where replicas differ: its own, while exported, and afterwards."""
     import dat_ds
-    from dat_ds.engine.trainer import Trainer
+    from dat_ds.training.trainer import Trainer
 
     logging = {"tensorboard": False, "progress": False}
     schedule = {"name": "constant", "max_steps": STEPS}
@@ -265,7 +265,7 @@ def freeze_by_the_rule() -> dict[str, Any]:
 
 
 def on_two_ranks(folder: str) -> dict[Any, Any]:
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
 
     setup_ranks()
     allow_fp16()

@@ -105,7 +105,7 @@ def attack_confident_model(precision: str, stage: int) -> dict[str, Any]:
 
 
 def attack_spoiled_model(stage: int, num_spoiled: int, resident_gib: float) -> dict[str, Any]:
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
 
     rank = setup_ranks().rank
     model = Spoiled(num_spoiled if rank == 1 else 0)

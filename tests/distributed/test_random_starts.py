@@ -117,7 +117,7 @@ def train_epoch(epoch: Epoch) -> dict[str, Any]:
 
 
 def run_all() -> dict[Any, Any]:
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
 
     ranks = setup_ranks().count
     reports: dict[Any, Any] = {}

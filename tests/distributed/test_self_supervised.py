@@ -130,7 +130,7 @@ def attack_once(name: str) -> dict[str, Any]:
 def original_weights() -> bool:
     """Whether every rank measures against rank 0's model, whatever its own was."""
     import dat_ds
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
 
     model = tiny.vit(seed=setup_ranks().rank)
     engine, *_ = dat_ds.initialize(model=model, config=settings("fare", 3))

@@ -210,7 +210,7 @@ def timm_lamb(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def on_two_ranks(folder: str) -> dict[str, Any]:
-    from dat_ds.engine.distributed import setup_ranks
+    from dat_ds.engine.launch import setup_ranks
 
     setup_ranks()
     allow_fp16()

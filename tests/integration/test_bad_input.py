@@ -217,7 +217,7 @@ def make_image_folder(folder: Path) -> Path:
 
 def train_on_rank(config: str, *arguments: str) -> tuple[str, str]:
     """Kind and text of the error that this rank ends with."""
-    from dat_ds.engine.run import train
+    from dat_ds.training.run import train
 
     values = json.loads(config)
     from dat_ds.config import load_config

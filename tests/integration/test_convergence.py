@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dat_ds.bench.convergence import Problem, _run
-from dat_ds.bench.ranks import on_ranks
+from dat_ds.processes import on_ranks
 
 EPS, RATE, STEPS = 0.5, 0.06, 160
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, equal
 
 from dat_ds.cli.main import main
-from dat_ds.engine.guard import Guard, GuardReading
+from dat_ds.training.guard import Guard, GuardReading
 from tests.integration import tiny_run
 
 FIRES_AT = 14  # between two checkpoints, which come every 5 steps

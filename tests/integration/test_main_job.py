@@ -45,7 +45,7 @@ def test_the_model_is_robust_and_its_natural_twin_is_not(run: Path) -> None:
 
 def test_an_independent_attack_agrees(run: Path) -> None:
     foolbox = pytest.importorskip("foolbox")
-    from dat_ds.engine.run import build_data_of
+    from dat_ds.assembly import build_data_of
 
     config = load_config(run / "config.json")
     test = build_data_of(config).test

@@ -81,7 +81,7 @@ def test_the_saved_config_loads_to_the_same_run(finished: Path) -> None:
 
 
 def test_the_loaded_model_is_the_one_the_record_speaks_of(finished: Path) -> None:
-    from dat_ds.engine.run import build_data_of
+    from dat_ds.assembly import build_data_of
 
     record = json.loads((finished / "record.json").read_text())
     run = load_config(record["config"])
@@ -144,7 +144,7 @@ def check_resume(tmp_path: Path, values: dict[str, Any]) -> None:
 
 def test_three_line_loop(tmp_path: Path) -> None:
     import dat_ds
-    from dat_ds.engine.run import build_data_of, build_model_of
+    from dat_ds.assembly import build_data_of, build_model_of
 
     run = load_config(tiny_run.config(tmp_path / "run"))
     splits = build_data_of(run)

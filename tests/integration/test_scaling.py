@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from dat_ds.bench.network import ShapedNetwork
-from dat_ds.bench.scaling import Plan, Point, bench_scaling, config_of, drift_of, points_of
-from dat_ds.bench.scaling_report import describe, read_scaling, rows_of
+from dat_ds.bench.scaling.measure import bench_scaling, drift_of
+from dat_ds.bench.scaling.network import ShapedNetwork
+from dat_ds.bench.scaling.plan import Plan, Point, config_of, points_of
+from dat_ds.bench.scaling.report import describe, read_scaling, rows_of
 from dat_ds.cli.main import main
 from dat_ds.config import RunConfig, load_config
 from dat_ds.errors import ConfigError
@@ -229,7 +230,7 @@ def test_points_of_a_slow_moment_are_measured_again(
         Path(files[1]).write_text(json.dumps(result))
 
     monkeypatch.delenv("RANK", raising=False)  # of a run in this process
-    monkeypatch.setattr("dat_ds.bench.scaling.run_ranks", run_ranks)
+    monkeypatch.setattr("dat_ds.bench.scaling.measure.run_ranks", run_ranks)
     plan = Plan(ranks=(1, 2), stages=(0, 3), codecs=("none",))
     alone[1, 3] = [0.01]
     bench_scaling(run_of(tmp_path), plan, output=str(tmp_path / "found.json"))

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dat_ds import load_config, models
+from dat_ds.assembly import build_data_of
 from dat_ds.cli.main import main
 from dat_ds.data import classes_of
-from dat_ds.engine.distributed import setup_ranks
-from dat_ds.engine.run import _pseudo_labels, build_data_of
+from dat_ds.engine.launch import setup_ranks
+from dat_ds.training.run import _pseudo_labels
 from tests.integration import tiny_run
 
 FEW = {"labelled_fraction": 0.25}

@@ -17,9 +17,13 @@ from dat_ds.compression import (
     CODECS,
     Codec,
     NearestInt8,
+    base,
     build_codec,
     codec_options,
-    codecs,
+    natural,
+    packing,
+    rounding,
+    topk,
 )
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -54,7 +58,8 @@ def over_all_noise(codec: Codec, tensor: Tensor, monkeypatch: pytest.MonkeyPatch
     def all_bits(like: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
         return every.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
-    monkeypatch.setattr(codecs, "_random_bits", all_bits)
+    for module in (natural, rounding):
+        monkeypatch.setattr(module, "random_bits", all_bits)
     rows = tensor.expand(len(every), -1)
     return codec.decode_rows(codec.encode_rows(rows), tensor.numel()).double()
 
@@ -135,10 +140,11 @@ def test_the_payload_does_not_depend_on_how_much_is_encoded_together(
     def no_noise(like: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
         return torch.zeros(like.shape, dtype=dtype)
 
-    monkeypatch.setattr(codecs, "_random_bits", no_noise)
+    for module in (natural, rounding):
+        monkeypatch.setattr(module, "random_bits", no_noise)
     whole = codec.encode_rows(rows, None, valid)
     decoded = codec.decode_rows(whole, numel)
-    monkeypatch.setattr(codecs, "_CACHED_ENTRIES", 1)
+    monkeypatch.setattr(base, "_CACHED_ENTRIES", 1)
     assert whole.shape == (3, codec.bytes_of(numel))
     assert torch.equal(codec.encode_rows(rows, None, valid), whole)
     assert torch.equal(codec.decode_rows(whole, numel), decoded)
@@ -150,9 +156,9 @@ def test_the_payload_does_not_depend_on_how_much_is_encoded_together(
 )
 def test_packing_is_undone_by_unpacking(width, codes):
     values = (torch.tensor(codes) % 2**width).to(torch.uint8)
-    packed = codecs.pack(values, width)
+    packed = packing.pack(values, width)
     assert packed.shape == (len(codes), math.ceil(5 * width / 8))
-    assert torch.equal(codecs.unpack(packed, width, 5), values)
+    assert torch.equal(packing.unpack(packed, width, 5), values)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
@@ -165,16 +171,16 @@ def test_codes_lie_in_bytes_from_the_lowest_bits_up(width, numel):
         [byte >> width * lane & 2**width - 1 for byte in row for lane in range(lanes)][:numel]
         for row in packed.tolist()
     ]
-    codes = codecs.unpack(packed, width, numel)
+    codes = packing.unpack(packed, width, numel)
     assert codes.tolist() == expected
-    whole = codecs.unpack(packed, width, count * lanes)
-    assert torch.equal(codecs.pack(whole, width), packed)
+    whole = packing.unpack(packed, width, count * lanes)
+    assert torch.equal(packing.pack(whole, width), packed)
 
 
 def test_bits_are_packed_as_numpy_packs_them():
     bits = torch.randint(0, 2, (2, 77), dtype=torch.uint8, generator=generator())
     expected = np.packbits(bits.numpy(), axis=1, bitorder="little")
-    assert np.array_equal(codecs.pack(bits, 1).numpy(), expected)
+    assert np.array_equal(packing.pack(bits, 1).numpy(), expected)
 
 
 # ---- bias and variance
@@ -240,7 +246,7 @@ def test_biased_codecs_are_within_their_bound_for_every_tensor(name, options, va
 
 def test_the_random_bits_are_uniform():
     like = torch.empty(2**18)
-    bits = codecs._random_bits(like, torch.int16, generator()).to(torch.float64)
+    bits = packing.random_bits(like, torch.int16, generator()).to(torch.float64)
     unit = (bits + 0.5) / 2**16
     assert abs(unit.mean()) * math.sqrt(12 * 2**18) < 4
     assert unit.var() == pytest.approx(1 / 12, rel=0.01)
@@ -348,7 +354,7 @@ def test_the_largest_of_groups_are_the_largest_of_all(size, kept):
     blocks = torch.randn(2, 30, size, generator=generator())
     blocks[0] = blocks[0].round()  # ties
     blocks[1, :, :4] = torch.tensor([math.inf, math.nan, -math.inf, 3e38])
-    places = codecs._largest(blocks, kept)
+    places = topk._largest(blocks, kept)
     assert places.shape == (2, 30, kept)
     assert all(len(set(row)) == kept for row in places.flatten(0, 1).tolist())
     found = blocks.abs().gather(2, places).sort(dim=2, descending=True).values

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dat_ds.attacks import SampleGenerator, ThreatModel, alignment_probes
+from dat_ds.attacks import SampleGenerator, ThreatModel
+from dat_ds.objectives.grad_align import alignment_probes
 from tests.distributed import tiny
 
 THREAT = ThreatModel("linf", 0.02)

@@ -21,8 +21,8 @@ from dat_ds.attacks import (
     attack_mode,
     build_attack,
 )
-from dat_ds.attacks.graphs import Outcome
 from dat_ds.attacks.noise import RecordedStreams
+from dat_ds.attacks.passes.graphs import Outcome
 
 LINF = {"norm": "linf", "eps": "8/255"}
 L1, L2 = {"norm": "l1", "eps": 10}, {"norm": "l2", "eps": 0.5}

@@ -21,8 +21,8 @@ from dat_ds.attacks import (
     gradient_speedup,
     product_speedup,
 )
-from dat_ds.attacks.folding import conv_norm_pairs
-from dat_ds.attacks.quantized import multiplied, quantized_linears
+from dat_ds.attacks.passes.folding import conv_norm_pairs
+from dat_ds.attacks.passes.quantized import multiplied, quantized_linears
 
 THREAT = ThreatModel("linf", 8 / 255)
 PGD: dict[str, Any] = {"steps": 5, "step_size": "2/255", "threat_model": THREAT}

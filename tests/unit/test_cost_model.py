@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dat_ds.bench.cost_model import (
+from dat_ds.bench.prediction.cost_model import (
     COLLECTIVES,
     Cluster,
     Hardware,

@@ -1,4 +1,4 @@
-"""The callback of Hugging Face's Trainer, in one process."""
+"""Training with the callback of Hugging Face's Trainer, in one process."""
 
 from __future__ import annotations
 
@@ -15,22 +15,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from packaging.requirements import Requirement
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, build_attack, pgd
 from dat_ds.errors import ConfigError
-from dat_ds.evaluation import evaluate
-from dat_ds.integrations.hf import AdversarialTrainer, AdversarialTrainingCallback, internals
-from dat_ds.integrations.hf.forward import PixelView
-from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of, unpacked
+from dat_ds.integrations.hf import AdversarialTrainer
 from dat_ds.models import build_model, save_weights
 from dat_ds.objectives import Trades
 from tests.distributed import tiny
 from tests.hf_tiny import MEAN, STD, PixelDicts, clip, our_hooks, trainer_of, vit
+from tests.unit.hf_helpers import ATTACK, THREAT, callback_of
 
-THREAT = {"norm": "linf", "eps": 0.1}
-ATTACK = {"name": "pgd", "steps": 2, "step_size": 0.05}
 SIZE = 32
 SMALL = {"num_labels": tiny.CLASSES, "image_size": SIZE}
 WIDTHS = {
@@ -40,11 +35,6 @@ WIDTHS = {
     "intermediate_size": 32,
     "patch_size": 8,
 }
-
-
-def callback_of(**settings: Any) -> AdversarialTrainingCallback:
-    values = {"threat_model": THREAT, "attack": ATTACK, "mean": MEAN, "std": STD, **settings}
-    return AdversarialTrainingCallback(**values)
 
 
 def timm_wrapper() -> nn.Module:
@@ -244,68 +234,6 @@ def test_the_trainer_leaves_no_hook_even_between_step_begin_and_forward(tmp_path
     assert our_hooks(model) == []
 
 
-def test_evaluation_and_prediction_are_untouched(tmp_path: Path) -> None:
-    model, data = vit(), PixelDicts(10)
-    ours = trainer_of(model, tmp_path, [callback_of()], eval_dataset=data)
-    theirs = trainer_of(model, tmp_path, [], eval_dataset=data)
-    before = [p.clone() for p in model.parameters()]
-    metrics, plain = ours.evaluate(), theirs.evaluate()
-    assert metrics["eval_loss"] == plain["eval_loss"]
-    assert (ours.predict(data).predictions == theirs.predict(data).predictions).all()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_robust_metrics_equal_an_evaluation_of_the_model(tmp_path: Path) -> None:
-    model, data = vit(), PixelDicts(10)
-    attacks = ["pgd-5", "pgd-5-2"]
-    callback = callback_of(evaluation={"attacks": attacks, "num_examples": 9})
-    trainer = trainer_of(model, tmp_path, [callback], eval_dataset=data)
-    metrics = trainer.evaluate(metric_key_prefix="val")
-    rows = [(data.pixels[i], data.labels[i]) for i in range(9)]
-    view = PixelView(model.eval(), PixelScale(MEAN, STD), "classes")
-    record = evaluate(view, rows, ThreatModel("linf", 0.1), attacks, batch_size=4)
-    assert metrics["val_natural_accuracy"] == record.natural_acc
-    for name in attacks:
-        assert metrics[f"val_robust_accuracy_{name}"] == record.robust_acc[name]
-    outcomes = zip(*(record.outcomes[n] for n in attacks), strict=True)
-    withstood = sum(a == b == "1" for a, b in outcomes)
-    assert metrics["val_robust_accuracy"] == withstood / 9
-
-
-def test_robust_accuracy_chooses_the_best_model_and_is_reported(tmp_path: Path) -> None:
-    seen: list[float] = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_evaluate(self, *args: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-            seen.append(metrics["eval_robust_accuracy"])
-
-    trainer = trainer_of(
-        vit(),
-        tmp_path,
-        # Early stopping reads the metric, wherever it stands in the list.
-        [transformers.EarlyStoppingCallback(2), Watch(), callback_of()],
-        eval_dataset=PixelDicts(10),
-        max_steps=8,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="robust_accuracy",
-        report_to="tensorboard",
-    )
-    trainer.train()
-    assert trainer.state.best_metric == max(seen)
-    best = seen.index(max(seen)) + 1
-    assert trainer.state.best_global_step == best
-    assert len(seen) == min(8, best + 2)
-    logged = [e["eval_robust_accuracy"] for e in trainer.state.log_history if "eval_loss" in e]
-    assert logged == seen
-    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
-    events = EventAccumulator(str(folder)).Reload().Scalars("eval/robust_accuracy")
-    assert [e.value for e in events] == pytest.approx(seen)
-
-
 def test_resuming_equals_going_on(tmp_path: Path) -> None:
     settings = {
         "objective": "trades",
@@ -409,27 +337,6 @@ def test_a_loss_function_gets_adversarial_outputs(tmp_path: Path) -> None:
         )
 
 
-class _OwnLoss(transformers.Trainer):
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        outputs = model(**inputs)
-        return F.cross_entropy(outputs["logits"], inputs["labels"])
-
-
-class _NoForward(transformers.Trainer):
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return getattr(model, "module", model).forward(**inputs).loss
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"), [(_OwnLoss, "not the model's output 'loss'"), (_NoForward, "went by")]
-)
-def test_a_loss_computed_elsewhere_is_refused(tmp_path: Path, kind: Any, message: str) -> None:
-    model = vit()
-    with pytest.raises(ConfigError, match=message):
-        trainer_of(model, tmp_path, [callback_of()], kind=kind).train()
-    assert our_hooks(model) == []
-
-
 def test_fare_keeps_an_encoders_features(tmp_path: Path) -> None:
     model = clip()
     callback = callback_of(objective="fare", evaluation={"attacks": ["pgd-3"]})
@@ -481,123 +388,6 @@ def test_other_objectives_and_attacks_train(tmp_path: Path) -> None:
         assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
 
 
-# ---- pixels
-
-
-def test_pixels_and_values_are_inverse() -> None:
-    x = torch.rand(2, 3, 4, 4)
-    scale = PixelScale([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(scale.to_pixels(scale.to_values(x), ThreatModel("linf", 0)), x)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"do_normalize": False},
-        {"rescale_factor": 1 / 127.5, "do_normalize": False},
-        {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
-    ],
-)
-def test_the_scale_is_the_processors(options: dict[str, Any]) -> None:
-    processor = transformers.ViTImageProcessor(size={"height": 4, "width": 4}, **options)
-    levels = torch.randint(256, (3, 4, 4), dtype=torch.uint8)
-    values = processor(levels, return_tensors="pt")["pixel_values"]
-    pixels = pixels_of(None, None, processor).to_pixels(values, ThreatModel("linf", 0))
-    torch.testing.assert_close(pixels[0], levels / 255)
-
-
-class _Values(PixelDicts):
-    def __init__(self, factor: float, shift: float) -> None:
-        super().__init__(8)
-        self._change = factor, shift
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        factor, shift = self._change
-        values = self.pixels[index] * factor + shift
-        return {"pixel_values": values, "labels": self.labels[index]}
-
-
-@pytest.mark.parametrize(
-    ("factor", "shift", "message"),
-    [(255, 0, "levels of 0 to 255"), (4, -2, "normalised by other numbers")],
-)
-def test_wrong_values_are_refused(
-    tmp_path: Path, factor: float, shift: float, message: str
-) -> None:
-    trainer = trainer_of(vit(), tmp_path, [callback_of()], train_dataset=_Values(factor, shift))
-    with pytest.raises(ConfigError, match=message):
-        trainer.train()
-
-
-def test_raw_pixels_are_suspected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer_of(vit(), tmp_path, [callback_of()], train_dataset=_Values(1, 0)).train()
-    assert "without a negative number" in caplog.text
-
-
-def test_float32_bits_survive_a_cast_of_floats() -> None:
-    values = torch.randn(2, 3, 4, 4)
-    batch = Float32Collator(lambda _: {"pixel_values": values})(None)["pixel_values"]
-    cast = batch.to(torch.bfloat16) if batch.is_floating_point() else batch
-    assert torch.equal(unpacked(cast), values)
-
-
-# ---- refusals
-
-
-def test_all_problems_of_the_settings_come_at_once() -> None:
-    with pytest.raises(ConfigError) as caught:
-        callback_of(
-            threat_model={"norm": "linf", "eps": 8},
-            attack={"name": "pdg"},
-            evaluation={"atacks": []},
-            objective={"name": "trades", "beta": -1},
-        )
-    for part in ("eps", "'pdg'", "evaluation.atacks", "objective.beta"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"attack": {"name": "free"}}, "replays"),
-        ({"objective": "rotation"}, "head of its own"),
-        ({"objective": {"name": "at", "unlabelled_weight": 0.5}}, "unlabelled_weight"),
-        ({"attack": None}, "attack is missing"),
-    ],
-)
-def test_what_needs_the_engine_is_refused(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        trainer_of(vit(), tmp_path, [callback_of(**settings)])
-
-
-def test_models_without_images_are_refused(tmp_path: Path) -> None:
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
-    text = transformers.BertForSequenceClassification(config)
-    with pytest.raises(ConfigError, match="'input_ids', not 'pixel_values'"):
-        trainer_of(text, tmp_path, [callback_of()])
-    with pytest.raises(ConfigError, match="problem_type='regression'"):
-        trainer_of(vit(problem_type="regression"), tmp_path, [callback_of()])
-
-
-def test_missing_labels_and_scales_are_refused(tmp_path: Path) -> None:
-    class Unlabelled(PixelDicts):
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {"pixel_values": super().__getitem__(index)["pixel_values"]}
-
-    trainer = trainer_of(vit(), tmp_path, [callback_of()], train_dataset=Unlabelled(8))
-    with pytest.raises(ConfigError, match="no labels"):
-        trainer.train()
-    with pytest.raises(ConfigError, match="Robust accuracy needs labels"):
-        trainer_of(vit(), tmp_path, [callback_of()], eval_dataset=Unlabelled(8)).evaluate()
-    with pytest.raises(ConfigError, match="scale of pixel_values is unknown"):
-        trainer_of(vit(), tmp_path, [callback_of(mean=None, std=None)])
-
-
 # ---- what we rely on
 
 
@@ -614,9 +404,3 @@ def test_versions_are_those_that_were_tested() -> None:
 def test_importing_dat_ds_does_not_import_the_trainer() -> None:
     code = "import sys, dat_ds, dat_ds.attacks; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_logs_of_an_evaluation_are_told_from_others() -> None:
-    assert internals.evaluation_prefix({"eval_samples_per_second": 1.0}) == "eval"
-    assert internals.evaluation_prefix({"train_samples_per_second": 1.0}) is None
-    assert internals.evaluation_prefix({"loss": 1.0}) is None

@@ -1,4 +1,4 @@
-"""Claims about dat_ds.models: pixels in, logits out, and files that come back the same."""
+"""Claims about dat_ds.models: architectures of timm, and files that come back the same."""
 
 from __future__ import annotations
 
@@ -9,123 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dat_ds.errors import CheckpointError, ModelError
 from dat_ds.models import PixelModel, build_model, load, save_weights
-
-VIT = "vit_tiny_patch16_224"
-TINY_VIT: dict[str, Any] = {
-    "name": VIT,
-    "num_classes": 10,
-    "in_chans": 1,
-    "img_size": 8,
-    "patch_size": 4,
-    "depth": 2,
-    "embed_dim": 64,
-    "num_heads": 2,
-    "seed": 0,
-}
-
-
-class Recorder(nn.Module):
-    """A body that keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.seen = torch.empty(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen = x
-        return x.mean(dim=(2, 3)) * self.scale
-
-
-def pixels(size: int = 8, channels: int = 1, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.rand(batch, channels, size, size, generator=generator)
-
-
-def recorder_model() -> PixelModel:
-    return PixelModel(Recorder(), num_classes=1, mean=[0.4914], std=[0.2471])
+from tests.unit.model_helpers import HEADS, TINY_VIT, VIT, pixels, write_hf_vit
 
 
 @pytest.fixture(scope="module")
 def vit() -> PixelModel:
     return build_model(**TINY_VIT)
-
-
-def write_hf_vit(folder: Path, num_labels: int = 10, weights: bool = True) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        num_channels=3,
-        num_labels=num_labels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    if weights:
-        transformers.ViTForImageClassification(config).save_pretrained(folder)
-    else:
-        config.save_pretrained(folder)
-
-
-# Normalisation
-
-
-def test_body_receives_pixels_minus_mean_over_std() -> None:
-    model, x = recorder_model(), pixels()
-    model(x)
-    torch.testing.assert_close(model.body.seen, (x - 0.4914) / 0.2471)
-
-
-def test_each_channel_has_its_own_mean_and_std() -> None:
-    model = PixelModel(Recorder(), num_classes=3, mean=[0.0, 0.5, 1.0], std=[1.0, 2.0, 4.0])
-    model(torch.ones(1, 3, 2, 2))
-    assert model.body.seen[0, :, 0, 0].tolist() == [1.0, 0.25, 0.0]
-
-
-def test_cast_to_a_bfloat16_body_happens_after_float32_normalisation() -> None:
-    model, x = recorder_model().bfloat16(), pixels()
-    model(x)
-    assert model.body.seen.dtype == torch.bfloat16
-    assert torch.equal(model.body.seen, ((x - 0.4914) / 0.2471).bfloat16())
-
-
-def test_mean_and_std_stay_exact_when_the_model_is_cast_to_16_bits() -> None:
-    exact = recorder_model().normalize.mean
-    for cast in (recorder_model().bfloat16(), recorder_model().half(), recorder_model().double()):
-        assert cast.normalize.mean.dtype == torch.float32
-        assert torch.equal(cast.normalize.mean, exact)
-
-
-def test_body_input_stays_float32_under_autocast() -> None:
-    model = recorder_model()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(pixels())
-    assert model.body.seen.dtype == torch.float32
-
-
-def test_bfloat16_pixels_would_leave_the_eps_ball_and_ours_do_not() -> None:
-    x = torch.linspace(0.5, 0.9, 64).reshape(1, 1, 8, 8)
-    eps = 8 / 255
-    adversarial = x + eps
-    assert ((adversarial.bfloat16().float() - x).abs() > eps + 1e-3).any()
-    model = PixelModel(Recorder(), num_classes=1, mean=[0.0], std=[1.0])
-    model(adversarial)
-    # 1e-6: rounding of the float32 sum and difference.
-    assert (model.body.seen - x).abs().max() <= eps + 1e-6
-
-
-def test_model_moves_to_the_meta_device() -> None:
-    assert recorder_model().to("meta").normalize.mean.device.type == "meta"
 
 
 # timm
@@ -283,7 +177,6 @@ def test_a_checkpoint_of_the_same_shape_is_loaded_whole(
 
 
 RESNET = {"name": "resnet18", "stem": "cifar", "options": {"channels": [8, 8, 8, 8]}, "in_chans": 1}
-HEADS = [("rotation", 4), ("projection", 16), ("features", 0)]
 
 
 @pytest.mark.parametrize(("head", "outputs"), HEADS)
@@ -497,113 +390,3 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not be written"):
         save_weights(tmp_path / "file" / "best", {"a": torch.ones(1)}, {})
-
-
-# Hugging Face
-
-
-def test_hf_folder_gives_the_logits_of_the_hugging_face_model(tmp_path: Path) -> None:
-    write_hf_vit(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
-    )
-    model = build_model(f"hf:{tmp_path}", num_classes=10, img_size=8).eval()
-    original = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    x = pixels(channels=3)
-    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
-    normalized = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    torch.testing.assert_close(model(x), original(pixel_values=normalized).logits)
-
-
-@pytest.mark.parametrize(("head", "outputs"), HEADS)
-def test_hf_models_pre_train_and_fine_tune(head: Any, outputs: int, tmp_path: Path) -> None:
-    write_hf_vit(tmp_path / "source")
-    name = f"hf:{tmp_path / 'source'}"
-    before = build_model(name, num_classes=outputs, head=head, seed=0).eval()
-    x = pixels(channels=3)
-    assert before(x).shape == (2, outputs or 16)
-    save_weights(tmp_path / "saved", before.state_dict(), before.spec)
-    assert torch.equal(load(tmp_path / "saved")(x), before(x))
-    after = build_model(name, num_classes=4, seed=1, pretrained=tmp_path / "saved")
-    assert after(x).shape == (2, 4)
-    backbone = before.body.model.vit.state_dict()
-    assert all(torch.equal(v, backbone[k]) for k, v in after.body.model.vit.state_dict().items())
-
-
-def test_hf_model_reloads_after_its_folder_is_gone(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    write_hf_vit(source, weights=False)
-    model = build_model(f"hf:{source}", num_classes=4, seed=0).eval()
-    save_weights(tmp_path / "saved", model.state_dict(), model.spec)
-    (source / "config.json").unlink()
-    before = torch.get_rng_state()
-    loaded = load(tmp_path / "saved")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(loaded(pixels(channels=3)), model(pixels(channels=3)))
-
-
-def test_hf_folder_without_weights_is_built_from_its_config_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_hf_vit(tmp_path, weights=False)
-    arguments: dict[str, Any] = {
-        "num_classes": 3,
-        "in_chans": 1,
-        "img_size": 12,
-        "options": {"num_hidden_layers": 1, "patch_size": 3},
-        "seed": 0,
-    }
-    model = build_model(f"hf:{tmp_path}", **arguments)
-    again = build_model(f"hf:{tmp_path}", **arguments)
-    assert "has no weights" in caplog.text
-    assert model(pixels(12)).shape == (2, 3)
-    assert torch.equal(model(pixels(12)), again(pixels(12)))
-
-
-def test_hf_head_of_another_size_is_fresh_and_reproducible(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_hf_vit(tmp_path)
-    model, again = (build_model(f"hf:{tmp_path}", num_classes=3, seed=0) for _ in range(2))
-    assert "classifier.bias, classifier.weight" in caplog.text
-    assert torch.equal(model(pixels(channels=3)), again(pixels(channels=3)))
-    assert model(pixels(channels=3)).shape == (2, 3)
-
-
-def test_hf_stored_weights_can_be_overridden_by_a_checkpoint(tmp_path: Path) -> None:
-    write_hf_vit(tmp_path)
-    first = build_model(f"hf:{tmp_path}", num_classes=3, seed=0)
-    file = tmp_path / "trained.safetensors"
-    save_file(first.state_dict(), file)
-    second = build_model(f"hf:{tmp_path}", num_classes=3, seed=1, pretrained=file)
-    assert torch.equal(second(pixels(channels=3)), first(pixels(channels=3)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"depth": 3}, r"dat\.model\.depth=3: not for the Hugging Face model"),
-        ({"options": {"layers": 3}}, r"dat\.model\.options\.layers: not a field of ViTConfig"),
-        ({"options": {"num_labels": 3}}, r"dat\.model\.options\.num_labels is not allowed"),
-        ({"img_size": 10}, r"dat\.model\.img_size=10x10 is not a multiple of the patch size 4"),
-        ({"img_size": 16}, "only the classifier may differ.*position_embeddings"),
-        ({"in_chans": 1}, "only the classifier may differ.*patch_embeddings"),
-        ({"stem": "cifar"}, "dat.model.stem='cifar' does not apply"),
-    ],
-)
-def test_a_wrong_argument_of_a_hf_model_is_named(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    write_hf_vit(tmp_path)
-    with pytest.raises(ModelError, match=message):
-        build_model(f"hf:{tmp_path}", **{"num_classes": 10, **changes})
-
-
-def test_a_hf_folder_that_is_no_image_classifier_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no folder"):
-        build_model(f"hf:{tmp_path}/absent", num_classes=2)
-    with pytest.raises(ModelError, match=r"has no config\.json"):
-        build_model(f"hf:{tmp_path}", num_classes=2)
-    transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot be used as an image classifier"):
-        build_model(f"hf:{tmp_path}", num_classes=2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dat_ds.compression.codecs import WholeSign
+from dat_ds.compression.sign import WholeSign
 from dat_ds.optim import (
     CompressedOptimizer,
     Lamb,

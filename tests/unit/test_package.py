@@ -68,20 +68,35 @@ def test_only_the_engine_imports_deepspeed():
     assert "engine" in importers("deepspeed"), "the scan sees imports"
 
 
-@pytest.mark.parametrize(
-    ("part", "allowed"),
-    [
-        ("attacks", {"attacks", "errors"}),
-        ("objectives", {"objectives", "attacks"}),
-        ("compression", {"compression"}),
-        ("optim", {"optim", "compression"}),
-        ("config", {"config", "attacks", "objectives", "compression", "optim", "errors"}),
-    ],
+FLOORS = (
+    {"errors", "length", "patching", "processes", "traffic"},
+    {"files"},
+    {"attacks", "compression", "data", "models", "ranks"},
+    {"objectives", "optim"},
+    {"config", "minmax"},
+    {"evaluation"},
+    {"assembly"},
+    {"engine", "integrations"},
+    {"training"},
+    {"bench"},
+    {"cli"},
 )
-def test_imports_point_down_only(part, allowed):
-    for path in (PACKAGE / part).rglob("*.py"):
-        ours = {name.split(".")[1] for name in imported(path) if name.startswith("dat_ds.")}
-        assert ours <= allowed, path
+"""Rooms of the package, ground floor first; a room imports from lower floors alone."""
+
+
+def test_every_room_has_its_floor():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "__pycache__"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_point_down_only(floor):
+    below = set().union(*FLOORS[:floor])
+    for room in FLOORS[floor]:
+        folder = PACKAGE / room
+        for path in folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{room}.py"]:
+            ours = {name.split(".")[1] for name in imported(path) if name.startswith("dat_ds.")}
+            assert ours <= {room, *below}, path
 
 
 def test_every_public_name_is_there():

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dat_ds.bench.cost_model import (
+from dat_ds.bench.prediction.calibrate import calibrate, held_out, links_of, slowdown_of
+from dat_ds.bench.prediction.cost_model import (
     COLLECTIVES,
     Cluster,
     Hardware,
@@ -19,7 +20,8 @@ from dat_ds.bench.cost_model import (
     same_link,
     step_time,
 )
-from dat_ds.bench.predict import Target, bench_predict, calibrate, held_out, links_of, slowdown_of
+from dat_ds.bench.prediction.predict import bench_predict
+from dat_ds.bench.prediction.target import Target
 from dat_ds.cli.main import main
 from dat_ds.compression import CODECS
 from dat_ds.errors import ConfigError

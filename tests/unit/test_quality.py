@@ -46,11 +46,6 @@ def test_the_key_reference_is_up_to_date() -> None:
     assert page == reference(), "run: dat-ds config --reference > docs/config.md"
 
 
-def test_recipes_are_thin() -> None:
-    for recipe in (ROOT / "recipes").glob("*.py"):
-        assert len(recipe.read_text(encoding="utf-8").splitlines()) <= 80
-
-
 def test_the_command_line_has_the_documented_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

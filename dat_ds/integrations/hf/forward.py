@@ -15,17 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dat_ds.attacks import (
-    InputGradient,
-    SampleGenerator,
-    alignment_probes,
-    attack_mode,
-)
+from dat_ds.attacks import InputGradient, SampleGenerator, attack_mode
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf.pixels import PixelScale, unpacked
 from dat_ds.integrations.hf.settings import Settings
+from dat_ds.minmax.outer import OuterBatch, num_correct, outer_batch
 from dat_ds.models.batch_norm import split_batch_norm
-from dat_ds.objectives import OuterBatch, num_correct, outer_batch
+from dat_ds.objectives.grad_align import alignment_probes
 
 _OUTPUTS = {"classes": ("logits",), "features": ("image_embeds", "pooler_output")}
 _NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "pixel_values")

@@ -1,4 +1,4 @@
-"""Every reach into transformers' internals, each pinned by a test in ``tests/unit/test_hf.py``.
+"""Every reach into transformers' internals, each pinned by a test in ``tests/unit/test_hf*.py``.
 
 Written against transformers 5.24 and accelerate 1.15.
 """

@@ -1,0 +1,194 @@
+"""What a run is put together from, by its config: data, model, loader, schedule, codec."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dat_ds.compression import Codec, build_codec, codec_options
+from dat_ds.config import DatConfig, RunConfig, check_num_classes, threat_of
+from dat_ds.config.schema import CompressionConfig
+from dat_ds.data import DataSplits, DistributedLoader, build_data
+from dat_ds.errors import ConfigError
+from dat_ds.evaluation import Record, Task, evaluate
+from dat_ds.models import PixelModel, build_model
+from dat_ds.objectives import OBJECTIVES
+from dat_ds.optim import Schedule
+from dat_ds.ranks import Ranks
+
+
+def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | None:
+    """The learning-rate schedule of a run; None where its length is unknown."""
+    config = dat.schedule
+    if steps_per_epoch is None:
+        if config.max_steps is None:
+            return None
+        total, warmup_share = config.max_steps, config.warmup_epochs / config.epochs
+        warmup = round(warmup_share * total)
+    else:
+        total = max(1, math.ceil(config.epochs * steps_per_epoch))
+        total = total if config.max_steps is None else min(total, config.max_steps)
+        warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    return Schedule(
+        config.name,
+        total_steps=total,
+        warmup_steps=warmup,
+        final_ratio=config.final_ratio,
+        milestones=tuple(config.milestones),
+        decay_factor=config.decay_factor,
+    )
+
+
+def build_loader(
+    data: Dataset[Any],
+    dat: DatConfig,
+    ranks: Ranks,
+    micro_batch: int,
+    accumulation: int,
+    *,
+    replays: int = 1,
+    group: int = 1,
+) -> DistributedLoader:
+    """The loader of a run's training data, which hands out each batch ``replays`` times."""
+    pin_memory = dat.data.pin_memory
+    return DistributedLoader(
+        data,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        seed=dat.seed,
+        num_workers=dat.data.num_workers,
+        pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
+        replays=replays,
+        group=group,
+    )
+
+
+def codec_of(config: CompressionConfig) -> Codec:
+    """The codec of a resolved section."""
+    options = {key: getattr(config, key) for key in codec_options(config.name)}
+    if "block_size" in options:
+        options["block_size"] = options["block_size"] or None
+    return build_codec(config.name, **options)
+
+
+PROJECTION_WIDTH = 128  # Chen et al., ICML 2020, arXiv 2002.05709, sec. 2.1
+
+
+def build_data_of(run: RunConfig) -> DataSplits:
+    """The dataset of a run."""
+    config = run.dat.data
+    return build_data(
+        config.name,
+        path=config.path,
+        validation_fraction=config.validation_fraction,
+        augment=config.augment,
+        img_size=config.img_size,
+        num_classes=config.num_classes,
+        num_train=config.num_train,
+        num_test=config.num_test,
+        image_shape=cast("tuple[int, int, int] | None", config.image_shape),
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        labelled_fraction=config.labelled_fraction,
+        drop_unlabelled=config.drop_unlabelled,
+        unlabelled_path=config.unlabelled_path,
+        labelled_repeats=config.labelled_repeats,
+        seed=run.dat.seed,
+    )
+
+
+def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
+    """The model of a run, for its data; the same weights on every rank."""
+    config = run.dat.model
+    channels, height, _ = splits.image_shape
+    if config.num_classes is not None and config.num_classes < splits.num_classes:
+        raise ConfigError(
+            f"dat.model.num_classes={config.num_classes} is less than the {splits.num_classes} "
+            f"classes of {splits.name}: leave it out, or give at least {splits.num_classes}."
+        )
+    if config.img_size not in (None, height):
+        raise ConfigError(
+            f"dat.model.img_size={config.img_size}, but the images have {height} pixels: leave it "
+            f"out, or resize the images with dat.data.img_size={config.img_size}."
+        )
+    num_outputs = _num_outputs(run, splits)
+    # Published weights expect the statistics they were trained with, not those of this data.
+    own_statistics = (
+        config.mean is not None or config.pretrained is not None or config.name.startswith("hf:")
+    )
+    return build_model(
+        config.name,
+        num_classes=num_outputs,
+        in_chans=channels,
+        mean=config.mean if own_statistics else splits.mean,
+        std=config.std if own_statistics else splits.std,
+        img_size=height,
+        patch_size=config.patch_size,
+        depth=config.depth,
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        drop_rate=config.drop_rate,
+        drop_path_rate=config.drop_path_rate,
+        stem=config.stem,
+        head=OBJECTIVES[run.dat.objective.name].head,
+        pretrained=config.pretrained,
+        options=config.options,
+        activation_checkpointing=config.activation_checkpointing,
+        seed=run.dat.seed,
+    )
+
+
+def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
+    """Outputs that the objective needs of the model, after checking that the data give them."""
+    name, model = run.dat.objective.name, run.dat.model
+    _, height, width = splits.image_shape
+    problems: list[str] = []
+    num_classes = model.num_classes or splits.num_classes
+    if OBJECTIVES[name].head == "classes":
+        check_num_classes(run.dat, num_classes, problems)
+    if name == "rotation" and height != width:
+        problems.append(
+            f"dat.objective.name='rotation' turns images by 90 degrees, but those of {splits.name} "
+            f"are {height} x {width}: give square ones, with dat.data.img_size={height}."
+        )
+    if name == "fare" and model.pretrained is None and not model.name.startswith("hf:"):
+        problems.append(
+            "dat.objective.name='fare' keeps the features that the model starts with, and those of "
+            "random weights are worth nothing: give dat.model.pretrained, or a model 'hf:PATH'."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    outputs = {"classes": num_classes, "rotation": 4, "projection": PROJECTION_WIDTH, "features": 0}
+    return outputs[OBJECTIVES[name].head]
+
+
+def evaluate_model(
+    model: Callable[[Tensor], Tensor],
+    data: Dataset[Any],
+    run: RunConfig,
+    ranks: Ranks,
+    task: Task | None,
+) -> Record:
+    """Evaluate a model as ``dat.evaluation`` says, sharded over the ranks; a collective."""
+    config = run.dat.evaluation
+    return evaluate(
+        model,
+        data,
+        threat_of(run.dat),
+        config.attacks,
+        num_examples=config.num_examples,
+        batch_size=config.batch_size,
+        seed=run.dat.seed,
+        device=ranks.device,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        gather=ranks.gather,
+        num_workers=run.dat.data.num_workers,
+        task=task,
+    )

@@ -1,0 +1,1 @@
+"""Step times by a cost model, checked against measurements."""

@@ -1,0 +1,1 @@
+"""Strong and weak scaling over ranks, ZeRO stages, codecs and link speeds."""

@@ -1,0 +1,96 @@
+"""Images in memory and in files."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dat_ds.data.transforms import Sample, resize_center_crop, resize_square, to_unit
+from dat_ds.errors import DataError
+
+Channels = tuple[float, ...]
+
+
+ImageShape = tuple[int, int, int]
+
+
+class TensorImages(Dataset[Sample]):
+    """Images held in memory and converted one at a time.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8 in 0..255 or float in [0, 1].
+        labels: Integer labels, shape ``(N,)``.
+        img_size: Side to resize to (ratio not kept), or None to leave the images as they are.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, img_size: int | None = None) -> None:
+        self.images = images
+        self.labels = labels.to(torch.int64)
+        self.img_size = img_size
+        channels, height, width = images.shape[1:]
+        self.image_shape: ImageShape = (channels, img_size or height, img_size or width)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return ``(x, y)`` with ``x`` float32 of `image_shape` in [0, 1]."""
+        x = to_unit(self.images[index])
+        if self.img_size is not None:
+            x = resize_square(x, self.img_size).clamp(0, 1)
+        return x, int(self.labels[index])
+
+    def raw(self, index: int) -> Sample:
+        """Return the stored image before any resizing, and its label."""
+        return self.images[index], int(self.labels[index])
+
+
+class FolderImages(Dataset[Sample]):
+    """Image files read on demand, as RGB.
+
+    Args:
+        samples: ``(file, label)`` pairs.
+        img_size: Side of the evaluation image: shorter edge to ``img_size * 256 / 224``, then the
+            central square.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], img_size: int) -> None:
+        self.samples = samples
+        self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+        self.img_size = img_size
+        self.image_shape: ImageShape = (3, img_size, img_size)
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return ``(x, y)`` with ``x`` float32 of `image_shape` in [0, 1].
+
+        Raises:
+            DataError: The file cannot be decoded.
+        """
+        image, y = self.raw(index)
+        return to_unit(resize_center_crop(image, self.img_size)), y
+
+    def raw(self, index: int) -> Sample:
+        """Return the whole image, uint8 ``(3, H, W)`` of the file's own size, and its label.
+
+        Raises:
+            DataError: The file cannot be decoded.
+        """
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                pixels = np.array(file.convert("RGB"))
+        # Pillow's decoders raise SyntaxError and ValueError too for a damaged file.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"dat.data.path: cannot read the image {path} ({error}). "
+                "Replace the file or remove it."
+            ) from error
+        return torch.from_numpy(pixels).permute(2, 0, 1), label

@@ -1,0 +1,91 @@
+"""Arrays in an npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dat_ds.data.images import TensorImages
+from dat_ds.data.readers.source import Request, Source, measure_channels, raise_all
+from dat_ds.errors import DataError
+
+_NPZ_LAYOUTS = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("images", "labels", "test_images", "test_labels"),
+)
+
+
+def read_npz(request: Request) -> Source:
+    """Both parts of an npz file."""
+    arrays = load_npz(request.path, f"dat.data.path={str(request.path)!r}")
+    layout = next((keys for keys in _NPZ_LAYOUTS if keys[0] in arrays), _NPZ_LAYOUTS[0])
+    missing = [key for key in layout if key not in arrays]
+    if missing:
+        raise DataError(
+            f"dat.data.path={str(request.path)!r} lacks the arrays {', '.join(missing)} (it has "
+            f"{', '.join(arrays) or 'none'}). Save uint8 images and integer labels with "
+            f"numpy.savez(file, {', '.join(f'{key}=...' for key in layout)}); a test part is "
+            "needed because none is ever cut out of the training data."
+        )
+    where = f"dat.data.path={str(request.path)!r}"
+    pairs = [(layout[0], layout[1]), (layout[2], layout[3])]
+    problems = [p for x, y in pairs for p in array_problems(where, x, arrays[x], y, arrays[y])]
+    shapes = [arrays[x].shape[1:] for x, _ in pairs]
+    if not problems and shapes[0] != shapes[1]:
+        problems.append(
+            f"{where}: {layout[0]} has images of shape {shapes[0]}, {layout[2]} of {shapes[1]}; "
+            "they must be the same."
+        )
+    raise_all(problems)
+    train, test = (images_from_arrays(arrays[x], arrays[y], request.img_size) for x, y in pairs)
+    return Source(train, test, measure_channels(train.images))
+
+
+def load_npz(path: str | Path | None, where: str) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of an npz file."""
+    try:
+        # Pickled objects in a data file could run code on loading.
+        with np.load(str(path), allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{where} is not a readable npz file of plain arrays ({error}). Write one with "
+            "numpy.savez."
+        ) from error
+
+
+def array_problems(
+    where: str, x_key: str, x: np.ndarray[Any, Any], y_key: str, y: np.ndarray[Any, Any]
+) -> list[str]:
+    """What is wrong with images and labels, in words."""
+    problems = []
+    if x.dtype != np.uint8:
+        problems.append(f"{where}: {x_key} is {x.dtype}; images must be uint8 in 0..255.")
+    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 2, 3, 4)):
+        problems.append(
+            f"{where}: {x_key} has shape {x.shape}; it must be (N, H, W) or (N, H, W, C) with C "
+            "from 1 to 4. Channels first? Write x.transpose(0, 2, 3, 1)."
+        )
+    if y.dtype.kind not in "iu" or y.ndim != 1:
+        problems.append(
+            f"{where}: {y_key} is {y.dtype} of shape {y.shape}; labels must be integers of shape "
+            "(N,)."
+        )
+    if x.ndim and y.ndim and len(x) != len(y):
+        problems.append(
+            f"{where}: {x_key} has {len(x)} images but {y_key} has {len(y)} labels; they must be "
+            "as many."
+        )
+    return problems
+
+
+def images_from_arrays(
+    x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], img_size: int | None
+) -> TensorImages:
+    """Images in memory from arrays ``(N, H, W)`` or ``(N, H, W, C)``."""
+    images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2).contiguous()
+    return TensorImages(images, torch.from_numpy(y.astype(np.int64)), img_size)

@@ -1,0 +1,61 @@
+"""What a reader is asked for, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dat_ds.data.images import Channels, FolderImages, TensorImages
+from dat_ds.data.transforms import to_unit
+from dat_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `build_data` that concern reading."""
+
+    name: str
+    path: str | Path | None
+    img_size: int | None
+    num_classes: int | None
+    num_train: int | None
+    num_test: int | None
+    image_shape: tuple[int, ...] | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as read: both parts, (mean, std), names, and its number of classes (0: count)."""
+
+    train: TensorImages | FolderImages
+    test: TensorImages | FolderImages
+    statistics: tuple[Channels, Channels]
+    class_names: tuple[str, ...] | None = None
+    num_classes: int = 0
+
+
+def raise_all(problems: Iterable[str]) -> None:
+    """Raise all problems in one error, if there are any."""
+    text = "\n".join(problems)
+    if text:
+        raise DataError(text)
+
+
+def measure_channels(images: Tensor) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation per channel, accumulated in float64 over chunks."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    total_squared = torch.zeros_like(total)
+    for chunk in torch.split(images, 1024):
+        pixels = to_unit(chunk).double().transpose(0, 1).flatten(1)
+        total += pixels.sum(1)
+        total_squared += pixels.square().sum(1)
+    count = images.numel() // images.shape[1]
+    mean = total / count
+    # A constant channel has no spread, and models divide by it: one grey level is the floor.
+    std = (total_squared / count - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,1 @@
+"""The min-max step: inner maximisation, outer forward, weights, metrics; torch only."""

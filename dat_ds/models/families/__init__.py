@@ -1,0 +1,1 @@
+"""Where networks come from, and what each library's need to be trained here."""

@@ -1,0 +1,110 @@
+"""Processes: starting ranks on this machine, and ending one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+
+def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> Any:
+    """Call ``function(*arguments)`` in each of several processes, as :func:`start_ranks` does.
+
+    Returns:
+        What rank 0's call returned, through JSON.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        start_ranks(_write_result, ranks, function, arguments, file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write_result(function: Callable[..., Any], arguments: Sequence[Any], file: Path) -> None:
+    result = function(*arguments)
+    if os.environ["RANK"] == "0":
+        file.write_text(json.dumps(result), encoding="utf-8")
+
+
+def start_ranks(
+    function: Callable[..., object],
+    ranks: int,
+    *arguments: Any,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run ``function(*arguments)`` as so many gloo ranks of one thread each; wait for all.
+
+    Args:
+        function: Of a module; joins the process group by :func:`dat_ds.initialize`, or otherwise.
+        ranks: Number of processes.
+        arguments: What can be pickled.
+        environment: Further variables of every rank.
+    """
+    port = free_port()
+    variables = [
+        {**rank_environment(rank, ranks, port, local=ranks), **(environment or {})}
+        for rank in range(ranks)
+    ]
+    spawn(_run_rank, (variables, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+
+
+def _run_rank(
+    rank: int,
+    environment: Sequence[Mapping[str, str]],
+    function: Callable[..., object],
+    arguments: Sequence[Any],
+) -> None:
+    os.environ.update(environment[rank])
+    torch.set_num_threads(1)
+    function(*arguments)
+    end_process(0)
+
+
+def rank_environment(
+    rank: int, ranks: int, port: int, *, address: str = "127.0.0.1", local: int = 1
+) -> dict[str, str]:
+    """Variables by which a process on a CPU joins the process group, as launchers export them.
+
+    Args:
+        rank: The process.
+        ranks: Number of processes.
+        port: Of the machine of rank 0.
+        address: That machine.
+        local: Processes that share this machine.
+    """
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank % local),
+        "LOCAL_SIZE": str(local),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def end_process(code: int) -> NoReturn:
+    """Write out what is buffered and end, without taking Python down.
+
+    Threads of torch's CPU collectives may still ask for Python while it is taken down, which now
+    and then aborts a process whose work is done, also after its process group was destroyed.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

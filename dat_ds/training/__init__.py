@@ -1,0 +1,1 @@
+"""The application: a whole run from its config to its record."""

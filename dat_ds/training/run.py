@@ -1,0 +1,265 @@
+"""A whole run: data, model, engine, training, evaluation, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, default_collate
+
+from dat_ds.assembly import build_data_of, build_model_of, evaluate_model
+from dat_ds.config import (
+    RunConfig,
+    adapt_to_device,
+    objective_of,
+    plain,
+    threat_of,
+)
+from dat_ds.config.schema import (
+    DataConfig,
+)
+from dat_ds.data import DataSplits, evaluation_batches
+from dat_ds.engine.build import initialize
+from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
+from dat_ds.engine.launch import setup_ranks
+from dat_ds.errors import CheckpointError
+from dat_ds.evaluation import (
+    Record,
+    Task,
+    commit,
+    describe,
+    describe_training,
+    draw_examples,
+    hardware,
+    task_of,
+    versions,
+)
+from dat_ds.files import write_json
+from dat_ds.models import load
+from dat_ds.objectives import OBJECTIVES, rotations
+from dat_ds.ranks import Ranks
+from dat_ds.training.folder import choose_output, find_checkpoint, make_folder
+from dat_ds.training.stopping import StopSignal
+from dat_ds.training.trainer import Trainer
+from dat_ds.training.twin import TWIN_FOLDER, natural_twin_of
+
+logger = logging.getLogger("dat_ds")
+
+
+def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
+    """Carry out a run from its config to its ``record.json``.
+
+    Args:
+        run: The run.
+        resume: ``"none"`` starts anew; ``"auto"`` continues from the newest checkpoint of the
+            run's folder, or starts anew where there is none; a path continues from that
+            checkpoint or run folder.
+
+    Returns:
+        The record, or None where SIGTERM stopped the run, which ``resume="auto"`` continues.
+
+    Raises:
+        UserError: For every mistake in what was asked, on all ranks.
+    """
+    stop = StopSignal()
+    with stop.listening():
+        return _train(run, resume, stop)
+
+
+def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | None:
+    ranks = setup_ranks()
+    run = adapt_to_device(run, ranks.device.type)
+    chosen = ""
+    with ranks.together():
+        if ranks.is_main:
+            chosen = choose_output(run, resume)
+    output = Path(str(ranks.gather(chosen)[0]))
+    record = _train_one(run, ranks, output, resume, stop)
+    if record is None:
+        return None
+    twin = None
+    if run.dat.evaluation.natural_twin and run.dat.attack.name != "none":
+        if ranks.is_main:
+            logger.info("Training the natural twin, for comparison.")
+        twin_resume = "none" if resume == "none" else "auto"
+        twin_output = output / TWIN_FOLDER
+        twin = _train_one(natural_twin_of(run), ranks, twin_output, twin_resume, stop)
+        if twin is None:
+            return None
+    with ranks.together():
+        if ranks.is_main:
+            _draw(run, output, ranks.device, twin is not None)
+    if ranks.is_main:
+        logger.info("%s", describe(record, twin))
+        logger.info("Record: %s", output / "record.json")
+    return record
+
+
+def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
+    """What the exported model of a run is judged by; None where it classifies images."""
+    objective = objective_of(run.dat)
+    reference = None
+    if objective.needs_reference:
+        latest = Checkpoints(output / "checkpoints", keep=1).latest()
+        if latest is None:
+            raise CheckpointError(f"There is no checkpoint in {output}/checkpoints.")
+        reference = load(latest / REFERENCE, map_location=ranks.device)
+    return task_of(objective, reference)
+
+
+def describe_outcome(outcome: Record, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """What every record holds: the outcome, and all it depends on."""
+    return {
+        **outcome.to_dict(),
+        "natural": run.dat.attack.name == "none",
+        "seed": run.dat.seed,
+        "ranks": ranks.count,
+        "config": run.to_dict(),
+        "versions": versions(),
+        "hardware": hardware(ranks.device),
+        "commit": commit(),
+    }
+
+
+def _train_one(
+    run: RunConfig, ranks: Ranks, output: Path, resume: str, stop: StopSignal
+) -> dict[str, Any] | None:
+    started = time.perf_counter()
+    # Dropout and drop path differ between ranks; everything else is seeded explicitly.
+    torch.manual_seed(run.dat.seed * 1_000_003 + ranks.rank)
+    with ranks.together():
+        splits = build_data_of(run)
+        model = build_model_of(run, splits)
+        checkpoint = find_checkpoint(output, resume)
+        if ranks.is_main:
+            make_folder(output)
+    if splits.mixture is not None and run.dat.data.pseudo_labels is not None:
+        splits.mixture.label(_pseudo_labels(splits.mixture.unlabelled, run, ranks))
+    engine, _, loader, _ = initialize(
+        model=model, config=run, training_data=splits.train, ranks=ranks
+    )
+    assert loader is not None
+    trainer = Trainer(engine, loader, splits.validation, output, stop)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        if ranks.is_main:
+            logger.info("Continuing from %s.", checkpoint)
+    elif ranks.is_main:
+        _announce(run, ranks, splits, trainer, output)
+    with ranks.together():
+        if ranks.is_main:  # not before a refused checkpoint could have been refused
+            write_json(output / "config.json", run.to_dict())
+    finished = trainer.fit()
+    train_seconds = trainer.seconds()
+    engine.close()
+    if not finished:
+        if ranks.is_main:
+            logger.info(
+                "Stopped by SIGTERM after step %d; nothing is lost. To continue, repeat the "
+                "command with --resume auto.",
+                engine.global_steps,
+            )
+        return None
+    exported = load(output, map_location=ranks.device)
+    before = time.perf_counter()
+    task = task_of_export(run, output, ranks)
+    outcome = evaluate_model(exported, splits.test, run, ranks, task)
+    record = {
+        **describe_outcome(outcome, run, ranks),
+        "checkpoint": "best" if trainer.best is not None else "last",
+        "best_validation": trainer.best,
+        "validation": trainer.history,
+        "events": trainer.all_events(),
+        "steps": engine.global_steps,
+        "attack_precision": engine.attack_precision,
+        "seconds": {
+            "train": train_seconds,
+            "evaluate": time.perf_counter() - before,
+            "total": trainer.seconds_before + time.perf_counter() - started,
+        },
+    }
+    with ranks.together():
+        if ranks.is_main:
+            write_json(output / "record.json", record)
+    return record
+
+
+def _pseudo_labels(images: Dataset[Any], run: RunConfig, ranks: Ranks) -> Tensor:
+    """The class that ``dat.data.pseudo_labels`` gives each image, int64; a collective."""
+    path = str(run.dat.data.pseudo_labels)
+    with ranks.together():
+        labeller = load(path, map_location=ranks.device)
+    own: list[tuple[int, int]] = []
+    batches = evaluation_batches(
+        images,
+        batch_size=run.dat.evaluation.batch_size,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        num_workers=run.dat.data.num_workers,
+    )
+    with ranks.together(), torch.no_grad():
+        for x, _, indices in batches:
+            if indices:
+                own += zip(indices, labeller(x.to(ranks.device)).argmax(1).tolist(), strict=True)
+    shards = cast("list[list[tuple[int, int]]]", ranks.gather(own))
+    classes = dict(pair for shard in shards for pair in shard)
+    return torch.tensor([classes[i] for i in range(len(classes))])
+
+
+def _announce(
+    run: RunConfig, ranks: Ranks, splits: DataSplits, trainer: Trainer, output: Path
+) -> None:
+    dat = run.dat
+    logger.info(
+        "%s on %s: %d training images%s, %d rank(s), ZeRO-%d, %d steps of %d images; %s, %s eps %s",
+        dat.model.name,
+        splits.name,
+        len(splits.train),  # type: ignore[arg-type]
+        _unlabelled_words(splits, dat.data),
+        ranks.count,
+        run.zero_stage,
+        trainer.total_steps,
+        trainer.loader.sampler.global_batch,
+        describe_training(plain(dataclasses.asdict(dat))),
+        dat.threat_model.norm,
+        dat.threat_model.eps,
+    )
+    logger.info("Run folder: %s", output)
+
+
+def _unlabelled_words(splits: DataSplits, data: DataConfig) -> str:
+    if splits.mixture is None:
+        return ""
+    kind = "without labels" if data.pseudo_labels is None else "with pseudo-labels"
+    return f" ({splits.mixture.num_unlabelled} of them {kind})"
+
+
+def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:
+    count = run.dat.evaluation.pictures
+    objective = OBJECTIVES[run.dat.objective.name]
+    if count == 0 or not objective.classifies:
+        return
+    splits = build_data_of(run)
+    channels = splits.image_shape[0]
+    if channels not in (1, 3):
+        logger.info("No picture: images have %d channels.", channels)
+        return
+    shown = Subset(splits.test, range(min(count, len(splits.test))))  # type: ignore[arg-type]
+    x, y = default_collate([shown[i] for i in range(len(shown))])
+    class_names = splits.class_names
+    if objective.head == "rotation":
+        x, y = (kind[:count] for kind in rotations(x))
+        class_names = ("0", "90", "180", "270")
+    name = "robust" if run.dat.attack.name != "none" else "natural"
+    models = {name: load(output, map_location=device)}
+    if has_twin:
+        models["natural twin"] = load(output / TWIN_FOLDER, map_location=device)
+    attack = run.dat.evaluation.validation_attack  # cheap: every rank waits for the picture
+    path = output / "examples.png"
+    draw_examples(models, x, y, threat_of(run.dat), attack, path, class_names=class_names)
+    logger.info("Picture: %s", path)

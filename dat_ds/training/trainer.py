@@ -1,0 +1,497 @@
+"""The training loop: steps, logging, validation, checkpoints, and stopping cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dat_ds.assembly import build_schedule
+from dat_ds.config import threat_of
+from dat_ds.data import DistributedLoader, PlannedBatch
+from dat_ds.engine import hooks
+from dat_ds.engine.adversarial import AdversarialEngine
+from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.monitor import Monitor
+from dat_ds.errors import DataError, NumericsError
+from dat_ds.evaluation import Record, evaluate
+from dat_ds.files import append_row, keep_rows_until
+from dat_ds.optim import WeightEma
+from dat_ds.training.guard import Guard, GuardReading, multi_step
+from dat_ds.training.stopping import StopSignal
+
+logger = logging.getLogger("dat_ds")
+
+_GO_ON, _STOP, _BAD_DATA = 0, 1, 2
+
+
+class Trainer:
+    """Trains an :class:`AdversarialEngine` to the end of its schedule.
+
+    Args:
+        engine: Engine to train.
+        loader: Its loader.
+        validation: Held-out images that choose the best model; may be empty.
+        output: Folder of the run.
+        stop: Asked between two steps whether to stop.
+    """
+
+    def __init__(
+        self,
+        engine: AdversarialEngine,
+        loader: DistributedLoader,
+        validation: Dataset[Any],
+        output: Path,
+        stop: StopSignal | None = None,
+    ) -> None:
+        self.engine = engine
+        self.loader = loader
+        self.validation = validation
+        self.output = output
+        self.run = engine.run
+        self.ranks = engine.ranks
+        self.checkpoints = Checkpoints(output / "checkpoints", self.run.dat.checkpoint.keep)
+        self.ema: WeightEma | None = None
+        if self.run.dat.ema.decay > 0:
+            self.ema = WeightEma(
+                lambda: hooks.held_weights(engine.deepspeed), self.run.dat.ema.decay
+            )
+        schedule = build_schedule(self.run.dat, loader.steps_per_epoch)
+        assert schedule is not None
+        self.total_steps = schedule.total_steps
+        self.best: dict[str, Any] | None = None
+        self.history: list[dict[str, Any]] = []
+        self.seconds_before = 0.0
+        guard = self.run.dat.guard
+        self._guard: Guard | None = None
+        if guard.action != "none" and self.run.dat.attack.name != "none":
+            self._guard = Guard(
+                engine,
+                probe_steps=guard.probe_steps,
+                num_images=guard.num_images,
+                largest_gap=guard.largest_gap,
+            )
+        self.is_strengthened = False
+        self.events: list[dict[str, Any]] = []
+        self._reading: GuardReading | None = None
+        self._stop = StopSignal() if stop is None else stop
+        self._warned_of_skips = False
+        self._shown: dict[str, str] = {}
+        self._checkpointed_at = -1
+        self._monitor = Monitor(self.run, output) if self.ranks.is_main else None
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue exactly where ``checkpoint`` was written; a collective."""
+        state = self.checkpoints.load(checkpoint, self.engine, self.ema)
+        self.best, self.history = state["best"], state["history"]
+        self.seconds_before = state["seconds"]
+        self.events = state["events"]
+        if state["strengthened"]:
+            self._strengthen()
+        self._checkpointed_at = self.engine.global_steps
+        self.loader.set_position(*divmod(self.engine.global_steps, self.loader.steps_per_epoch))
+
+    def fit(self) -> bool:
+        """Train to the end, or until asked to stop.
+
+        Returns:
+            Whether the schedule was completed; if not, a checkpoint holds the state.
+
+        Raises:
+            NumericsError: On a non-finite loss or weight; checkpoints hold finite weights only.
+            DataError: On unreadable data, after a checkpoint was written.
+            CheckpointError: On a file that cannot be written.
+        """
+        self._start = time.perf_counter()
+        self._batches = self._stream()
+        self._drop_later_rows()
+        # Closing the stream, which a roll-back replaces, ends the loader's workers.
+        with self._progress() as bar, contextlib.ExitStack() as stack:
+            stack.callback(lambda: self._batches.close())
+            while self.engine.global_steps < self.total_steps:
+                batches, error = self._fetch_step()
+                signal_seen = _STOP if self._stop.requested else _GO_ON
+                status = self.ranks.max(_BAD_DATA if error is not None else signal_seen)
+                if status != _GO_ON:
+                    self.save_checkpoint()
+                    with self.ranks.together():
+                        if error is not None:
+                            raise error
+                    return False
+                self._train_step(batches)
+                bar.update()
+                self._after_step(batches, bar)
+        return True
+
+    def _drop_later_rows(self) -> None:
+        """Cut the metrics of steps after the present one, which are about to be repeated."""
+        with self.ranks.together():
+            if self.ranks.is_main:
+                keep_rows_until(self.output / "metrics.jsonl", self.engine.global_steps)
+
+    # ---- one step
+
+    def _fetch_step(self) -> tuple[list[PlannedBatch], DataError | None]:
+        """The micro-batches of one optimizer step, or the error that reading them met.
+
+        They are read before the step begins, so that all ranks can still stop together.
+        """
+        batches: list[PlannedBatch] = []
+        try:
+            while len(batches) < self.engine.accumulation:
+                batches.append(next(self._batches))
+        except DataError as error:
+            return [], error
+        return batches, None
+
+    def _stream(self) -> Generator[PlannedBatch, None, None]:
+        while True:
+            for _ in self.loader:
+                yield self.loader.ahead[0]
+
+    def _train_step(self, batches: list[PlannedBatch]) -> None:
+        self.engine.look_ahead(batches)
+        for x, y, plan in batches:
+            loss = self.engine(x, y, plan=plan)
+            self.engine.backward(loss)
+            self.engine.step()
+        if self.ema is not None:
+            self.ema.update()
+
+    def _after_step(self, batches: list[PlannedBatch], bar: tqdm[Any]) -> None:
+        step, dat = self.engine.global_steps, self.run.dat
+        is_last = step == self.total_steps
+        every = dat.checkpoint.every_steps
+        saves = step % every == 0 if every else self._is_due(step, dat.checkpoint.every_epochs)
+        # Looked at before every checkpoint too, so that checkpoints hold good weights.
+        looks = step % dat.guard.every_steps == 0 or saves or is_last
+        if self._guard is not None and looks and self._overfits(batches, bar):
+            return
+        if step % dat.logging.every_steps == 0 or is_last:
+            self._log_step(batches[-1], bar)
+        if self._is_due(step, dat.evaluation.validation_every_epochs) or is_last:
+            try:
+                self._validate()
+            except DataError:
+                self.save_checkpoint()
+                raise
+        if saves or is_last:
+            self.save_checkpoint()
+
+    # ---- guard
+
+    def _overfits(self, batches: list[PlannedBatch], bar: tqdm[Any]) -> bool:
+        """Look for catastrophic overfitting and act on it.
+
+        Returns:
+            Whether the step just done was undone.
+
+        Raises:
+            NumericsError: Where the guard is to stop the run.
+        """
+        assert self._guard is not None
+        x, y, _ = batches[-1]
+        self._reading = self._guard.look(x, y)
+        if not self._reading.fired:
+            return False
+        step, guard = self.engine.global_steps, self.run.dat.guard
+        words = (
+            f"Catastrophic overfitting in step {step}: accuracy is "
+            f"{self._reading.attack_acc:.0%} under the training attack, but "
+            f"{self._reading.probe_acc:.0%} under PGD-{guard.probe_steps}."
+        )
+        if guard.action == "stop":
+            self._log_step(batches[-1], bar)
+            raise NumericsError(
+                f"{words} Training stopped (dat.guard.action='stop'). "
+                f"{self._last_checkpoint_words()} To go on, start a run with "
+                "dat.guard.action='rollback' or a multi-step attack."
+            )
+        latest = self.checkpoints.latest()
+        returns_to = latest if guard.action == "rollback" else None
+        event = {"step": step, "event": "catastrophic_overfitting"}
+        event |= dataclasses.asdict(self._reading)
+        event |= {"returned_to": None if returns_to is None else returns_to.name}
+        events = [*self.events, event]
+        if self.ranks.is_main:
+            place = "from here" if returns_to is None else f"from {returns_to}"
+            logger.warning("%s Going on %s with PGD-%d.", words, place, guard.stronger_steps)
+        if returns_to is not None:
+            self._return_to(returns_to, bar)
+        self.events = events
+        self._strengthen()
+        return returns_to is not None
+
+    def _strengthen(self) -> None:
+        """Train with more attack steps from now on, which the guard need not watch."""
+        steps = self.run.dat.guard.stronger_steps
+        training = self.engine.attack_in_use
+        assert training is not None
+        stronger = multi_step(self.engine, steps, 2.5 / steps)
+        # What makes passes cheaper stays; what makes the attack weaker goes.
+        stronger = dataclasses.replace(stronger, fold_batch_norm=training.fold_batch_norm)
+        self.engine.use_attack(stronger)
+        self.is_strengthened = True
+        self._guard = None
+
+    def _return_to(self, checkpoint: Path, bar: tqdm[Any]) -> None:
+        seconds = self.seconds()
+        self._batches.close()
+        self.resume(checkpoint)
+        self._drop_later_rows()
+        # The time since the checkpoint was spent all the same.
+        self.seconds_before, self._start = seconds, time.perf_counter()
+        self._batches = self._stream()
+        bar.n = self.engine.global_steps
+        bar.refresh()
+
+    def _is_due(self, step: int, every_epochs: float) -> bool:
+        """Whether ``step`` completes another ``every_epochs`` epochs."""
+        per_step = 1 / (self.loader.steps_per_epoch * every_epochs)
+        # The tiny shift keeps whole multiples from being missed by rounding.
+        return math.floor(step * per_step + 1e-9) > math.floor((step - 1) * per_step + 1e-9)
+
+    # ---- logging
+
+    def _log_step(self, batch: PlannedBatch, bar: tqdm[Any]) -> None:
+        self.engine.measure_natural_accuracy(batch[0], batch[1])
+        metrics = self.engine.reduced_metrics()
+        step = self.engine.global_steps
+        if not math.isfinite(metrics["loss"]) and not self._skips_overflows():
+            raise NumericsError(
+                f"The loss is {metrics['loss']} in step {step}; training stopped. "
+                f"{self._last_checkpoint_words()} Usual causes: a learning rate that is too high, "
+                "or too short a warm-up."
+            )
+        self._warn_of_skips(metrics)
+        seconds = metrics["seconds_attack"] + metrics["seconds_update"]
+        images = self._images_in_step(step)
+        row = {
+            "step": step,
+            "epoch": step / self.loader.steps_per_epoch,
+            **metrics,
+            "lr": self.engine.deepspeed.get_lr()[0],
+            **self._guard_columns(),
+            "images_per_second": images / seconds if seconds else None,
+        }
+        with self.ranks.together():
+            if self.ranks.is_main:
+                append_row(self.output / "metrics.jsonl", row)
+        if self._monitor is not None:
+            self._monitor.write(step, {f"train/{k}": v for k, v in row.items()})
+        self._shown = {
+            "loss": f"{metrics['loss']:.3f}",
+            "natural": _percent(metrics["natural_acc"]),
+            "robust": _percent(metrics["robust_acc"]),
+            "img/s": f"{images / seconds:.0f}" if seconds else "-",
+            "attack": _percent(metrics["seconds_attack"] / seconds if seconds else None),
+            "update": _percent(metrics["seconds_update"] / seconds if seconds else None),
+        }
+        bar.set_postfix(self._shown)
+
+    def _guard_columns(self) -> dict[str, Any]:
+        """The guard's reading since the last row, for ``metrics.jsonl``, if there was one."""
+        if self._reading is None:
+            return {}
+        reading, self._reading = dataclasses.asdict(self._reading), None
+        return {f"guard_{name}": value for name, value in reading.items()}
+
+    def _images_in_step(self, step: int) -> int:
+        """Images of the global batch that optimizer step ``step``, counted from 1, trained on."""
+        sampler = self.loader.sampler
+        batches_done = (step - 1) % self.loader.steps_per_epoch // sampler.replays
+        done = batches_done * sampler.global_batch
+        return min(sampler.global_batch, sampler.num_samples - done)
+
+    def _skips_overflows(self) -> bool:
+        """Whether DeepSpeed drops a step with non-finite gradients as a matter of course."""
+        return bool(self.engine.deepspeed.fp16_enabled())
+
+    def _warn_of_skips(self, metrics: dict[str, Any]) -> None:
+        skipped = metrics["skipped_steps"]
+        if skipped and not self._skips_overflows() and not self._warned_of_skips:
+            self._warned_of_skips = True
+            if self.ranks.is_main:
+                logger.warning(
+                    "%d optimizer step(s) with non-finite gradients were skipped so far.",
+                    skipped,
+                )
+
+    def _last_checkpoint_words(self) -> str:
+        latest = self.checkpoints.latest()
+        return "No checkpoint was written yet." if latest is None else f"Last checkpoint: {latest}."
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[tqdm[Any]]:
+        shows = self.ranks.is_main and self.run.dat.logging.progress and os.isatty(2)
+        with (
+            tqdm(
+                total=self.total_steps,
+                initial=self.engine.global_steps,
+                unit="step",
+                desc="natural" if self.run.dat.attack.name == "none" else "robust",
+                disable=not shows,
+                dynamic_ncols=True,
+            ) as bar,
+            logging_redirect_tqdm([logger]) if shows else contextlib.nullcontext(),
+        ):
+            yield bar
+
+    # ---- validation
+
+    def _validate(self) -> None:
+        if len(self.validation) == 0:  # type: ignore[arg-type]
+            return
+        trains_naturally = self.run.dat.attack.name == "none"
+        attacks = [] if trains_naturally else [self.run.dat.evaluation.validation_attack]
+        step = self.engine.global_steps
+        with self.exported_weights():
+            with self.engine.frozen() as model:
+                record = self._evaluate(model, attacks)
+            epoch = step / self.loader.steps_per_epoch
+            row = {"step": step, "epoch": epoch, **record.means()}
+            self.history.append(row)
+            value, is_loss = _value_of(record, attacks[0] if attacks else None)
+            sign = -1 if is_loss else 1
+            if self.best is None or sign * value >= sign * self.best["value"]:
+                self.best = {"value": value, **row}
+                self.checkpoints.save_best(
+                    self.engine, hooks.full_state_dict(self.engine.deepspeed)
+                )
+        if self._monitor is not None:
+            natural_values = {
+                "natural_acc": record.natural_acc,
+                "natural_loss": record.natural_loss,
+            }
+            named = {**natural_values, **record.robust_acc, **record.robust_loss}
+            self._monitor.write(step, {f"validation/{k}": v for k, v in named.items()})
+        if self.ranks.is_main:
+            self._say_validation(record, attacks)
+
+    def _evaluate(self, model: Any, attacks: list[str]) -> Record:
+        evaluation = self.run.dat.evaluation
+        return evaluate(
+            model,
+            self.validation,
+            threat_of(self.run.dat),
+            attacks,
+            num_examples=evaluation.validation_examples,
+            batch_size=evaluation.batch_size,
+            seed=self.run.dat.seed,
+            device=self.ranks.device,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            gather=self.ranks.gather,
+            num_workers=self.run.dat.data.num_workers,
+            task=self.engine.task,
+        )
+
+    def _say_validation(self, record: Record, attacks: list[str]) -> None:
+        epoch = self.engine.global_steps / self.loader.steps_per_epoch
+        training = ", ".join(f"{k} {v}" for k, v in self._shown.items())
+        logger.info(
+            "epoch %4.1f of %.1f | validation %s | training %s",
+            epoch,
+            self.total_steps / self.loader.steps_per_epoch,
+            ", ".join([_shown_value(record, None), *(_shown_value(record, a) for a in attacks)]),
+            training,
+        )
+
+    @contextlib.contextmanager
+    def exported_weights(self) -> Iterator[None]:
+        """Evaluate and export what a user gets: averaged weights, averaged over ranks."""
+        with self._averaged_weights(), self._averaged_over_ranks():
+            yield
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+            return
+        with self.ema.swapped_in():
+            hooks.release_parameters(self.engine.deepspeed)
+            yield
+        hooks.release_parameters(self.engine.deepspeed)
+
+    @contextlib.contextmanager
+    def _averaged_over_ranks(self) -> Iterator[None]:
+        """Replace what ranks have of their own by its mean over them, until exit.
+
+        These are floating-point buffers, and the weights of replicas that step by themselves.
+        """
+        own = [b for b in self.engine.module.buffers() if b.is_floating_point()]
+        if self.engine.replicas_differ:
+            own += hooks.held_weights(self.engine.deepspeed)
+        if self.ranks.count == 1 or not own:
+            yield
+            return
+        saved = [tensor.clone() for tensor in own]
+        for tensor in own:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            mean = tensor.to(wide, copy=True)
+            dist.all_reduce(mean)
+            tensor.copy_(mean.div_(self.ranks.count))
+        try:
+            yield
+        finally:
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
+
+    # ---- checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this moment, unless there is one already; a collective."""
+        if self._checkpointed_at == self.engine.global_steps:
+            return
+        with self.exported_weights():
+            model_state = hooks.full_state_dict(self.engine.deepspeed)
+        # (Gathered on the main rank.) A checkpoint of NaNs would replace a good one.
+        finite = all(bool(t.isfinite().all()) for t in model_state.values())
+        if self.ranks.max(not finite):
+            raise NumericsError(
+                f"Weights are not finite after step {self.engine.global_steps}; training stopped. "
+                f"{self._last_checkpoint_words()} Usual causes: a learning rate that is too high, "
+                "or too short a warm-up."
+            )
+        state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
+        state |= {"strengthened": self.is_strengthened, "events": self.events}
+        self.checkpoints.save(self.engine, self.ema, state, model_state)
+        self._checkpointed_at = self.engine.global_steps
+
+    def all_events(self) -> list[dict[str, Any]]:
+        """What the guard did and what happened to the optimizer's variance."""
+        optimizer = self.engine.averaging_optimizer
+        return [*self.events, *([] if optimizer is None else optimizer.events)]
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of training, earlier sessions of the run included."""
+        return self.seconds_before + time.perf_counter() - self._start
+
+
+def _value_of(record: Record, attack: str | None) -> tuple[float, bool]:
+    """The model's mean under an attack (None: under none), and whether it is a loss."""
+    if record.natural_acc is not None:
+        return record.natural_acc if attack is None else record.robust_acc[attack], False
+    assert record.natural_loss is not None
+    return record.natural_loss if attack is None else record.robust_loss[attack], True
+
+
+def _shown_value(record: Record, attack: str | None) -> str:
+    value, is_loss = _value_of(record, attack)
+    return f"{attack or 'natural'} " + (f"loss {value:.4g}" if is_loss else f"{100 * value:.1f}%")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
