@@ -9,14 +9,11 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dat_ds.compression import Codec, build_codec, codec_options
 from dat_ds.config import DatConfig, RunConfig, check_num_classes, threat_of
-from dat_ds.config.schema import CompressionConfig
 from dat_ds.data import DataSplits, DistributedLoader, build_data
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import Record, Task, evaluate
 from dat_ds.models import PixelModel, build_model
-from dat_ds.objectives import OBJECTIVES
 from dat_ds.optim import Schedule
 from dat_ds.ranks import Ranks
 
@@ -33,14 +30,7 @@ def build_schedule(dat: DatConfig, steps_per_epoch: int | None) -> Schedule | No
         total = max(1, math.ceil(config.epochs * steps_per_epoch))
         total = total if config.max_steps is None else min(total, config.max_steps)
         warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    return Schedule(
-        config.name,
-        total_steps=total,
-        warmup_steps=warmup,
-        final_ratio=config.final_ratio,
-        milestones=tuple(config.milestones),
-        decay_factor=config.decay_factor,
-    )
+    return Schedule(config, total_steps=total, warmup_steps=warmup)
 
 
 def build_loader(
@@ -67,14 +57,6 @@ def build_loader(
         replays=replays,
         group=group,
     )
-
-
-def codec_of(config: CompressionConfig) -> Codec:
-    """The codec of a resolved section."""
-    options = {key: getattr(config, key) for key in codec_options(config.name)}
-    if "block_size" in options:
-        options["block_size"] = options["block_size"] or None
-    return build_codec(config.name, **options)
 
 
 PROJECTION_WIDTH = 128  # Chen et al., ICML 2020, arXiv 2002.05709, sec. 2.1
@@ -136,7 +118,7 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
         drop_rate=config.drop_rate,
         drop_path_rate=config.drop_path_rate,
         stem=config.stem,
-        head=OBJECTIVES[run.dat.objective.name].head,
+        head=run.dat.objective.head,
         pretrained=config.pretrained,
         options=config.options,
         activation_checkpointing=config.activation_checkpointing,
@@ -150,7 +132,7 @@ def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
     _, height, width = splits.image_shape
     problems: list[str] = []
     num_classes = model.num_classes or splits.num_classes
-    if OBJECTIVES[name].head == "classes":
+    if run.dat.objective.head == "classes":
         check_num_classes(run.dat, num_classes, problems)
     if name == "rotation" and height != width:
         problems.append(
@@ -165,7 +147,7 @@ def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
     if problems:
         raise ConfigError("\n".join(problems))
     outputs = {"classes": num_classes, "rotation": 4, "projection": PROJECTION_WIDTH, "features": 0}
-    return outputs[OBJECTIVES[name].head]
+    return outputs[run.dat.objective.head]
 
 
 def evaluate_model(

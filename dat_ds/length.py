@@ -21,6 +21,13 @@ class Length(float):
         length.text = value.text if isinstance(value, Length) else value
         return length
 
+    def scaled(self, factor: float) -> Length:
+        """``factor`` times this length, written as a fraction where this one is."""
+        if isinstance(self.text, str) and "/" in self.text:
+            numerator, denominator = self.text.split("/")
+            return Length(f"{float(numerator) * factor:g}/{denominator.strip()}")
+        return Length(float(self) * factor)
+
     def __repr__(self) -> str:
         return str(self.text)
 

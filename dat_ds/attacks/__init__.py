@@ -1,19 +1,11 @@
 """Attacks: the inner maximisation, as pure functions that need only torch."""
 
 from dat_ds.attacks.apgd import apgd
-from dat_ds.attacks.build import (
-    ATTACK_SETTINGS,
-    ATTACKS,
-    REQUIRED,
-    Attack,
-    CallableAttack,
-    FreeAttack,
-    UserAttack,
-    attack_options,
-    build_attack,
-    misfits,
-)
-from dat_ds.attacks.free import FreePerturbation
+from dat_ds.attacks.attack import Attack, CallableAttack, IteratedAttack, NoAttack, UserAttack
+from dat_ds.attacks.build import ATTACKS, build_attack
+from dat_ds.attacks.fat import fat
+from dat_ds.attacks.fgsm import fgsm, fgsm_rs, fgsm_step_size
+from dat_ds.attacks.free import FreeAttack, FreePerturbation
 from dat_ds.attacks.gradient import InputGradient, finite_samples
 from dat_ds.attacks.losses import (
     FEATURE_LOSSES,
@@ -28,7 +20,12 @@ from dat_ds.attacks.losses import (
     nt_xent,
     targeted_dlr,
 )
+from dat_ds.attacks.mim import mim
+from dat_ds.attacks.misfits import misfits
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
+from dat_ds.attacks.multi_norm import multi_norm, threat_like
+from dat_ds.attacks.n_fgsm import n_fgsm
+from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
 from dat_ds.attacks.noise import Generator, SampleGenerator, rand_like
 from dat_ds.attacks.passes.folding import folded_batch_norm
 from dat_ds.attacks.passes.graphs import AttackGraphs
@@ -41,24 +38,13 @@ from dat_ds.attacks.passes.precision import (
 )
 from dat_ds.attacks.passes.quantized import FORMATS
 from dat_ds.attacks.passes.tokens import dropped_tokens, patch_tokens
-from dat_ds.attacks.pgd import (
-    fat,
-    fgsm,
-    fgsm_rs,
-    fgsm_step_size,
-    mim,
-    multi_norm,
-    n_fgsm,
-    pgd,
-    threat_like,
-)
+from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
 from dat_ds.attacks.threat import NORMS, ThreatModel
 from dat_ds.length import parse_length
 
 __all__ = [
     "ATTACKS",
-    "ATTACK_SETTINGS",
     "FEATURE_LOSSES",
     "FORMATS",
     "INNER_LOSSES",
@@ -66,22 +52,23 @@ __all__ = [
     "MODEL_MODES",
     "NORMS",
     "PRECISIONS",
-    "REQUIRED",
     "Attack",
     "AttackGraphs",
     "CallableAttack",
+    "EvaluationAttack",
     "FreeAttack",
     "FreePerturbation",
     "Generator",
     "InnerLoss",
     "InputGradient",
+    "IteratedAttack",
+    "NoAttack",
     "Precision",
     "SampleGenerator",
     "ThreatModel",
     "UserAttack",
     "apgd",
     "attack_mode",
-    "attack_options",
     "build_attack",
     "check_device",
     "cross_entropy",
@@ -102,6 +89,7 @@ __all__ = [
     "multi_norm",
     "n_fgsm",
     "nt_xent",
+    "parse_evaluation_attack",
     "parse_length",
     "patch_tokens",
     "pgd",
@@ -112,6 +100,7 @@ __all__ = [
     "project_l2",
     "project_linf",
     "rand_like",
+    "run_attack",
     "targeted_dlr",
     "threat_like",
 ]

@@ -7,16 +7,19 @@ Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dat_ds.attacks.attack import IteratedAttack
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss, targeted_dlr
 from dat_ds.attacks.modes import ModelMode, attack_mode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.projections import per_sample
 from dat_ds.attacks.threat import ThreatModel, sparse_sign
+from dat_ds.method import Trait, at_least
 
 _MOMENTUM = 0.75  # alpha
 _RHO = 0.75
@@ -240,3 +243,32 @@ class _SparsityRule:
         self._step = torch.where(sparser, torch.full_like(self._step, self._eps), smaller)
         self._num_changed = num_changed
         return sparser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apgd(IteratedAttack):
+    """Auto-PGD: momentum, and steps that halve where a sample's loss stops rising."""
+
+    name: ClassVar[str] = "apgd"
+    function = staticmethod(apgd)
+    cost: ClassVar[str] = "`(2K + 1) F`"
+    paper: ClassVar[str] = (
+        "Croce and Hein, ICML 2020, arXiv 2003.01690, algorithm 1; l1: ICML 2021, 2103.01208"
+    )
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.LOOKS_AT_CLASSES, Trait.NEEDS_LABELS})
+    losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr", "dlr-targeted")
+    card: ClassVar[str] = """\
+Starts with steps of `2 eps`, halves each sample's step when its loss stops rising, and returns to
+its best point; no step size to choose. With `steps: 2` it is the cheap training attack of Singh et
+al., NeurIPS 2023, arXiv 2303.01870. `loss: "dlr-targeted"` runs once per wrong class: for
+evaluation.
+"""
+
+    restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
+    """Independent runs; the worst image of each sample is kept, a misclassified one first."""
+    loss: str | None = None
+    """What is maximised. Default ``ce``."""
+    num_targets: int = at_least(1, 9)
+    """With the loss ``dlr-targeted``: wrong classes to try."""
+    random_start: bool = True
+    """Start from a draw from the ball."""

@@ -9,12 +9,18 @@ Shapes: ``B`` batch; images ``(B, C, H, W)``.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from dat_ds.attacks.attack import Attack
+from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.threat import ThreatModel
+from dat_ds.length import Length
+from dat_ds.method import Trait, at_least, option
 
 
 class FreePerturbation:
@@ -76,3 +82,68 @@ class FreePerturbation:
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Go on with the perturbations of :meth:`state_dict`."""
         self._carried = dict(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAttack(Attack):
+    """Free adversarial training: the training step itself moves the perturbation."""
+
+    name: ClassVar[str] = "free"
+    cost: ClassVar[str] = "0, each batch is trained on `replays` times"
+    paper: ClassVar[str] = "Shafahi et al., NeurIPS 2019, arXiv 1904.12843, algorithm 1"
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {
+            Trait.ASKS_THE_HOST,
+            Trait.CARRIES_PERTURBATIONS,
+            Trait.HAS_NO_STRONGER,
+            Trait.IS_THE_STEP,
+        }
+    )
+    step_share: ClassVar[float] = 1.0
+    card: ClassVar[str] = """\
+    for each batch, `replays` times:  one backward of loss(model(x + delta)) gives both gradients;
+    weights step down theirs;  delta = project(delta + step_size * steepest(grad_x))
+
+`step_size = eps`, `replays` (m) 4 to 8. No attack passes at all; the perturbation goes on from
+replay to replay, from batch to batch, and through checkpoints. An epoch has `replays` times as many
+optimizer steps, so divide `dat.schedule.epochs` by it for natural training's cost. The perturbation
+climbs the whole outer loss, which for `trades` is its divergence; it starts in a random place,
+where the paper starts at zero. The built-in loader repeats each batch for you. If you iterate over
+your own loader, call the engine `replays` times per batch. Like FGSM it can suffer catastrophic
+overfitting, though later; large steps and few replays make it more likely.
+"""
+
+    step_size: Length | None = at_least(0, None)
+    """Length of a step. Default: eps."""
+    replays: int = at_least(1, 4)
+    """Optimizer steps in a row on the same batch."""
+    precision: None = option(None, is_key=False)
+    fold_batch_norm: bool = option(False, is_key=False)
+    resolution: int | None = option(None, is_key=False)
+    keep_tokens: float | None = option(None, is_key=False)
+    model_mode: Literal["eval", "train"] = option("eval", is_key=False)
+
+    @property
+    def is_single_step(self) -> bool:
+        """False: it takes no step of its own."""
+        return False
+
+    @property
+    def step(self) -> float:
+        """Length of a step in pixel units."""
+        return self.ball.eps if self.step_size is None else float(self.step_size)
+
+    def perturb(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        generator: Generator | None,
+        gradient: InputGradient | None,
+    ) -> Tensor:
+        """Raise: apart from a training step there is no such attack.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("attack 'free' is part of a training step: attack a model with 'pgd'.")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dat_ds.method import Trait
+
 InnerLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, K), y) -> loss (B,)``, larger is better for the attacker, no reduction."""
 
@@ -175,6 +177,16 @@ INNER_LOSSES: dict[str, InnerLoss] = {
 }
 FEATURE_LOSSES = ("feature_distance", "nt_xent")
 """Losses of features, which know no classes and hence no misclassification."""
+LOSS_TRAITS: dict[str, tuple[Trait, ...]] = {
+    "ce": (Trait.NEEDS_LABELS, Trait.LOSS_OF_CLASSES),
+    "cw": (Trait.NEEDS_LABELS, Trait.LOSS_OF_CLASSES, Trait.NEEDS_TRUE_CLASS),
+    "dlr": (Trait.NEEDS_LABELS, Trait.LOSS_OF_CLASSES, Trait.NEEDS_TRUE_CLASS),
+    "dlr-targeted": (Trait.NEEDS_LABELS, Trait.LOSS_OF_CLASSES, Trait.NEEDS_TRUE_CLASS),
+    "kl": (Trait.LOSS_OF_CLASSES, Trait.FLAT_AT_THE_IMAGE),
+    "feature_distance": (Trait.NEEDS_LABELS,),
+    "nt_xent": (Trait.NEEDS_LABELS,),
+}
+"""What an inner loss brings to a run."""
 MIN_CLASSES: dict[str, int] = {"dlr": 3, "dlr-targeted": 4}
 """Fewest classes of the losses that need more than two."""
 

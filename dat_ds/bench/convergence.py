@@ -25,9 +25,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dat_ds.attacks import Attack, ThreatModel
+from dat_ds.attacks import ThreatModel
+from dat_ds.attacks.pgd import Pgd
 from dat_ds.bench.records import write_record
 from dat_ds.compression import CODECS, build_codec
+from dat_ds.length import Length
 from dat_ds.objectives import Objective
 from dat_ds.processes import on_ranks
 
@@ -180,7 +182,13 @@ def _run(
 
     problem = Problem()
     threat = ThreatModel("l2", _EPS)
-    options = {"steps": 1, "step_size": _EPS, "random_start": False, "loss": half_square}
+    attack = Pgd(
+        threat=threat,
+        steps=1,
+        step_size=Length(_EPS),
+        random_start=False,
+        inner_loss=half_square,
+    )
     generator = torch.Generator().manual_seed(_SEED + 1)
     offset = torch.randn(problem.stationary.shape, generator=generator)
     ranks = int(os.environ["WORLD_SIZE"])
@@ -197,7 +205,7 @@ def _run(
                 "compression": {"name": codec},
             },
         },
-        attack=Attack("pgd", threat, options),
+        attack=attack,
         objective=HalfSquare(),
     )
     found = []

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dat_ds.attacks import NoAttack
 from dat_ds.bench.records import write_record
 from dat_ds.bench.timing import (
     check_alone,
@@ -67,13 +68,13 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
             steady.
     """
     check_repetitions(repetitions)
-    if run.dat.attack.name == "none" or run.dat.attack.steps is None:
+    if isinstance(run.dat.attack, NoAttack):
         raise ConfigError("dat.attack.name='none': there is no attack to time.")
     by_hand = {
         "dat.optimizer": run.dat.optimizer is None,
         "dat.threat_model.norm": run.dat.threat_model.norm == "linf",
         "dat.objective.name": run.dat.objective.name in ("at", "dat"),
-        "dat.objective.natural_weight": not run.dat.objective.natural_weight,
+        "dat.objective.natural_weight": not getattr(run.dat.objective, "natural_weight", 0.0),
         "bf16 or fp16": precision_of(run.deepspeed) in ("float32", "autocast"),
     }
     other = [key for key, is_default in by_hand.items() if not is_default]
@@ -82,7 +83,11 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     from dat_ds.bench.engines import optimizer_step, prepared_engine, training_loader
 
     engine, model, x, y = prepared_engine(run)
-    ranks, steps, accumulation = engine.ranks, run.dat.attack.steps, engine.accumulation
+    ranks, steps, accumulation = (
+        engine.ranks,
+        getattr(run.dat.attack, "steps", 1),
+        engine.accumulation,
+    )
     with ranks.together():
         check_alone(ranks.device)
     loader = training_loader(run, ranks)
@@ -152,7 +157,10 @@ class PlainSteps:
         kind = torch.optim.SGD if section["type"].lower() == "sgd" else torch.optim.AdamW
         self.optimizer = kind(model.parameters(), lr=1e-6)
         dat = run.dat
-        self.eps, self.step_size = float(dat.threat_model.eps), float(dat.attack.step_size or 0)
+        self.eps, self.step_size = (
+            float(dat.threat_model.eps),
+            float(getattr(dat.attack, "step_size", None) or 0),
+        )
 
     def input_gradients(self, steps: int) -> None:
         """``steps`` forwards and input gradients with parameters frozen, and the sign steps."""
@@ -322,7 +330,7 @@ def _describe(run: RunConfig, values: Mapping[str, Any]) -> str:
     together = run.dat.engine.attack_micro_batches
     of_step = f" x {accumulation} ({together} attacked as one)" if accumulation > 1 else ""
     precision = values["attack_precision"] or "the engine's precision"
-    steps, seconds = run.dat.attack.steps, values["median_seconds"]
+    steps, seconds = getattr(run.dat.attack, "steps", 1), values["median_seconds"]
     assert steps is not None
     rows = [
         f"{run.dat.model.name} ({values['num_parameters']} parameters), {values['ranks']} rank(s), "

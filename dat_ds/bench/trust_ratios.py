@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from dat_ds.bench.records import write_record
 from dat_ds.config import RunConfig, precision_of
-from dat_ds.config.schema import ScheduleConfig
 from dat_ds.errors import ConfigError
-from dat_ds.optim import PRESETS, LayerwiseOptimizer, build_optimizer
+from dat_ds.optim import OPTIMIZERS, Constant, LayerwiseOptimizer
 
 if TYPE_CHECKING:
     from dat_ds.bench.engines import LayerwiseSteps
@@ -54,8 +53,8 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
     Raises:
         ConfigError: Without a layer-wise optimizer, or in another precision than float32.
     """
-    if run.dat.optimizer is None or run.dat.optimizer.name not in PRESETS:
-        names = ", ".join(PRESETS)
+    if run.dat.optimizer is None or not run.dat.optimizer.needs_layers:
+        names = ", ".join(n for n, method in OPTIMIZERS.items() if method.needs_layers)
         raise ConfigError(f"There are no trust ratios: write dat.optimizer.name, one of {names}.")
     if precision_of(run.deepspeed) != "float32":
         raise ConfigError("Errors are those of float32: remove bf16, fp16 or torch_autocast.")
@@ -64,9 +63,7 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
 
     run = natural_twin_of(run)
     without_dropout = dataclasses.replace(run.dat.model, drop_rate=None, drop_path_rate=None)
-    dat = dataclasses.replace(
-        run.dat, model=without_dropout, schedule=ScheduleConfig(name="constant")
-    )
+    dat = dataclasses.replace(run.dat, model=without_dropout, schedule=Constant())
     run = dataclasses.replace(run, dat=dat)
     ranks, model, batches = model_and_batches(run, STEPS)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -94,12 +91,12 @@ def _plain_steps(
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Trust ratios by step and final parameters of one process that takes all ranks' batches."""
     assert run.dat.optimizer is not None
-    optimizer = build_optimizer(model.train(), dataclasses.asdict(run.dat.optimizer))
+    optimizer = run.dat.optimizer.build(model.train())
     assert isinstance(optimizer, LayerwiseOptimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     layers = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     clipping = float(run.deepspeed["gradient_clipping"])
-    smoothing = float(run.dat.objective.label_smoothing or 0)
+    smoothing = float(getattr(run.dat.objective, "label_smoothing", 0.0))
     slots, ratios = len(batches) // STEPS, []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -134,8 +131,9 @@ def _errors(
 
 def _table(run: RunConfig, rows: Mapping[str, Mapping[str, float]], ranks: int) -> str:
     assert run.dat.optimizer is not None
+    preset = getattr(run.dat.optimizer, "preset", "own")
     lines = [
-        f"{run.dat.optimizer.name} ({run.dat.optimizer.preset}), {run.dat.model.name}, "
+        f"{run.dat.optimizer.name} ({preset}), {run.dat.model.name}, "
         f"{ranks} rank(s), {STEPS} steps: errors against whole layers in plain PyTorch.",
         "",
         "| ZeRO | trust ratios | weights | bytes for norms, per step |",

@@ -1,7 +1,7 @@
 """Gradient codecs, and the collectives that carry what they make."""
 
-from dat_ds.compression.base import Codec, Payload
-from dat_ds.compression.build import CODECS, build_codec, codec_options
+from dat_ds.compression.base import Codec, Compression, NoCompression, Payload
+from dat_ds.compression.build import CODECS, COMPRESSIONS, build_codec
 from dat_ds.compression.collectives import (
     CompressedAllReduce,
     CompressedReduceScatter,
@@ -13,14 +13,16 @@ from dat_ds.compression.rounding import NearestInt8
 
 __all__ = [
     "CODECS",
+    "COMPRESSIONS",
     "Codec",
     "CompressedAllReduce",
     "CompressedReduceScatter",
+    "Compression",
     "NearestInt8",
+    "NoCompression",
     "Payload",
     "build_codec",
     "check_agreement",
-    "codec_options",
     "finish_together",
     "gather_shares",
 ]

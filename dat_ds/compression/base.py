@@ -10,20 +10,23 @@ Non-finite entries stay visible: a block that holds one decodes to NaN throughou
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from dat_ds.compression.packing import (
     from_bytes,
 )
+from dat_ds.method import Method, above, at_least
 
 _CACHED_ENTRIES = 2**18
 
@@ -42,17 +45,67 @@ class Payload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Codec(ABC):
+class Compression(Method):
+    """What ``dat.compression`` may be: a codec, or none."""
+
+    kind: ClassVar[str] = "codec"
+
+    def resolved(self) -> Self:
+        """With the defaults written out that depend on other keys."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCompression(Compression):
+    """Gradients travel as they are."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec(Compression, ABC):
     """A lossy code for float32 tensors; pure, on any device, deterministic given the generator.
 
+    Its keys beyond a codec's own say how what it makes travels.
+
     Attributes:
-        name: Its name in ``dat.compression``.
         unbiased: Whether ``E[decode(encode(t))] = t``. Stochastic rounding is exact to ``2^-17``
             of its step, for entries that are no larger than the decoded value can be.
     """
 
-    name: ClassVar[str]
     unbiased: ClassVar[bool]
+
+    sides: Literal["single", "double"] | None = None
+    """Encode what ranks send to be averaged (``single``), or what comes back as well (``double``):
+    the mean or, under ZeRO-3, the parameters, as ``int8``. Default: ``double`` below ZeRO-3,
+    ``single`` under it."""
+    error_feedback: bool | None = None
+    """Add what encoding lost to the next step's gradient, on both sides. Default: true for biased
+    codecs, which need it, else false."""
+    bucket_mb: float = above(0, 8.0)
+    """Below ZeRO-3: megabytes of float32 gradients in one piece: a piece is encoded while others
+    travel."""
+
+    def resolved(self) -> Self:
+        """With error feedback written out."""
+        if self.error_feedback is not None:
+            return self
+        return dataclasses.replace(self, error_feedback=not self.unbiased)
+
+    def problems(self) -> Iterator[str]:
+        """Error feedback that is needed and off, or on and would grow."""
+        if not self.unbiased and self.error_feedback is False:
+            yield (
+                f"error_feedback=false: {self.name!r} is biased, and training with what it leaves "
+                "out stalls or diverges. Remove it."
+            )
+        bound = self.variance_bound(2**20)
+        if self.unbiased and self.error_feedback and bound >= 1:
+            yield (
+                f"error_feedback=true: what {self.name!r} loses may be longer than the gradient "
+                f"(squared, up to {bound:g} times) and would grow from step to step. Remove it, or "
+                "give more levels or smaller blocks."
+            )
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> Payload:
         """Encode a floating-point tensor of any shape, also an empty one.
@@ -163,18 +216,15 @@ class BlockCodec(Codec):
     """A codec that treats blocks of consecutive entries alike.
 
     Args:
-        block_size: Entries per block; None makes one block of the whole tensor.
+        block_size: Entries per block; 0 makes one block of the whole tensor.
     """
 
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"compression.block_size={self.block_size} must be at least 1.")
+    block_size: int = at_least(0, 0)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket."""
 
     def block_of(self, numel: int) -> int:
         """Entries per block, of a tensor of ``numel``."""
-        return max(1, numel if self.block_size is None else min(self.block_size, numel))
+        return max(1, min(self.block_size or numel, numel))
 
     def blocks_of(self, numel: int) -> int:
         """Number of blocks, of a tensor of ``numel``."""

@@ -1,43 +1,42 @@
-"""Codecs by name, from the ``dat.compression`` section of a run config."""
+"""The codecs by name, and building one from plain settings."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from dat_ds.compression.base import Codec
+from dat_ds.compression.base import Codec, Compression, NoCompression
 from dat_ds.compression.natural import Natural
 from dat_ds.compression.rounding import Int4, Int8, Qsgd
 from dat_ds.compression.sign import Sign
 from dat_ds.compression.topk import TopK
+from dat_ds.errors import ConfigError
+from dat_ds.method import Table, parse_method, table_of
 
-CODECS: dict[str, type[Codec]] = {
-    kind.name: kind for kind in (Int8, Int4, Qsgd, Natural, TopK, Sign)
-}
-
-
-def codec_options(name: str) -> dict[str, Any]:
-    """Options of a codec by name, with their defaults."""
-    return {field.name: field.default for field in dataclasses.fields(CODECS[name])}
+CODECS: Table[Codec] = table_of(
+    "codec",
+    Codec,  # type: ignore[type-abstract]  # the base of the table's classes
+    [Int8, Int4, Qsgd, Natural, TopK, Sign],
+)
+"""The codecs: a new one is a file and a place in this list."""
+COMPRESSIONS: Table[Compression] = table_of("codec", Compression, [NoCompression, *CODECS.values()])
+"""What ``dat.compression`` chooses from."""
 
 
 def build_codec(name: str, **options: Any) -> Codec:
     """Build a codec.
 
     Args:
-        name: ``int8``, ``int4``, ``qsgd``, ``natural``, ``topk`` or ``sign``.
-        options: That codec's own: ``block_size`` (not of ``natural``; None for one block),
-            ``levels`` (``qsgd``), ``ratio`` (``topk``), ``scale`` (``sign``).
+        name: One of :data:`CODECS`.
+        options: That codec's own; a ``block_size`` of None or 0 makes one block.
 
     Raises:
-        ValueError: For an unknown name or option, or a value out of range.
+        ConfigError: A ``ValueError`` with all problems: an unknown name or option, a value out of
+            range.
     """
-    if name not in CODECS:
-        raise ValueError(f"compression.name={name!r} is not one of {', '.join(CODECS)}.")
-    known = codec_options(name)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"codec {name!r} has no option {', '.join(unknown)}: {', '.join(known) or 'none'}."
-        )
-    return CODECS[name](**options)
+    if options.get("block_size", 0) is None:
+        options["block_size"] = 0
+    problems: list[str] = []
+    codec = parse_method(CODECS, {"name": name, **options}, "compression", problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return codec

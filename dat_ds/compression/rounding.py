@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dat_ds.compression.base import BlockCodec
 from dat_ds.compression.packing import HUGE, TINY, as_bytes, l2_norm, pack, random_bits, unpack
+from dat_ds.method import at_least, option
 
 _NOISE_STEPS = 2**16
 
@@ -99,7 +100,8 @@ class Int8(StochasticRounding):
 
     name = "int8"
     unbiased = True
-    block_size: int | None = 64
+    block_size: int = at_least(0, 64)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket."""
 
     @property
     def max_level(self) -> int:
@@ -113,7 +115,8 @@ class Int4(StochasticRounding):
 
     name = "int4"
     unbiased = True
-    block_size: int | None = 64
+    block_size: int = at_least(0, 64)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket."""
 
     @property
     def max_level(self) -> int:
@@ -138,13 +141,10 @@ class Qsgd(StochasticRounding):
     name = "qsgd"
     unbiased = True
     norm = "l2"
-    levels: int = 127
-    block_size: int | None = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.levels <= 127:
-            raise ValueError(f"compression.levels={self.levels} must lie in [1, 127].")
+    levels: int = option(127, "an integer in [1, 127]", lambda v: 1 <= v <= 127)
+    """Levels of a magnitude; 1 takes 2 bits, up to 7 take 4, up to 127 take 8."""
+    block_size: int = at_least(0, 64)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket."""
 
     @property
     def max_level(self) -> int:

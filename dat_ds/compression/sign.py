@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dat_ds.compression.base import BlockCodec
 from dat_ds.compression.packing import as_bytes, l2_norm, pack, unpack
+from dat_ds.method import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,9 @@ class Sign(BlockCodec):
     name = "sign"
     unbiased = False
     scale: Literal["mean", "rms"] = "mean"
-    block_size: int | None = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale not in ("mean", "rms"):
-            raise ValueError(f"compression.scale={self.scale!r} is not one of mean, rms.")
+    """Mean of a block's magnitudes, or their root mean square."""
+    block_size: int = at_least(0, 1024)
+    """Entries that share a scale; 0 makes one block of each rank's share of a bucket."""
 
     def parts_of(self, numel: int) -> tuple[int, ...]:
         """``4 b`` and ``ceil(m / 8)``."""
@@ -84,7 +82,7 @@ class WholeSign(Sign):
     What DeepSpeed's 1-bit optimizers compute; for comparison with them.
     """
 
-    block_size: int | None = None
+    block_size: int = 0
 
     def _scale(self, blocks: Tensor, valid: Tensor) -> Tensor:
         if self.scale == "mean":

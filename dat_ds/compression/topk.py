@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dat_ds.compression.base import BlockCodec
 from dat_ds.compression.packing import as_bytes, from_bytes
+from dat_ds.method import at_least, positive_share
 
 _MAX_INT16 = 2**15
 
@@ -33,13 +34,10 @@ class TopK(BlockCodec):
 
     name = "topk"
     unbiased = False
-    ratio: float = 0.01
-    block_size: int | None = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"compression.ratio={self.ratio} must lie in (0, 1].")
+    ratio: float = positive_share(0.01)
+    """Share of entries sent."""
+    block_size: int = at_least(0, 1024)
+    """Entries per block; 0 makes one block of each rank's share of a bucket."""
 
     def kept_of(self, numel: int) -> int:
         """Entries kept of each block, of a tensor of ``numel``."""

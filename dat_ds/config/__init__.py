@@ -1,23 +1,22 @@
 """One JSON per run: a DeepSpeed config plus our ``"dat"`` section."""
 
-from dat_ds.config.build import attack_of, objective_of, threat_of
-from dat_ds.config.evaluation_attack import EvaluationAttack, parse_evaluation_attack
-from dat_ds.config.load import load_config
-from dat_ds.config.reconcile import (
-    adapt_to_device,
-    check_attack_batch,
-    check_attack_passes,
+from dat_ds.attacks import EvaluationAttack, parse_evaluation_attack
+from dat_ds.config.build import attack_of, threat_of
+from dat_ds.config.deepspeed.batch import resolve_batch
+from dat_ds.config.deepspeed.optimizer import (
     check_layerwise,
-    check_num_classes,
     check_one_bit,
     one_bit_name,
     one_bit_options,
-    precision_of,
-    resolve_batch,
-    scale_learning_rate,
 )
-from dat_ds.config.schema import DatConfig, RunConfig, plain
+from dat_ds.config.deepspeed.precision import precision_of
+from dat_ds.config.deepspeed.resolve import adapt_to_device
+from dat_ds.config.load import load_config
+from dat_ds.config.rules import check_num_classes, check_run
+from dat_ds.config.scaling import scale_learning_rate
+from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.length import Length
+from dat_ds.method import plain
 
 __all__ = [
     "DatConfig",
@@ -26,13 +25,11 @@ __all__ = [
     "RunConfig",
     "adapt_to_device",
     "attack_of",
-    "check_attack_batch",
-    "check_attack_passes",
     "check_layerwise",
     "check_num_classes",
     "check_one_bit",
+    "check_run",
     "load_config",
-    "objective_of",
     "one_bit_name",
     "one_bit_options",
     "parse_evaluation_attack",

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dat_ds.config.parse import parse_section
-from dat_ds.config.reconcile import notes_on, resolve_dat, resolve_deepspeed
+from dat_ds.config.deepspeed.optimizer import notes_on
+from dat_ds.config.deepspeed.resolve import resolve_deepspeed
+from dat_ds.config.former import without_foreign_keys
+from dat_ds.config.rules import check_run, resolve_dat
 from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.errors import ConfigError
+from dat_ds.method import import_methods, parse_section
 
 DIGITS_MODEL = {
     "name": "vit_tiny_patch16_224",
@@ -29,6 +32,7 @@ def load_config(
     overrides: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
     client_optimizer: bool = False,
+    imports: Sequence[str] = (),
 ) -> RunConfig:
     """Read, merge, check and resolve a run config.
 
@@ -41,6 +45,8 @@ def load_config(
         overrides: ``"dotted.key=value"``; values are JSON, anything else is a string.
         defaults: Nested values for keys that the JSON leaves out (a recipe's choices).
         client_optimizer: The caller brings an optimizer of its own, so the config names none.
+        imports: Modules whose methods the config may name, as ``"package.module:Class"``; they
+            are imported, which runs their code.
 
     Returns:
         The resolved run.
@@ -50,6 +56,8 @@ def load_config(
     """
     if isinstance(source, RunConfig):
         return source
+    for module in imports:
+        import_methods(module)
     values = _read(source)
     for override in overrides:
         _apply_override(values, override)
@@ -60,10 +68,13 @@ def load_config(
         if isinstance(model, dict) and "name" not in model:
             ours["model"] = {**DIGITS_MODEL, **model}
     problems: list[str] = []
+    ours = without_foreign_keys(ours)
     dat = resolve_dat(parse_section(DatConfig, ours, "dat", problems), problems)
     deepspeed = resolve_deepspeed(values, dat, problems, client_optimizer=client_optimizer)
+    accumulation = deepspeed.get("gradient_accumulation_steps")
+    check_run(dat, deepspeed, problems, accumulation=accumulation)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes_on(deepspeed, dat))
 
 

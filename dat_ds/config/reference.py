@@ -7,10 +7,11 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dat_ds.config.schema import DatConfig, plain
+from dat_ds.config.schema import DatConfig
+from dat_ds.method import Section, Table, plain
 
 _INTRODUCTION = """\
 # Config keys
@@ -31,30 +32,72 @@ def reference() -> str:
     return "\n".join(pages)
 
 
-def _section(cls: type, path: str) -> Iterator[str]:
-    fields, nested = [], []
-    hints, notes = get_type_hints(cls), _field_docs(cls)
-    for field in dataclasses.fields(cls):
-        section = _section_type(hints[field.name])
+def _section(cls: type[Section], path: str) -> Iterator[str]:
+    nested = {}
+    for key, field in cls.known_keys().items():
+        section = field.metadata.get("table") or _section_type(get_type_hints(cls)[key])
         if section is not None:
-            nested.append((section, f"{path}.{field.name}"))
-        else:
-            fields.append((field, notes.get(field.name, "")))
+            nested[key] = section
     yield f"## `{path}`\n"
-    yield " ".join(inspect.cleandoc(cls.__doc__ or "").replace("``", "`").split()) + "\n"
+    yield _words(cls) + "\n"
+    yield from _rows(cls, [key for key in cls.known_keys() if key not in nested])
+    for key, section in nested.items():
+        if isinstance(section, Table):
+            yield from _methods(section, f"{path}.{key}")
+        else:
+            yield from _section(section, f"{path}.{key}")
+
+
+def _methods(table: Table[Any], path: str) -> Iterator[str]:
+    """What a section chooses from: the keys of all, then those of each."""
+    common = list(table.base.known_keys())
+    yield f"## `{path}`\n"
+    about = _words(table.base).split(". ")[0].rstrip(".")
+    yield f"{about}. A key that the chosen one does not take is refused.\n"
+    names = ", ".join(f"`{name}`" for name in table)
+    yield f"`name` is one of {names}. Default: `{table.default}`.\n"
+    if common:
+        yield from _rows(table.base, common)
+    for name, method in table.items():
+        own = [key for key in method.known_keys() if not _is_inherited(method, table.base, key)]
+        left_out = [key for key in common if key not in method.known_keys()]
+        yield f"### `{path}.name={json.dumps(name)}`\n"
+        yield _words(method) + "\n"
+        if left_out:
+            yield f"It does not take {', '.join(f'`{key}`' for key in left_out)}.\n"
+        if own:
+            yield from _rows(method, own)
+
+
+def _is_inherited(method: type[Section], base: type[Section], key: str) -> bool:
+    """Whether a key and its default are those of all methods."""
+    mine, theirs = method.known_keys()[key], base.known_keys().get(key)
+    return theirs is not None and _default(mine) == _default(theirs)
+
+
+def _rows(cls: type[Section], keys: Sequence[str]) -> Iterator[str]:
+    notes: dict[str, str] = {}
+    for kind in reversed(cls.__mro__):
+        if kind is not Section and dataclasses.is_dataclass(kind):
+            notes |= _field_docs(kind)
     yield "| key | default | valid | meaning |"
     yield "| --- | --- | --- | --- |"
-    for field, note in fields:
-        valid = field.metadata.get("valid") or _spelled(cls, field.name)
-        yield f"| `{field.name}` | {_default(field)} | {valid} | {note} |"
+    for key in keys:
+        field = cls.known_keys()[key]
+        valid = field.metadata.get("valid") or _spelled(cls, key)
+        yield f"| `{key}` | {_default(field)} | {valid} | {notes.get(key, '')} |"
     yield ""
-    for section, inner in nested:
-        yield from _section(section, inner)
 
 
-def _section_type(hint: Any) -> type | None:
+def _words(cls: type[Section]) -> str:
+    """A section's docstring, but for what concerns its source."""
+    text = inspect.cleandoc(cls.__doc__ or "").split("\n\nAttributes:")[0]
+    return " ".join(text.split("\n\nArgs:")[0].replace("``", "`").split())
+
+
+def _section_type(hint: Any) -> type[Section] | None:
     for candidate in (hint, *getattr(hint, "__args__", ())):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
 

@@ -6,7 +6,6 @@ Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -309,7 +308,7 @@ class AdversarialEngine:
             return x
         generator = SampleGenerator(self.run.dat.seed, self.global_steps, first_index, indices)
         if self.free is not None:
-            return self.free.images(x, self.micro_step, attack.threat, generator)
+            return self.free.images(x, self.micro_step, attack.ball, generator)
         gradient = self._input_gradient() if gradient is None else gradient
         gathers = self._traffic.calls["parameters"]
         frozen = functools.partial(self.frozen, self.run.dat.attack.model_mode, self._attacked)
@@ -317,7 +316,7 @@ class AdversarialEngine:
             if self.attack_precision == "auto":
                 with frozen() as model:
                     self.attack_precision = self._faster_precision(model, x)
-                attack = dataclasses.replace(attack, precision=self.attack_precision)
+                attack = attack.with_precision(self.attack_precision)
             if self.graphs is not None:
                 x_adv = self.graphs(attack, frozen, x, y, generator, gradient)
             else:
@@ -358,7 +357,7 @@ class AdversarialEngine:
         attack = self._attack.at(self.progress)
         if self.attack_precision == "auto":
             return attack
-        return dataclasses.replace(attack, precision=self.attack_precision)
+        return attack.with_precision(self.attack_precision)
 
     def use_attack(self, attack: Attack) -> None:
         """Train with another attack from the next micro-step on.
@@ -672,9 +671,7 @@ class AdversarialEngine:
         # A stream of its own: the attack's random start is another draw.
         generator = SampleGenerator(self.run.dat.seed + 1, self.global_steps, part.first_index)
         with self._phase("forward"), self.frozen(self.run.dat.attack.model_mode) as model:
-            return alignment_probes(
-                model, part.x, part.y, threat=attack.threat, generator=generator
-            )
+            return alignment_probes(model, part.x, part.y, threat=attack.ball, generator=generator)
 
     def _ascend_with(self, x: Tensor, x_adv: Tensor) -> None:
         """Move free training's perturbation up the gradient that the backward left at ``x_adv``."""
@@ -685,7 +682,7 @@ class AdversarialEngine:
         if gradient is None:
             raise RuntimeError("The loss given to backward does not depend on the last images.")
         gradient = self._pending.gradient.count(gradient, finite_samples(gradient))
-        self.free.ascend(x, x_adv, gradient, self.micro_step, attack.threat, attack.step_size)
+        self.free.ascend(x, x_adv, gradient, self.micro_step, attack.ball, attack.step)
 
     def _perturb_weights(
         self, part: _MicroBatch, x_adv: Tensor, probes: AlignmentProbes | None

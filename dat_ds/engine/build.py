@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,6 @@ from dat_ds.config import (
     check_layerwise,
     check_one_bit,
     load_config,
-    objective_of,
     one_bit_name,
     one_bit_options,
     precision_of,
@@ -48,7 +46,6 @@ from dat_ds.optim import (
     OPTIMIZERS,
     CompressedOptimizer,
     LayerwiseOptimizer,
-    build_optimizer,
     usual_scaling,
 )
 from dat_ds.ranks import Ranks
@@ -99,7 +96,7 @@ def initialize(
     if ranks.is_main:
         for note in run.notes:
             logger.info("Note: %s", note)
-    objective = objective_of(run.dat) if objective is None else objective
+    objective = run.dat.objective if objective is None else objective
     problems: list[str] = []
     attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run, problems)
     if attack is not None:
@@ -107,9 +104,10 @@ def initialize(
     if problems:
         raise ConfigError("\n".join(problems))
     helper = None
-    if run.dat.objective.helper_model is not None:
+    helper_model = getattr(run.dat.objective, "helper_model", None)
+    if helper_model is not None:
         with ranks.together():
-            helper = load(run.dat.objective.helper_model, map_location=ranks.device)
+            helper = load(helper_model, map_location=ranks.device)
     if objective.compares_samples and micro_batch < 2:
         raise ConfigError(
             f"train_micro_batch_size_per_gpu={micro_batch}: dat.objective.name={objective.name!r} "
@@ -186,20 +184,20 @@ def _own_attack(attack: Attack | UserAttack, run: RunConfig, problems: list[str]
         )
     if isinstance(attack, Attack):
         return attack
-    name = getattr(attack, "__name__", "callable")
-    return CallableAttack(name, threat_of(run.dat), function=attack)
+    return CallableAttack(threat=threat_of(run.dat), user_function=attack)
 
 
 def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:
     """The run's optimizer where it is ours; None where DeepSpeed builds it."""
     if run.dat.optimizer is not None:
-        return build_optimizer(model, dataclasses.asdict(run.dat.optimizer))
+        return run.dat.optimizer.build(model)
     name = one_bit_name(run.deepspeed)
     if name is None:
         return None
     # One group, all of it decayed, as DeepSpeed does with its own section.
     params = [p for p in model.parameters() if p.requires_grad]
-    return OPTIMIZERS[name](params, **one_bit_options(run.deepspeed))
+    method = OPTIMIZERS[name](**one_bit_options(run.deepspeed))
+    return method.optimizer([{"params": params}])
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer | None, run: RunConfig) -> None:
@@ -229,7 +227,7 @@ def _refuse_shares_of_the_run(dat: DatConfig) -> None:
     """Refuse keys that are shares of a run whose length is unknown."""
     shares = {
         "dat.attack.eps_warmup": dat.attack.eps_warmup,
-        "dat.attack.steps_from": dat.attack.steps_from,
+        "dat.attack.steps_from": getattr(dat.attack, "steps_from", None),
         "dat.weight_perturbation.start": dat.weight_perturbation.start,
     }
     given = [f"{key}={value}" for key, value in shares.items() if value]

@@ -14,8 +14,8 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from dat_ds.assembly import codec_of
 from dat_ds.compression import (
+    Codec,
     CompressedAllReduce,
     CompressedReduceScatter,
     NearestInt8,
@@ -23,7 +23,6 @@ from dat_ds.compression import (
     gather_shares,
 )
 from dat_ds.config import RunConfig
-from dat_ds.config.schema import CompressionConfig
 from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError, UserError
 from dat_ds.ranks import Ranks
@@ -47,9 +46,9 @@ class GradientCompression:
         seed: Of the run.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, config: CompressionConfig, seed: int) -> None:
+    def __init__(self, engine: DeepSpeedEngine, config: Codec, seed: int) -> None:
         self._engine, self._config, self._seed = engine, config, seed
-        self.codec = codec_of(config)
+        self.codec = config
         self._exchanges: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
         self._seen: Counter[str] = Counter()
@@ -108,7 +107,6 @@ class GradientCompression:
 
     def _average(self, name: str, flat: Tensor) -> Tensor:
         """The mean of a bucket, encoded piece by piece to bound the memory that it takes."""
-        assert self._config.bucket_mb is not None
         sides = self._config.sides or "double"
         exchanges = []
         for i, piece in enumerate(torch.split(flat, max(1, int(self._config.bucket_mb * 2**18)))):
@@ -171,7 +169,7 @@ def attach_compression(
     if len(set(map(str, said))) > 1:
         lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(said))
         raise ConfigError(f"Ranks disagree on dat.compression; start all with one config:\n{lines}")
-    if config.name == "none":
+    if not isinstance(config, Codec):
         return None
     if ranks.count == 1:
         logger.info(

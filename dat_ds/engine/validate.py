@@ -13,18 +13,17 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, Deep
 from pydantic import ValidationError
 from torch import nn
 
-from dat_ds.attacks import Attack, CallableAttack
+from dat_ds.attacks import Attack
 from dat_ds.config import (
     RunConfig,
-    check_attack_batch,
-    check_attack_passes,
+    check_run,
     one_bit_name,
     precision_of,
 )
-from dat_ds.config.parse import did_you_mean
-from dat_ds.config.reconcile import ADAM_NAMES
+from dat_ds.config.deepspeed.optimizer import ADAM_NAMES
 from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError
+from dat_ds.method import did_you_mean
 from dat_ds.objectives import Objective
 
 
@@ -40,13 +39,14 @@ def attack_problems(
         accumulation: Micro-steps per optimizer step.
     """
     problems: list[str] = []
-    if run.dat.engine.cuda_graphs and isinstance(attack, CallableAttack):
-        problems.append(
-            "dat.engine.cuda_graphs=true with an attack of your own, which may ask the device for "
-            "values: remove it, or build_attack({'name': 'pgd', ...})."
-        )
-    check_attack_passes(attack, run.deepspeed, run.dat, problems)
-    check_attack_batch(attack.name, objective, accumulation, run.dat, problems)
+    check_run(
+        run.dat,
+        run.deepspeed,
+        problems,
+        attack=attack,
+        objective=objective,
+        accumulation=accumulation,
+    )
     return problems
 
 

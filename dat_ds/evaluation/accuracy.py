@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, apgd, attack_mode, pgd
-from dat_ds.config import EvaluationAttack, parse_evaluation_attack
+from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, attack_mode
+from dat_ds.attacks.named import run_attack
+from dat_ds.config import parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
 from dat_ds.evaluation.task import Task
 
 Model = Callable[[Tensor], Tensor]
-_APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
 
 
 class Gather(Protocol):
@@ -204,43 +204,6 @@ class _Batches:
                 except DataError as error:
                     self.error = str(error)
             yield self._batches.empty_batch()
-
-
-def run_attack(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    attack: EvaluationAttack,
-    generator: SampleGenerator,
-    loss: InnerLoss | None = None,
-) -> Tensor:
-    """Adversarial images for ``x`` ``(B, C, H, W)`` by an evaluation attack.
-
-    ``loss`` takes the place of PGD's cross-entropy.
-    """
-    if attack.method != "pgd":
-        return apgd(
-            model,
-            x,
-            y,
-            threat=threat,
-            steps=attack.steps,
-            loss=_APGD_LOSSES[attack.method],
-            restarts=attack.restarts,
-            generator=generator,
-        )
-    return pgd(
-        model,
-        x,
-        y,
-        threat=threat,
-        steps=attack.steps,
-        step_size=attack.step_size(threat.eps),
-        loss="ce" if loss is None else loss,
-        restarts=attack.restarts,
-        generator=generator,
-    )
 
 
 def _combine(names: Sequence[str], gathered: list[object], task: Task) -> Record:

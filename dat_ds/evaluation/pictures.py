@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dat_ds.attacks import SampleGenerator, ThreatModel
+from dat_ds.attacks.named import run_attack
 from dat_ds.config import parse_evaluation_attack
-from dat_ds.evaluation.accuracy import run_attack
 
 
 @torch.no_grad()

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks import ThreatModel
-from dat_ds.objectives.base import Objective
-from dat_ds.objectives.consistency import helper_images
+from dat_ds.objectives.base import Gather, Objective
 from dat_ds.objectives.grad_align import AlignmentProbes
-from dat_ds.objectives.self_supervised import Gather
+from dat_ds.objectives.hat import helper_images
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,72 @@
 Shapes: ``B`` batch, ``K`` classes.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from dat_ds.attacks import Generator, InnerLoss
+from dat_ds.method import Method, Trait, at_least, option
 
 Head = Literal["classes", "rotation", "projection", "features"]
 
 
+Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""This rank's features and ``y`` to those of all other ranks, differentiable."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Objective(ABC):
+class Outputs:
+    """What the outer forward put out, in float32 (float64 where the model does).
+
+    Attributes:
+        objective: Whose outputs they are, for messages.
+        adversarial: Of the adversarial images ``(B, K)``.
+        y: Class indices ``(B,)`` int64, -1 for an unlabelled sample; probabilities
+            ``(B, K)``; or what :meth:`Objective.inputs` made.
+        natural: Of the natural images ``(B, K)``, where the objective needs them.
+        helper: Of the helper images ``(B, K)``.
+        y_helper: Class indices of the helper images ``(B,)``.
+        start: Of the images that the attack started from ``(B, K)``.
+        weights: Weight of each sample in every term ``(B,)``; None for 1.
+        gather: Brings in other ranks' features.
+    """
+
+    objective: str
+    adversarial: Tensor
+    y: Tensor
+    natural: Tensor | None = None
+    helper: Tensor | None = None
+    y_helper: Tensor | None = None
+    start: Tensor | None = None
+    weights: Tensor | None = None
+    gather: Gather | None = None
+
+    def needed(self, kind: str) -> Tensor:
+        """Outputs or labels of a kind.
+
+        Raises:
+            ValueError: If they are missing.
+        """
+        found = getattr(self, kind)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"objective {self.objective!r} needs outputs: {kind} is missing.")
+        return found
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``sum_i w_i v_i / B`` of values ``(B,)``, with this batch's weights."""
+        return average(values, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Method):
     """A robust objective: logits in, named scalar terms out.
 
     Every term is a weighted sum over this rank's samples divided by their number ``B``, in float32
@@ -38,9 +88,13 @@ class Objective(ABC):
         num_views: Images that :meth:`inputs` makes of each image.
         compares_samples: Whether a sample's loss depends on the others of the batch.
         needs_reference: Whether :meth:`inputs` asks the model as it was at the start.
+        needs_attack: Whether it has no meaning in natural training.
+        needs_start_logits: Whether the forward pass must hold the images that the attack started
+            from.
+        required: Keys that a run must give, and what they are to hold.
     """
 
-    name: ClassVar[str]
+    kind: ClassVar[str] = "objective"
     default_attack_loss: ClassVar[str] = "ce"
     needs_helper_logits: ClassVar[bool] = False
     uses_unlabelled: ClassVar[bool] = False
@@ -49,6 +103,58 @@ class Objective(ABC):
     num_views: ClassVar[int] = 1
     compares_samples: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    needs_attack: ClassVar[bool] = True
+    needs_start_logits: ClassVar[bool] = False
+    required: ClassVar[Mapping[str, str]] = {}
+
+    unlabelled_weight: float = at_least(
+        0,
+        1.0,
+        traits={
+            Trait.CONCERNS_UNLABELLED: lambda v: v != 1,
+            Trait.CONCERNS_LABELS: lambda v: v != 1,
+        },
+    )
+    """Weight of every image whose label is missing or a pseudo-label, in all terms."""
+    grad_align: float = at_least(
+        0,
+        0.0,
+        traits=dict.fromkeys(
+            (
+                Trait.LOSS_OF_CLASSES,
+                Trait.NEEDS_ADVERSARIAL,
+                Trait.NEEDS_GRADIENT_LENGTHS,
+                Trait.NEEDS_LABELS,
+                Trait.TAKES_GRADIENTS_APART,
+            ),
+            lambda v: v > 0,
+        ),
+    )
+    """Weight of GradAlign's regulariser against catastrophic overfitting; 0.2 in its paper for
+    CIFAR-10 at eps 8/255. Costs 16 forwards' time a step, under every ZeRO stage."""
+    batch_norm: Literal["joint", "split"] = option(
+        "joint", traits={Trait.SPLITS_BATCH_NORM: lambda v: v == "split"}
+    )
+    """Natural and adversarial images go through the model in one forward: BatchNorm takes its
+    statistics of all of them (``joint``) or of each kind apart (``split``)."""
+
+    def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
+        """Its traits, and those that follow from what it declares."""
+        yield from super().facts(path)
+        declared = {
+            Trait.KNOWS_NO_CLASSES: not self.classifies,
+            Trait.LEARNS_NO_CLASSES: self.head != "classes",
+            Trait.COMPARES_SAMPLES: self.compares_samples,
+            Trait.NEEDS_ADVERSARIAL: self.needs_attack,
+            Trait.NEEDS_LABELS: not self.uses_unlabelled,
+        }
+        for trait, holds in declared.items():
+            if holds:
+                yield trait, f"{path}.name={self.name!r}"
+
+    def resolved(self, has_attack: bool) -> Self:
+        """With the defaults written out that depend on whether the run has an attack."""
+        return self
 
     @property
     def inner_loss(self) -> InnerLoss | None:
@@ -82,7 +188,6 @@ class Objective(ABC):
         """Whether the forward pass must hold natural images beside the adversarial ones."""
         return True
 
-    @abstractmethod
     def __call__(
         self,
         logits_adv: Tensor,
@@ -91,32 +196,36 @@ class Objective(ABC):
         *,
         logits_helper: Tensor | None = None,
         y_helper: Tensor | None = None,
+        logits_start: Tensor | None = None,
         weights: Tensor | None = None,
+        gather: Gather | None = None,
     ) -> dict[str, Tensor]:
-        """The loss and its terms.
+        """The loss and its terms, from the model's outputs in any floating dtype.
 
-        Args:
-            logits_adv: Logits of the adversarial images ``(B, K)``, any floating dtype.
-            y: Class indices ``(B,)`` int64, -1 for an unlabelled sample, or probabilities
-                ``(B, K)``.
-            logits: Logits of the natural images ``(B, K)``; needed where
-                :attr:`needs_natural_logits`.
-            logits_helper: Logits of the helper images ``(B, K)``; needed where
-                :attr:`needs_helper_logits`.
-            y_helper: Class indices of the helper images ``(B,)``; likewise.
-            weights: Weight of each sample in every term ``(B,)``; None for 1.
+        Arguments are the fields of :class:`Outputs`.
 
         Returns:
             ``loss`` (with gradient) and detached terms such as ``robust_loss``.
 
         Raises:
-            ValueError: If logits that are needed are missing.
+            ValueError: If outputs that are needed are missing.
         """
+        outputs = Outputs(
+            objective=self.name,
+            adversarial=accurate(logits_adv),
+            y=y,
+            natural=None if logits is None else accurate(logits),
+            helper=None if logits_helper is None else accurate(logits_helper),
+            y_helper=y_helper,
+            start=None if logits_start is None else accurate(logits_start),
+            weights=weights,
+            gather=gather,
+        )
+        return self.terms(outputs)
 
-    def _needed(self, logits: Tensor | None, what: str = "x") -> Tensor:
-        if logits is None:
-            raise ValueError(f"objective {self.name!r} needs logits of {what}.")
-        return accurate(logits)
+    def terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """``loss`` with gradient, and detached terms; what a subclass defines."""
+        raise TypeError(f"{type(self).__name__} defines no terms.")
 
 
 def accurate(logits: Tensor) -> Tensor:

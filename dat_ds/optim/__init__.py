@@ -1,19 +1,23 @@
 """Optimizers, learning-rate schedules and weight averages."""
 
-from dat_ds.optim.build import (
-    OPTIMIZERS,
-    PRESETS,
-    build_optimizer,
-    optimizer_options,
-    parameter_groups,
-)
+from dat_ds.optim.build import OPTIMIZERS, build_optimizer
 from dat_ds.optim.compressed import CompressedOptimizer
 from dat_ds.optim.ema import WeightEma
 from dat_ds.optim.lamb import Lamb
 from dat_ds.optim.lars import Lars
+from dat_ds.optim.method import OptimizerMethod, parameter_groups
 from dat_ds.optim.one_bit_adam import OneBitAdam
 from dat_ds.optim.one_bit_lamb import OneBitLamb
-from dat_ds.optim.schedule import Schedule, lr_scale, usual_scaling
+from dat_ds.optim.schedule import (
+    SCHEDULES,
+    Constant,
+    Cosine,
+    Schedule,
+    ScheduleMethod,
+    Step,
+    lr_scale,
+    usual_scaling,
+)
 from dat_ds.optim.stability import VarianceStability
 from dat_ds.optim.trust_ratio import PADDING, LayerwiseOptimizer, Layout, Segments
 from dat_ds.optim.zero_one_adam import ZeroOneAdam
@@ -21,22 +25,26 @@ from dat_ds.optim.zero_one_adam import ZeroOneAdam
 __all__ = [
     "OPTIMIZERS",
     "PADDING",
-    "PRESETS",
+    "SCHEDULES",
     "CompressedOptimizer",
+    "Constant",
+    "Cosine",
     "Lamb",
     "Lars",
     "LayerwiseOptimizer",
     "Layout",
     "OneBitAdam",
     "OneBitLamb",
+    "OptimizerMethod",
     "Schedule",
+    "ScheduleMethod",
     "Segments",
+    "Step",
     "VarianceStability",
     "WeightEma",
     "ZeroOneAdam",
     "build_optimizer",
     "lr_scale",
-    "optimizer_options",
     "parameter_groups",
     "usual_scaling",
 ]

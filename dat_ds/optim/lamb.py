@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dat_ds.optim.trust_ratio import Groups, LayerwiseOptimizer, check_options
+from dat_ds.method import above, at_least
+from dat_ds.optim.method import betas_option, default_of
+from dat_ds.optim.trust_ratio import Groups, LayerwiseMethod, LayerwiseOptimizer, check_options
 
 
 class Lamb(LayerwiseOptimizer):
@@ -99,3 +102,37 @@ class Lamb(LayerwiseOptimizer):
 
     def _move(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
         torch._foreach_add_(params, directions, alpha=-float(group["lr"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambMethod(LayerwiseMethod):
+    """Adam's direction with layer-wise trust ratios, and DAT's LALR on it."""
+
+    name: ClassVar[str] = "lamb"
+    paper: ClassVar[str] = (
+        "You et al., ICLR 2020, arXiv 1904.00962; Zhang et al., UAI 2022, arXiv 2206.06257"
+    )
+    scaling: ClassVar[str | None] = "sqrt"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "modern": {},
+        "paper": {"adapt_vectors": True, "bias_correction": False, "upper": 10.0},
+    }
+
+    lr: float = above(0, default_of(Lamb, "lr"))
+    """A layer's step relative to the length of its weights."""
+    weight_decay: float = at_least(0, default_of(Lamb, "weight_decay"))
+    """Part of the direction, of every parameter with at least two dimensions."""
+    betas: list[float] = betas_option(default_of(Lamb, "betas"))
+    """Decays of the two moments."""
+    eps: float = above(0, default_of(Lamb, "eps"))
+    """Added to the root of the second moment."""
+    bias_correction: bool = default_of(Lamb, "bias_correction")
+    """Divide the moments by what their start at zero leaves out. Of ``paper`` false."""
+    lower: float = at_least(0, default_of(Lamb, "lower"))
+    """Lower bound of the weights' norm in the trust ratio."""
+    upper: float | None = above(0, default_of(Lamb, "upper"))
+    """Upper bound of it. Default: none, of ``paper`` 10."""
+
+    def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """:class:`Lamb`."""
+        return Lamb(params, **self.arguments())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dat_ds.optim.trust_ratio import Groups, LayerwiseOptimizer, check_options
+from dat_ds.method import above, at_least, fraction
+from dat_ds.optim.method import default_of
+from dat_ds.optim.trust_ratio import Groups, LayerwiseMethod, LayerwiseOptimizer, check_options
 
 Scaled = Literal["gradient", "momentum"]
 
@@ -114,3 +117,47 @@ class Lars(LayerwiseOptimizer):
             return summands
         torch._foreach_copy_(summands, buffers)
         return summands
+
+
+@dataclass(frozen=True, kw_only=True)
+class LarsMethod(LayerwiseMethod):
+    """SGD's direction with layer-wise trust ratios, and DAT's LALR on it."""
+
+    name: ClassVar[str] = "lars"
+    paper: ClassVar[str] = (
+        "You et al. 2017, arXiv 1708.03888; Zhang et al., UAI 2022, arXiv 2206.06257"
+    )
+    scaling: ClassVar[str | None] = "linear"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "modern": {},
+        "paper": {
+            "adapt_vectors": True,
+            "scaled": "momentum",
+            "trust_coefficient": 1.0,
+            "upper": 10.0,
+            "lr": 0.01,
+        },
+    }
+
+    lr: float = above(0, default_of(Lars, "lr"))
+    """Learning rate. Of ``paper`` 0.01."""
+    weight_decay: float = at_least(0, default_of(Lars, "weight_decay"))
+    """Weight decay of every parameter with at least two dimensions."""
+    momentum: float = fraction(default_of(Lars, "momentum"))
+    """Decay of the average of directions."""
+    nesterov: bool = default_of(Lars, "nesterov")
+    """Nesterov's momentum."""
+    trust_coefficient: float = above(0, default_of(Lars, "trust_coefficient"))
+    """Factor of the trust ratio. Of ``paper`` 1."""
+    eps: float = above(0, default_of(Lars, "eps"))
+    """Added to the direction's norm."""
+    lower: float = at_least(0, default_of(Lars, "lower"))
+    """Lower bound of the weights' norm in the trust ratio."""
+    upper: float | None = above(0, default_of(Lars, "upper"))
+    """Upper bound of it. Default: none, of ``paper`` 10."""
+    scaled: Scaled = default_of(Lars, "scaled")
+    """What the trust ratio scales. Of ``paper`` ``momentum``."""
+
+    def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """:class:`Lars`."""
+        return Lars(params, **self.arguments())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dat_ds.method import above, at_least, positive_share
 from dat_ds.optim.compressed import CompressedOptimizer, FlatParameters, Scale, kept
+from dat_ds.optim.method import OptimizerMethod, betas_option, default_of
 from dat_ds.optim.stability import VarianceStability
 
 
@@ -190,3 +193,41 @@ class OneBitAdam(FreezingOptimizer):
         gradient.mul_(usable)
         self._move(flat)
         self._maybe_freeze(flat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBitAdamMethod(OptimizerMethod):
+    """Adam whose momentum travels as signs once its variance is frozen."""
+
+    name: ClassVar[str] = "one_bit_adam"
+    paper: ClassVar[str] = "Tang et al., ICML 2021, arXiv 2102.02888"
+    scaling: ClassVar[str | None] = "sqrt"
+    compresses: ClassVar[bool] = True
+
+    lr: float = above(0, default_of(OneBitAdam, "lr"))
+    """Learning rate."""
+    weight_decay: float = at_least(0, default_of(OneBitAdam, "weight_decay"))
+    """Weight decay of every parameter with at least two dimensions."""
+    betas: list[float] = betas_option(default_of(OneBitAdam, "betas"))
+    """Decays of the two moments."""
+    eps: float = above(0, default_of(OneBitAdam, "eps"))
+    """Added to the root of the second moment."""
+    bias_correction: bool = default_of(OneBitAdam, "bias_correction")
+    """Divide the moments by what their start at zero leaves out."""
+    preconditioned: bool = default_of(OneBitAdam, "preconditioned")
+    """Compress the momentum divided by the root of the variance. False is what the papers and
+    DeepSpeed do, and diverges where variances differ much."""
+    block_size: int = at_least(0, default_of(OneBitAdam, "block_size"))
+    """Entries that share a scale; 0 is one for all, as in DeepSpeed."""
+    scale: Scale = default_of(OneBitAdam, "scale")
+    """What a scale is, of magnitudes; DeepSpeed: ``rms``."""
+    freeze_step: int | None = at_least(1, default_of(OneBitAdam, "freeze_step"))
+    """Steps of the warm-up, which is not compressed. Default: until the variance is stable,
+    measured every ``1 / (1 - beta2) / 10`` steps."""
+    stability_threshold: float = positive_share(default_of(OneBitAdam, "stability_threshold"))
+    """Ratio of the variance's norms, ``1 / (1 - beta2)`` steps apart, from which on it counts as
+    stable."""
+
+    def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """:class:`OneBitAdam`."""
+        return OneBitAdam(params, **self.arguments())

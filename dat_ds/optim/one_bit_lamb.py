@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dat_ds.method import above, at_least, fraction, positive_share
 from dat_ds.optim.compressed import FlatParameters, Scale, kept, norms
+from dat_ds.optim.method import OptimizerMethod, betas_option, default_of
 from dat_ds.optim.one_bit_adam import FreezingOptimizer
 
 
@@ -208,3 +211,55 @@ class OneBitLamb(FreezingOptimizer):
         scales_layers = (scales > 0) & (not self.preconditioned)
         self._layers["scaling"] = torch.where(scales_layers, scales.mean() / scales, 1.0)
         super()._freeze(flat, ratio, chosen_by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBitLambMethod(OptimizerMethod):
+    """LAMB whose momentum travels as signs once its variance is frozen."""
+
+    name: ClassVar[str] = "one_bit_lamb"
+    paper: ClassVar[str] = "Li et al., HiPC 2022, arXiv 2104.06069"
+    scaling: ClassVar[str | None] = "sqrt"
+    compresses: ClassVar[bool] = True
+
+    lr: float = above(0, default_of(OneBitLamb, "lr"))
+    """Learning rate."""
+    weight_decay: float = at_least(0, default_of(OneBitLamb, "weight_decay"))
+    """Weight decay of every parameter with at least two dimensions."""
+    betas: list[float] = betas_option(default_of(OneBitLamb, "betas"))
+    """Decays of the two moments."""
+    eps: float = above(0, default_of(OneBitLamb, "eps"))
+    """Added to the root of the second moment."""
+    bias_correction: bool = default_of(OneBitLamb, "bias_correction")
+    """Divide the moments by what their start at zero leaves out."""
+    preconditioned: bool = default_of(OneBitLamb, "preconditioned")
+    """Compress the momentum divided by the root of the variance. False is what the papers and
+    DeepSpeed do, and diverges where variances differ much."""
+    block_size: int = at_least(0, default_of(OneBitLamb, "block_size"))
+    """Entries that share a scale; 0 is one for all, as in DeepSpeed."""
+    scale: Scale = default_of(OneBitLamb, "scale")
+    """What a scale is, of magnitudes; DeepSpeed: ``rms``."""
+    freeze_step: int | None = at_least(1, default_of(OneBitLamb, "freeze_step"))
+    """Steps of the warm-up, which is not compressed. Default: until the variance is stable,
+    measured every ``1 / (1 - beta2) / 10`` steps."""
+    stability_threshold: float = positive_share(default_of(OneBitLamb, "stability_threshold"))
+    """Ratio of the variance's norms, ``1 / (1 - beta2)`` steps apart, from which on it counts as
+    stable."""
+    max_coeff: float = above(0, default_of(OneBitLamb, "max_coeff"))
+    """Largest trust ratio of the warm-up."""
+    min_coeff: float = at_least(0, default_of(OneBitLamb, "min_coeff"))
+    """Smallest."""
+    coeff_beta: float = fraction(default_of(OneBitLamb, "coeff_beta"))
+    """Decay of their average, which is frozen with the variance."""
+    factor_max: float = above(0, default_of(OneBitLamb, "factor_max"))
+    """Largest factor on the frozen ratios."""
+    factor_min: float = above(0, default_of(OneBitLamb, "factor_min"))
+    """Smallest."""
+    factor_threshold: float = at_least(0, default_of(OneBitLamb, "factor_threshold"))
+    """Largest relative change of that factor per step."""
+    adapt_vectors: bool = default_of(OneBitLamb, "adapt_vectors")
+    """Give vectors a trust ratio too."""
+
+    def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """:class:`OneBitLamb`."""
+        return OneBitLamb(params, **self.arguments())

@@ -14,11 +14,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from dat_ds.optim.method import OptimizerMethod
 
 _BLOCK = 2**13
 PADDING = -1
@@ -304,3 +306,27 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError("nesterov=True needs a momentum above 0.")
     if options.get("scaled", "gradient") not in ("gradient", "momentum"):
         raise ValueError(f"scaled={options['scaled']!r} is not one of gradient, momentum.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseMethod(OptimizerMethod):
+    """An optimizer whose step goes by whole layers, also where ZeRO cuts them."""
+
+    needs_layers: ClassVar[bool] = True
+
+    preset: Literal["modern", "paper"] = "modern"
+    """Where defaults come from: ``modern`` is what timm and NVLAMB do; ``paper`` is the bounded
+    rule of Zhang et al., UAI 2022, arXiv 2206.06257, on every tensor."""
+    adapt_vectors: bool = False
+    """Give vectors a trust ratio too. Of ``paper`` true."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Options of the optimizer; which vectors adapt is said by group."""
+        return {k: v for k, v in super().arguments().items() if k != "adapt_vectors"}
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups that say which tensors have trust ratios."""
+        groups = super().groups(model)
+        for group in groups:
+            group["adapt"] = self.adapt_vectors or group["params"][0].ndim > 1
+        return groups

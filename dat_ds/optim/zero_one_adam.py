@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dat_ds.method import above, at_least
 from dat_ds.optim.compressed import CompressedOptimizer, FlatParameters, Scale, kept
+from dat_ds.optim.method import OptimizerMethod, betas_option, default_of
 
 
 class ZeroOneAdam(CompressedOptimizer):
@@ -252,3 +255,43 @@ class ZeroOneAdam(CompressedOptimizer):
             self._buffers[name].copy_(state["own"][name])
         weights = state["own"]["weights"].to(self._work.device)
         torch._foreach_copy_(flat.params, flat.views(weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOneAdamMethod(OptimizerMethod):
+    """Adam that ranks agree on more and more seldom, in signs."""
+
+    name: ClassVar[str] = "zero_one_adam"
+    paper: ClassVar[str] = "Lu et al., ICLR 2023, arXiv 2202.06009"
+    scaling: ClassVar[str | None] = "sqrt"
+    compresses: ClassVar[bool] = True
+
+    lr: float = above(0, default_of(ZeroOneAdam, "lr"))
+    """Learning rate."""
+    weight_decay: float = at_least(0, default_of(ZeroOneAdam, "weight_decay"))
+    """Weight decay of every parameter with at least two dimensions."""
+    betas: list[float] = betas_option(default_of(ZeroOneAdam, "betas"))
+    """Decays of the two moments."""
+    eps: float = above(0, default_of(ZeroOneAdam, "eps"))
+    """Added to the root of the second moment."""
+    bias_correction: bool = default_of(ZeroOneAdam, "bias_correction")
+    """Divide the moments by what their start at zero leaves out."""
+    preconditioned: bool = default_of(ZeroOneAdam, "preconditioned")
+    """Compress the momentum divided by the root of the variance. False is what the papers and
+    DeepSpeed do, and diverges where variances differ much."""
+    block_size: int = at_least(0, default_of(ZeroOneAdam, "block_size"))
+    """Entries that share a scale; 0 is one for all, as in DeepSpeed."""
+    scale: Scale = default_of(ZeroOneAdam, "scale")
+    """What a scale is, of magnitudes; DeepSpeed: ``rms``."""
+    var_freeze_step: int = at_least(1, default_of(ZeroOneAdam, "var_freeze_step"))
+    """Last step that may measure the variance."""
+    var_update_scaler: int = at_least(1, default_of(ZeroOneAdam, "var_update_scaler"))
+    """Measurements after which their interval doubles."""
+    local_step_scaler: int = at_least(1, default_of(ZeroOneAdam, "local_step_scaler"))
+    """Steps after which the interval of agreement doubles."""
+    local_step_clipper: int = at_least(1, default_of(ZeroOneAdam, "local_step_clipper"))
+    """Largest interval of agreement."""
+
+    def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """:class:`ZeroOneAdam`."""
+        return ZeroOneAdam(params, **self.arguments())

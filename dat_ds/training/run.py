@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -16,13 +15,9 @@ from dat_ds.assembly import build_data_of, build_model_of, evaluate_model
 from dat_ds.config import (
     RunConfig,
     adapt_to_device,
-    objective_of,
-    plain,
     threat_of,
 )
-from dat_ds.config.schema import (
-    DataConfig,
-)
+from dat_ds.config.schema import DataConfig
 from dat_ds.data import DataSplits, evaluation_batches
 from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
@@ -41,7 +36,7 @@ from dat_ds.evaluation import (
 )
 from dat_ds.files import write_json
 from dat_ds.models import load
-from dat_ds.objectives import OBJECTIVES, rotations
+from dat_ds.objectives import rotations
 from dat_ds.ranks import Ranks
 from dat_ds.training.folder import choose_output, find_checkpoint, make_folder
 from dat_ds.training.stopping import StopSignal
@@ -102,7 +97,7 @@ def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | No
 
 def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
     """What the exported model of a run is judged by; None where it classifies images."""
-    objective = objective_of(run.dat)
+    objective = run.dat.objective
     reference = None
     if objective.needs_reference:
         latest = Checkpoints(output / "checkpoints", keep=1).latest()
@@ -225,7 +220,7 @@ def _announce(
         run.zero_stage,
         trainer.total_steps,
         trainer.loader.sampler.global_batch,
-        describe_training(plain(dataclasses.asdict(dat))),
+        describe_training(dat.to_dict()),
         dat.threat_model.norm,
         dat.threat_model.eps,
     )
@@ -241,7 +236,7 @@ def _unlabelled_words(splits: DataSplits, data: DataConfig) -> str:
 
 def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:
     count = run.dat.evaluation.pictures
-    objective = OBJECTIVES[run.dat.objective.name]
+    objective = run.dat.objective
     if count == 0 or not objective.classifies:
         return
     splits = build_data_of(run)

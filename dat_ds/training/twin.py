@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from dat_ds.attacks import NoAttack
 from dat_ds.config import RunConfig
-from dat_ds.config.schema import AttackConfig, DataConfig, ObjectiveConfig, WeightPerturbationConfig
+from dat_ds.config.schema import DataConfig, WeightPerturbationConfig
+from dat_ds.objectives import AdversarialTraining
 
 TWIN_FOLDER = "natural_twin"
 
@@ -14,9 +16,9 @@ def natural_twin_of(run: RunConfig) -> RunConfig:
     """The same run without its attack."""
     dat = dataclasses.replace(
         run.dat,
-        attack=AttackConfig(name="none"),
-        objective=ObjectiveConfig(
-            natural_weight=0.0, label_smoothing=run.dat.objective.label_smoothing
+        attack=NoAttack(),
+        objective=AdversarialTraining(
+            label_smoothing=getattr(run.dat.objective, "label_smoothing", 0.0)
         ),
         data=_labelled_only(run.dat.data),
         weight_perturbation=WeightPerturbationConfig(),

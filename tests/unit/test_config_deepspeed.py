@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dat_ds.config import load_config, precision_of, resolve_batch
-from dat_ds.config.deepspeed_keys import FP16_DEFAULTS, SCALAR_DEFAULTS, TOP_LEVEL_KEYS
+from dat_ds.config.deepspeed.keys import FP16_DEFAULTS, SCALAR_DEFAULTS, TOP_LEVEL_KEYS
 from dat_ds.errors import ConfigError
 from tests.unit.config_helpers import ADAMW, deepspeed_config_module, problems
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from dat_ds.config.deepspeed_keys import TOP_LEVEL_KEYS
-from dat_ds.config.reconcile import _REFUSED_KEYS
+from dat_ds.config.deepspeed.keys import TOP_LEVEL_KEYS
+from dat_ds.config.deepspeed.resolve import _REFUSED_KEYS
 from dat_ds.errors import ConfigError, UserError
 from tests.unit.config_helpers import ADAMW, one_bit, ours, problems
 

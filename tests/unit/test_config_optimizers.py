@@ -18,7 +18,7 @@ from dat_ds.config import (
     scale_learning_rate,
     schema,
 )
-from dat_ds.config.deepspeed_keys import ONE_BIT_OPTIMIZERS, OPTIMIZER_DEFAULTS, adam_weight_decay
+from dat_ds.config.deepspeed.keys import ONE_BIT_OPTIMIZERS, OPTIMIZER_DEFAULTS, adam_weight_decay
 from dat_ds.optim import OPTIMIZERS, optimizer_options
 from tests.unit.config_helpers import ADAMW, deepspeed_config_module, one_bit, problems
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dat_ds.attacks.build import Attack
+from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.modes import preserved_rng
 from dat_ds.attacks.noise import RecordedStreams, SampleGenerator

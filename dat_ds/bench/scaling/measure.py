@@ -242,7 +242,7 @@ def _time_point(config: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
     engine, model, x, y = prepared_engine(run)
     model.eval()
     ranks, device = engine.ranks, engine.ranks.device
-    precision, steps = precision_of(run.deepspeed), run.dat.attack.steps or 0
+    precision, steps = precision_of(run.deepspeed), getattr(run.dat.attack, "steps", 1)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     rounds, phases, forward, alone = [], [], [], []
 

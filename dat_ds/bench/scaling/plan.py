@@ -13,9 +13,9 @@ from dat_ds.bench.scaling.network import ShapedNetwork
 from dat_ds.bench.timing import MIN_REPETITIONS, check_repetitions
 from dat_ds.compression import CODECS
 from dat_ds.config import RunConfig, load_config, one_bit_name, resolve_batch
-from dat_ds.config.deepspeed_keys import ONE_BIT_OPTIMIZERS
-from dat_ds.config.parse import did_you_mean
+from dat_ds.config.deepspeed.keys import ONE_BIT_OPTIMIZERS
 from dat_ds.errors import ConfigError
+from dat_ds.method import did_you_mean
 
 MODES = ("weak", "strong")
 

@@ -127,8 +127,9 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         settings, pixels = self._prepare(args, model, processing_class)
         device = next(model.parameters()).device
         helper = None
-        if settings.dat.objective.helper_model is not None:
-            helper = load(settings.dat.objective.helper_model, map_location=device)
+        helper_model = getattr(settings.dat.objective, "helper_model", None)
+        if helper_model is not None:
+            helper = load(helper_model, map_location=device)
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if self._reference is not None:
             self._reference.to(device, dtype=next(iter(half), None))

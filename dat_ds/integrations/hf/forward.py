@@ -323,7 +323,7 @@ class AdversarialForward:
             return outer_batch(objective, x, x, threat=settings.threat), y
         attack = settings.attack.at(moment.progress)
         generator = SampleGenerator(seed, moment.step, first)
-        mode = attack.options.get("model_mode", "eval")
+        mode = attack.model_mode
         with attack_mode(view.module, mode):
             x_adv = attack(view, x, y, generator, gradient=self._input_gradient())
         probes = None
@@ -331,9 +331,9 @@ class AdversarialForward:
             source = SampleGenerator(seed + 1, moment.step, first)
             with attack_mode(view.module, mode):
                 probes = alignment_probes(
-                    view, x, y, threat=attack.threat, generator=source, model_mode=mode
+                    view, x, y, threat=attack.ball, generator=source, model_mode=mode
                 )
-        return outer_batch(objective, x, x_adv, threat=attack.threat, probes=probes), y
+        return outer_batch(objective, x, x_adv, threat=attack.ball, probes=probes), y
 
     def _input_gradient(self) -> InputGradient:
         attack = self._settings.attack

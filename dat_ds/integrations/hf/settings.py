@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dat_ds.attacks import Attack, CallableAttack, FreeAttack, ThreatModel
-from dat_ds.config import DatConfig, attack_of, objective_of, threat_of
-from dat_ds.config.parse import parse_section
-from dat_ds.config.reconcile import resolve_dat
+from dat_ds.config import DatConfig, attack_of, threat_of
+from dat_ds.config.rules import resolve_dat
 from dat_ds.errors import ConfigError
+from dat_ds.method import parse_section
 from dat_ds.objectives import OBJECTIVES, Objective
 
 _HONOURED = ("model", "threat_model", "attack", "objective", "evaluation", "seed")
@@ -102,7 +102,7 @@ class Request:
             problems.append(_FOLDED)
         if problems:
             raise ConfigError("\n".join(dict.fromkeys(problems)))
-        objective = self.objective if isinstance(self.objective, Objective) else objective_of(dat)
+        objective = self.objective if isinstance(self.objective, Objective) else dat.objective
         return Settings(
             dat=dat,
             attack=self._attack(dat, objective),
@@ -133,8 +133,7 @@ class Request:
                 )
             return attack
         if callable(attack):
-            name = getattr(attack, "__name__", "callable")
-            return CallableAttack(name, threat_of(dat), function=attack)
+            return CallableAttack(threat=threat_of(dat), user_function=attack)
         return attack_of(dat, objective)
 
 

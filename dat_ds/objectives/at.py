@@ -1,11 +1,14 @@
 """Adversarial training, and DAT's sum of natural and adversarial loss."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from dat_ds.objectives.base import Objective, accurate, average, cross_entropy
+from dat_ds.method import at_least, fraction
+from dat_ds.objectives.base import Objective, Outputs, cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,36 +16,30 @@ class AdversarialTraining(Objective):
     """``natural_weight * CE(f(x), y) + CE(f(x_adv), y)``.
 
     Madry et al., ICLR 2018, arXiv 1706.06083, eq. 2.1, for a ``natural_weight`` of 0.
-
-    Args:
-        natural_weight: Weight of the natural term, at least 0. A sum, not a weighted mean.
-        label_smoothing: Probability mass spread over all classes, in [0, 1).
     """
 
     name: ClassVar[str] = "at"
-    natural_weight: float = 0.0
-    label_smoothing: float = 0.0
+    needs_attack: ClassVar[bool] = False
+    cost: ClassVar[str] = "`3 F`; with a natural term `6 F`"
+    paper: ClassVar[str] = "Madry et al., ICLR 2018, arXiv 1706.06083, eq. 2.1"
+    natural_weight: float = at_least(0, 0.0)
+    """Weight of the natural term. A sum, not a weighted mean."""
+    label_smoothing: float = fraction(0.0)
+    """Probability mass spread over all classes."""
 
     @property
     def needs_natural_logits(self) -> bool:
         """Whether the natural term has a weight."""
         return self.natural_weight > 0
 
-    def __call__(
-        self,
-        logits_adv: Tensor,
-        y: Tensor,
-        logits: Tensor | None = None,
-        *,
-        logits_helper: Tensor | None = None,
-        y_helper: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The loss, ``robust_loss``, and ``natural_loss`` where it has a weight."""
-        robust = average(cross_entropy(accurate(logits_adv), y, self.label_smoothing), weights)
+        robust = outputs.mean(cross_entropy(outputs.adversarial, outputs.y, self.label_smoothing))
         if not self.needs_natural_logits:
             return {"loss": robust, "robust_loss": robust.detach()}
-        natural = average(cross_entropy(self._needed(logits), y, self.label_smoothing), weights)
+        natural = outputs.mean(
+            cross_entropy(outputs.needed("natural"), outputs.y, self.label_smoothing)
+        )
         return {
             "loss": self.natural_weight * natural + robust,
             "robust_loss": robust.detach(),
@@ -55,4 +52,7 @@ class Dat(AdversarialTraining):
     """:class:`AdversarialTraining` with both terms (Zhang et al., UAI 2022, eq. 1, lambda 1)."""
 
     name: ClassVar[str] = "dat"
-    natural_weight: float = 1.0
+    cost: ClassVar[str] = "`6 F`"
+    paper: ClassVar[str] = "Zhang et al., UAI 2022, arXiv 2206.06257, eq. 1"
+    natural_weight: float = at_least(0, 1.0)
+    """Weight of the natural term. A sum, not a weighted mean."""

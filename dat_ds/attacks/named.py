@@ -6,9 +6,19 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
+from dat_ds.attacks.apgd import apgd
+from dat_ds.attacks.gradient import Model
+from dat_ds.attacks.losses import InnerLoss
+from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.pgd import pgd
+from dat_ds.attacks.threat import ThreatModel
+
 Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t"]
 METHODS: tuple[str, ...] = get_args(Method)
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
+_APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
 _NEEDED_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
 
@@ -53,3 +63,40 @@ def parse_evaluation_attack(name: str) -> EvaluationAttack:
             f"such as 'pgd-20' or 'pgd-50-10'; methods are {', '.join(METHODS)}."
         )
     return EvaluationAttack(name, match[1], int(match[2]), int(match[3] or 1))
+
+
+def run_attack(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    attack: EvaluationAttack,
+    generator: SampleGenerator,
+    loss: InnerLoss | None = None,
+) -> Tensor:
+    """Adversarial images for ``x`` ``(B, C, H, W)`` by an evaluation attack.
+
+    ``loss`` takes the place of PGD's cross-entropy.
+    """
+    if attack.method != "pgd":
+        return apgd(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            loss=_APGD_LOSSES[attack.method],
+            restarts=attack.restarts,
+            generator=generator,
+        )
+    return pgd(
+        model,
+        x,
+        y,
+        threat=threat,
+        steps=attack.steps,
+        step_size=attack.step_size(threat.eps),
+        loss="ce" if loss is None else loss,
+        restarts=attack.restarts,
+        generator=generator,
+    )

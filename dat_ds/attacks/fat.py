@@ -1,0 +1,113 @@
+"""Friendly adversarial training's early-stopped PGD (Zhang et al., ICML 2020, arXiv 2002.11242).
+
+Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dat_ds.attacks.ascent import inner_target, step_
+from dat_ds.attacks.attack import IteratedAttack
+from dat_ds.attacks.gradient import InputGradient, Model
+from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
+from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.noise import Generator
+from dat_ds.attacks.projections import per_sample
+from dat_ds.attacks.threat import ThreatModel
+from dat_ds.length import Length
+from dat_ds.method import Trait, at_least
+
+
+def fat(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float | Tensor,
+    extra_steps: int = 0,
+    loss: str | InnerLoss = "ce",
+    random_start: bool = True,
+    generator: Generator | None = None,
+    model_mode: ModelMode = "eval",
+    gradient: InputGradient | None = None,
+) -> Tensor:
+    """Friendly adversarial training's PGD: each sample stops soon after it is misclassified.
+
+    Early-stopped PGD-K-tau of Zhang et al., ICML 2020, algorithm 1. A sample stands still
+    ``extra_steps`` steps after its first misclassification; the attack ends as soon as all samples
+    of all ranks stand still, which is decided together through ``gradient.agree`` (one host
+    synchronisation a step).
+
+    Cost: at most ``steps`` forwards and input-gradient backwards.
+
+    Args:
+        model: As in :func:`pgd`.
+        x: As in :func:`pgd`.
+        y: Class indices ``(B,)``, or probabilities ``(B, K)``.
+        threat: Allowed perturbations.
+        steps: Largest number of gradient steps.
+        step_size: As in :func:`pgd`.
+        extra_steps: The paper's ``tau``: steps a sample still takes while it is misclassified.
+        loss: As in :func:`pgd`.
+        random_start: As in :func:`pgd`.
+        generator: As in :func:`pgd`.
+        model_mode: As in :func:`pgd`.
+        gradient: As in :func:`pgd`.
+
+    Returns:
+        ``x_adv`` as in :func:`pgd`.
+    """
+    inner = resolve_inner_loss(loss)
+    take_gradient = InputGradient() if gradient is None else gradient
+    x = x.detach()
+    if len(x) == 0:
+        return x.clone()
+    project_ = threat.projector(x)
+    classes = y.argmax(dim=1) if y.is_floating_point() else y
+    with attack_mode(model, model_mode):
+        y = inner_target(model, x, y, loss)
+        x_adv = threat.random_start(x, generator) if random_start else project_(x.clone())
+        left = torch.full_like(classes, extra_steps)
+        moves = torch.ones_like(classes, dtype=torch.bool)
+        for _ in range(steps):
+            direction, _, logits = take_gradient.with_values(model, x_adv, y, inner)
+            wrong = logits.argmax(dim=1) != classes
+            moves &= ~(wrong & (left == 0))
+            left -= (wrong & moves).long()
+            if not take_gradient.agree(moves.any()):
+                break
+            direction = threat.steepest(direction, x_adv).mul_(per_sample(moves, x))
+            x_adv = project_(step_(x_adv, direction, step_size))
+    return x_adv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fat(IteratedAttack):
+    """PGD in which each sample stops soon after it is misclassified."""
+
+    name: ClassVar[str] = "fat"
+    function = staticmethod(fat)
+    cost: ClassVar[str] = "at most `2K F`"
+    paper: ClassVar[str] = "Zhang et al., ICML 2020, arXiv 2002.11242, algorithm 1"
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {Trait.LOOKS_AT_CLASSES, Trait.NEEDS_LABELS, Trait.ASKS_THE_HOST}
+    )
+    card: ClassVar[str] = """\
+A sample stands still `extra_steps` (the paper's tau) steps after it is first misclassified. The
+attack ends when the samples of all ranks stand still, decided together at one host synchronisation
+a step. Cheaper and kinder to clean accuracy; weaker under strong attacks at small tau.
+"""
+
+    step_size: Length | None = at_least(0, None)
+    """Default: eps / 4."""
+    random_start: bool = True
+    """Start from a draw from the ball."""
+    loss: str | None = None
+    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    extra_steps: int = at_least(0, 0)
+    """Steps a sample still takes once it is misclassified."""

@@ -1,0 +1,1 @@
+"""DeepSpeed's part of a run config: what it accepts, and what we make of it."""

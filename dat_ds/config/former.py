@@ -1,0 +1,43 @@
+"""Configs that version 0.1 wrote beside its checkpoints and records.
+
+It wrote every key of a section, also those that the chosen method does not take: as null, or with
+the default of the methods that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dat_ds.attacks import ATTACKS
+from dat_ds.method import Table
+from dat_ds.objectives import OBJECTIVES
+from dat_ds.optim import SCHEDULES
+
+_SECTIONS: dict[str, tuple[Table[Any], tuple[str, ...]]] = {
+    # Keys that no method takes together, and 0.1 always wrote.
+    "attack": (ATTACKS, ("momentum", "noise_scale")),
+    "objective": (OBJECTIVES, ("gamma", "temperature")),
+    "schedule": (SCHEDULES, ("final_ratio", "milestones", "decay_factor")),
+}
+
+
+def without_foreign_keys(ours: Any) -> Any:
+    """A ``"dat"`` section without what 0.1 wrote of methods that it had not chosen.
+
+    Sections that a user wrote hold no such set of keys, and are returned as they are.
+    """
+    if not isinstance(ours, Mapping):
+        return ours
+    cleaned = dict(ours)
+    for key, (table, together) in _SECTIONS.items():
+        section = ours.get(key)
+        if not isinstance(section, Mapping) or not set(together) <= set(section):
+            continue
+        method = table.get(str(section.get("name", table.default)))
+        if method is not None:
+            taken = {"name", *method.known_keys()}
+            cleaned[key] = {
+                k: value for k, value in section.items() if k in taken or not table.takers(k)
+            }
+    return cleaned
