@@ -222,6 +222,7 @@ class Method(Section):
         cost: What it costs in a training step, in forwards ``F`` of the micro-batch, where it has a
             cost of its own.
         paper: Where it is from.
+        passes_over_others: Whether other methods' keys beside its name are no mistake.
         card: Markdown for its page: formula, defaults and where they come from, when it fails.
     """
 
@@ -230,6 +231,7 @@ class Method(Section):
     traits: ClassVar[frozenset[Trait]] = frozenset()
     cost: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    passes_over_others: ClassVar[bool] = False
     card: ClassVar[str] = ""
 
     def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
@@ -374,8 +376,8 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
     for key in [key for key in given if key not in known]:
         value = given.pop(key)
         takers = table.takers(key)
-        if value is None and takers:
-            continue  # not given, where another method of the table has it
+        if takers and (value is None or method.passes_over_others):
+            continue  # not given, or left from the method that stood there before
         if takers:
             problems.append(
                 f"{path}.{key}={_shown(value)} is no setting of the {table.kind} "

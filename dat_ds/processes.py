@@ -12,9 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from torch.multiprocessing.spawn import spawn
-
 
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> Any:
     """Call ``function(*arguments)`` in each of several processes, as :func:`start_ranks` does.
@@ -48,6 +45,8 @@ def start_ranks(
         arguments: What can be pickled.
         environment: Further variables of every rank.
     """
+    from torch.multiprocessing.spawn import spawn  # here: ending a process needs no torch
+
     port = free_port()
     variables = [
         {**rank_environment(rank, ranks, port, local=ranks), **(environment or {})}
@@ -62,6 +61,8 @@ def _run_rank(
     function: Callable[..., object],
     arguments: Sequence[Any],
 ) -> None:
+    import torch
+
     os.environ.update(environment[rank])
     torch.set_num_threads(1)
     function(*arguments)

@@ -320,6 +320,7 @@ class NoAttack(Attack):
 
     name: ClassVar[str] = "none"
     cost: ClassVar[str] = "0"
+    passes_over_others: ClassVar[bool] = True  # --set dat.attack.name=none switches an attack off
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.MAKES_NO_IMAGES, Trait.HAS_NO_STRONGER})
 
     @property

@@ -20,13 +20,16 @@ from dat_ds.training.run import describe_outcome, task_of_export
 logger = logging.getLogger("dat_ds")
 
 
-def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, overrides: Sequence[str] = (), *, imports: Sequence[str] = ()
+) -> dict[str, Any]:
     """Evaluate the best model of a run and write ``evaluation.json`` into its folder.
 
     Args:
         folder: Folder of a run.
         overrides: ``"dotted.key=value"`` over the run's own config, such as
             ``'dat.evaluation.attacks=["pgd-100-10"]'``.
+        imports: As for :func:`dat_ds.load_config`.
 
     Returns:
         The record.
@@ -40,7 +43,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         config = folder / "config.json"
         if not config.exists():
             raise CheckpointError(f"{str(folder)!r} is not the folder of a run: no config.json.")
-        run = load_config(config, overrides=overrides)
+        run = load_config(config, overrides=overrides, imports=imports)
         splits = build_data_of(run)
         model = load(folder, map_location=ranks.device)
         task = task_of_export(run, folder, ranks)

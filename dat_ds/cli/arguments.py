@@ -1,0 +1,83 @@
+"""Arguments that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dat_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from dat_ds.config import RunConfig
+
+Command = Callable[[argparse.Namespace, Mapping[str, Any]], int]
+"""``(options, defaults) -> exit code``."""
+
+
+def add_command(commands: Any, name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+    """A command and what it calls."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The run's JSON, and what goes over it."""
+    parser.add_argument(
+        "--deepspeed_config", required=required, metavar="FILE", help="the run's JSON"
+    )
+    # The deepspeed launcher adds these two to every script.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    add_set(parser)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Keys over the config, and modules whose methods it may name."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config, such as dat.attack.steps=10; repeatable",
+    )
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="import a module of yours, so that the config may name its methods as "
+        "MODULE:CLASS; repeatable",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """A file for the numbers."""
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
+
+
+def check_folders(options: argparse.Namespace) -> None:
+    """Refuse files in folders that are not there, before anything is measured for them."""
+    files = {flag: getattr(options, flag, None) for flag in ("output", "csv", "plot")}
+    missing = [
+        f"--{flag} {file}: there is no folder {str(Path(file).parent)!r}: make it."
+        for flag, file in files.items()
+        if file is not None and not Path(file).parent.is_dir()
+    ]
+    if missing:
+        raise UserError("\n".join(missing))
+
+
+def load_run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:
+    """The run that the arguments of :func:`add_config` name."""
+    from dat_ds.config import load_config
+
+    return load_config(
+        options.deepspeed_config,
+        overrides=options.set,
+        defaults=defaults,
+        imports=options.imports,
+    )

@@ -1,0 +1,168 @@
+"""``dat-ds bench``: step time, compression, scaling, cost model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dat_ds.cli.arguments import add_command, add_config, add_output, load_run
+from dat_ds.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """Add the command and its tables."""
+    summary = "benchmarks: step time, compression, scaling, cost model"
+    parser = commands.add_parser("bench", help=summary, description=summary)
+    tables = parser.add_subparsers(required=True, metavar="TABLE")
+    for name, run, summary in (
+        ("attack", _bench_attack, "time of a step against its parts"),
+        ("compression", _bench_compression, "codecs, and the bytes that ranks send"),
+    ):
+        table = add_command(tables, name, run, summary)
+        add_config(table)
+        table.add_argument("--repetitions", type=int, default=20, help="timed steps (>= 5)")
+        add_output(table)
+    _add_scaling(tables)
+    _add_predict(tables)
+    ratios = "LAMB's and LARS's trust ratios under every ZeRO stage"
+    table = add_command(tables, "trust-ratios", _bench_trust_ratios, ratios)
+    add_config(table)
+    add_output(table)
+
+
+def _add_scaling(tables: Any) -> None:
+    summary = "strong and weak scaling over ranks, ZeRO stages and codecs"
+    table = add_command(tables, "scaling", _bench_scaling, summary)
+    add_config(table, required=False)
+    table.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (default: 1 2)")
+    table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
+    table.add_argument(
+        "--codecs",
+        nargs="+",
+        default=["none", "int8", "one_bit_adam"],
+        help="none, codecs of dat.compression, one_bit_adam, one_bit_lamb (under ZeRO-0)",
+    )
+    table.add_argument(
+        "--mode", nargs="+", default=["weak"], help="weak (batch per rank fixed), strong (in all)"
+    )
+    table.add_argument(
+        "--global_batch", type=int, help="images of a step in strong scaling (default: one rank's)"
+    )
+    table.add_argument(
+        "--mbit",
+        type=float,
+        nargs="+",
+        default=[],
+        help="shape every rank's link to so many megabits a second (as root, with iproute2)",
+    )
+    table.add_argument("--repetitions", type=int, default=5, help="timed steps of each (>= 5)")
+    table.add_argument(
+        "--merge", nargs="+", metavar="FILE", help="measure nothing; one table of these files"
+    )
+    add_output(table)
+    table.add_argument("--csv", metavar="FILE", help="write the table as CSV")
+    table.add_argument("--plot", metavar="FILE", help="draw speedup and efficiency (PNG)")
+
+
+def _add_predict(tables: Any) -> None:
+    summary = "step times by a cost model, checked against 'bench scaling'"
+    table = add_command(tables, "predict", _bench_predict, summary)
+    table.add_argument(
+        "--scaling", nargs="+", required=True, metavar="FILE", help="records of 'bench scaling'"
+    )
+    table.add_argument("--attack", metavar="FILE", help="a record of 'bench attack'")
+    table.add_argument("--compression", metavar="FILE", help="a record of 'bench compression'")
+    table.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
+    table.add_argument("--gpus", type=int, default=1, help="ranks of a machine")
+    table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
+    table.add_argument("--codecs", nargs="+", default=["none", "int8", "one_bit_adam"])
+    for name, summary in (
+        ("num_parameters", "of the model"),
+        ("attack_steps", "K"),
+        ("micro_batch", "images of a GPU"),
+        ("forward_ms", "one forward of one image"),
+        ("codec_ns", "encoding, and also decoding, an entry"),
+        ("optimizer_ns", "updating an entry"),
+        ("mbit", "bandwidth of a machine's link"),
+        ("latency_us", "of a message between machines"),
+        ("inside_mbit", "bandwidth of a GPU's link inside a machine"),
+        ("inside_latency_us", "of a message inside a machine"),
+    ):
+        kind = int if name in ("num_parameters", "attack_steps", "micro_batch") else float
+        table.add_argument(f"--{name}", type=kind, help=f"what is predicted: {summary}")
+    add_output(table)
+    table.add_argument("--plot", metavar="FILE", help="draw the check and the predictions (PNG)")
+
+
+def _bench_attack(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.step_time import bench_attack
+
+    run = load_run(options, defaults)
+    print(bench_attack(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _bench_compression(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.compression import bench_compression
+
+    run = load_run(options, defaults)
+    print(bench_compression(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.scaling.measure import bench_scaling, merge_scaling
+    from dat_ds.bench.scaling.plan import Plan
+
+    files = {"output": options.output, "csv": options.csv, "plot": options.plot}
+    if options.merge:
+        print(merge_scaling(options.merge, **files))
+        return 0
+    if options.deepspeed_config is None:
+        raise UserError(
+            "Name a run: --deepspeed_config ds_configs/zero0.json; or files to --merge."
+        )
+    plan = Plan(
+        ranks=None if options.ranks is None else tuple(options.ranks),
+        stages=tuple(options.stages),
+        codecs=tuple(options.codecs),
+        modes=tuple(options.mode),
+        mbit=tuple(options.mbit),
+        repetitions=options.repetitions,
+        global_batch=options.global_batch,
+    )
+    if table := bench_scaling(load_run(options, defaults), plan, **files):
+        print(table)
+    return 0
+
+
+def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.prediction.predict import bench_predict
+    from dat_ds.bench.prediction.target import Target
+
+    names = [field.name for field in dataclasses.fields(Target)]
+    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    table = bench_predict(
+        options.scaling,
+        Target(**given),
+        attack=options.attack,
+        compression=options.compression,
+        ranks=options.ranks,
+        gpus=options.gpus,
+        stages=options.stages,
+        codecs=options.codecs,
+        output=options.output,
+        plot=options.plot,
+    )
+    print(table)
+    return 0
+
+
+def _bench_trust_ratios(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.trust_ratios import bench_trust_ratios
+
+    if table := bench_trust_ratios(load_run(options, defaults), output=options.output):
+        print(table)
+    return 0

@@ -1,0 +1,37 @@
+"""``dat-ds config``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dat_ds.cli.arguments import add_command, add_config, load_run
+from dat_ds.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "config", _config, "check a config and show the resolved run")
+    add_config(parser, required=False)
+    parser.add_argument("--print", action="store_true", help="print the resolved run as JSON")
+    parser.add_argument(
+        "--reference", action="store_true", help="print all keys and methods as markdown"
+    )
+
+
+def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    if options.reference:
+        from dat_ds.config.reference import reference
+
+        print(reference(), end="")
+        return 0
+    if options.deepspeed_config is None:
+        raise UserError("Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json")
+    run = load_run(options, defaults)
+    if options.print:
+        print(json.dumps(run.to_dict(), indent=2))
+    else:
+        print(f"{options.deepspeed_config}: valid. Add --print to see the resolved run.")
+    return 0
