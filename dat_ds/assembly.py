@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dat_ds.config import DatConfig, RunConfig, check_num_classes, threat_of
-from dat_ds.data import DataSplits, DistributedLoader, build_data
+from dat_ds.data import DataSplits, DistributedLoader, splits_of
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import Record, Task, evaluate
 from dat_ds.models import PixelModel, build_model
@@ -64,25 +64,7 @@ PROJECTION_WIDTH = 128  # Chen et al., ICML 2020, arXiv 2002.05709, sec. 2.1
 
 def build_data_of(run: RunConfig) -> DataSplits:
     """The dataset of a run."""
-    config = run.dat.data
-    return build_data(
-        config.name,
-        path=config.path,
-        validation_fraction=config.validation_fraction,
-        augment=config.augment,
-        img_size=config.img_size,
-        num_classes=config.num_classes,
-        num_train=config.num_train,
-        num_test=config.num_test,
-        image_shape=cast("tuple[int, int, int] | None", config.image_shape),
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        labelled_fraction=config.labelled_fraction,
-        drop_unlabelled=config.drop_unlabelled,
-        unlabelled_path=config.unlabelled_path,
-        labelled_repeats=config.labelled_repeats,
-        seed=run.dat.seed,
-    )
+    return splits_of(run.dat.data, run.dat.seed)
 
 
 def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:

@@ -222,6 +222,7 @@ class Method(Section):
         cost: What it costs in a training step, in forwards ``F`` of the micro-batch, where it has a
             cost of its own.
         paper: Where it is from.
+        required: Keys that a run must give, and what they are to hold.
         passes_over_others: Whether other methods' keys beside its name are no mistake.
         card: Markdown for its page: formula, defaults and where they come from, when it fails.
     """
@@ -232,6 +233,7 @@ class Method(Section):
     cost: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     passes_over_others: ClassVar[bool] = False
+    required: ClassVar[Mapping[str, str]] = {}
     card: ClassVar[str] = ""
 
     def facts(self, path: str) -> Iterator[tuple[Trait, str]]:

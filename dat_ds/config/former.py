@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dat_ds.attacks import ATTACKS
+from dat_ds.data import DATASETS
 from dat_ds.method import Table
 from dat_ds.objectives import OBJECTIVES
 from dat_ds.optim import SCHEDULES
@@ -18,6 +19,7 @@ _SECTIONS: dict[str, tuple[Table[Any], tuple[str, ...]]] = {
     # Keys that no method takes together, and 0.1 always wrote.
     "attack": (ATTACKS, ("momentum", "noise_scale")),
     "objective": (OBJECTIVES, ("gamma", "temperature")),
+    "data": (DATASETS, ("path", "num_train")),
     "schedule": (SCHEDULES, ("final_ratio", "milestones", "decay_factor")),
 }
 

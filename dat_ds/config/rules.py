@@ -9,7 +9,7 @@ from typing import Any
 from dat_ds.attacks import MIN_CLASSES, Attack, NoAttack, parse_evaluation_attack
 from dat_ds.config.deepspeed.precision import FLOAT16, enabled, precision_of
 from dat_ds.config.schema import DatConfig, GuardConfig, WeightPerturbationConfig
-from dat_ds.method import Rule, Section, Trait, broken
+from dat_ds.method import Method, Rule, Section, Trait, broken
 from dat_ds.objectives import Objective
 
 _LABEL = (
@@ -154,9 +154,11 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
     problems += [f"dat.attack.{problem}" for problem in attack.norm_problems(dat.threat_model.norm)]
     objective = dat.objective.resolved(not isinstance(attack, NoAttack))
     problems += [
-        f"dat.objective.{key} is missing: {objective.name!r} needs {what}."
-        for key, what in objective.required.items()
-        if getattr(objective, key) is None
+        f"dat.{section}.{key} is missing: {method.name!r} needs {what}."
+        for section in dat.known_keys()
+        if isinstance(method := getattr(dat, section), Method)
+        for key, what in method.required.items()
+        if getattr(method, key) is None
     ]
     resolved = dataclasses.replace(
         dat,

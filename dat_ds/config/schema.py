@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dat_ds.attacks import ATTACKS, Attack, ThreatModel, parse_evaluation_attack
 from dat_ds.compression import COMPRESSIONS, Compression
+from dat_ds.data import DATASETS, DatasetMethod
 from dat_ds.length import Length
 from dat_ds.method import (
     Section,
@@ -20,13 +21,10 @@ from dat_ds.method import (
     chosen_from,
     fraction,
     option,
-    positive_share,
 )
 from dat_ds.objectives import OBJECTIVES, Objective
 from dat_ds.optim import OPTIMIZERS, SCHEDULES, OptimizerMethod, ScheduleMethod
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"]
-Augmentation = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
 Norm = Literal["linf", "l2", "l1"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
@@ -75,73 +73,6 @@ class ModelConfig(Section):
             yield "mean and dat.model.std go together: give both or neither."
         if self.std is not None and min(self.std, default=0) <= 0:
             yield f"std={self.std} must hold positive numbers."
-
-
-_MIXES = {Trait.MIXES_LABELS: lambda v: v > 0, Trait.CONCERNS_LABELS: lambda v: v > 0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
-    """Dataset and how it is loaded; images reach the model as pixels in [0, 1]."""
-
-    name: DatasetName = "digits"
-    path: str | None = None
-    augment: Augmentation = "none"
-    mixup: float = at_least(0, 0.0, traits=_MIXES)
-    """Alpha of mixup: labels become probabilities. 0 for none."""
-    cutmix: float = at_least(0, 0.0, traits=_MIXES)
-    """Alpha of CutMix; with ``mixup`` too, each image gets one of them."""
-    labelled_fraction: float = positive_share(1.0)
-    """Part of the training images that keep their labels; the others count as unlabelled."""
-    drop_unlabelled: bool = False
-    """Leave those others out."""
-    unlabelled_path: str | None = None
-    """Further unlabelled training images: a folder of image files, or an npz file with
-    ``images``."""
-    labelled_repeats: int = at_least(1, 1, traits={Trait.CONCERNS_UNLABELLED: lambda v: v != 1})
-    """How often each labelled image occurs in an epoch beside the unlabelled ones."""
-    pseudo_labels: str | None = option(
-        None,
-        traits=dict.fromkeys((Trait.CONCERNS_LABELS, Trait.CONCERNS_UNLABELLED), lambda v: True),
-    )
-    """Run folder or checkpoint of a model that labels the unlabelled images before training."""
-    validation_fraction: float = fraction(0.1)
-    """Share of the training images held out for choosing the best checkpoint."""
-    img_size: int | None = above(0, None)
-    num_classes: int | None = above(1, None)
-    num_train: int | None = above(0, None)
-    """Size of ``synthetic`` data."""
-    num_test: int | None = above(0, None)
-    image_shape: list[int] | None = None
-    """Channels, height, width of ``synthetic`` images."""
-    num_workers: int = at_least(0, 0)
-    pin_memory: bool | None = None
-    """Default: on where there is an accelerator."""
-
-    @property
-    def has_unlabelled(self) -> bool:
-        """Whether some training images have no true label."""
-        hides = self.labelled_fraction < 1 and not self.drop_unlabelled
-        return hides or self.unlabelled_path is not None
-
-    @property
-    def mixes(self) -> bool:
-        """Whether labels are probabilities."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    def problems(self) -> Iterator[str]:
-        """Mixed labels of images that have none; nothing to drop."""
-        if self.mixes and self.has_unlabelled:
-            key = "mixup" if self.mixup else "cutmix"
-            yield (
-                f"{key}={getattr(self, key):g} makes labels probabilities, but unlabelled images "
-                f"have none to mix: remove dat.data.{key}."
-            )
-        if self.drop_unlabelled and self.labelled_fraction == 1:
-            yield (
-                "drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction, such "
-                "as 0.1, or remove it."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +259,7 @@ class DatConfig(Section):
     """The whole ``"dat"`` section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DatasetMethod = chosen_from(DATASETS)
     threat_model: ThreatModelConfig = field(default_factory=ThreatModelConfig)
     attack: Attack = chosen_from(ATTACKS)
     objective: Objective = chosen_from(OBJECTIVES)

@@ -1,6 +1,6 @@
 """Images, labels, and the plan of which rank reads which of them."""
 
-from dat_ds.data.datasets import DATASETS, DataSplits, build_data
+from dat_ds.data.datasets import DataSplits, build_data, splits_of
 from dat_ds.data.images import FolderImages, TensorImages
 from dat_ds.data.loader import (
     DistributedLoader,
@@ -8,7 +8,9 @@ from dat_ds.data.loader import (
     PlannedBatch,
     evaluation_batches,
 )
+from dat_ds.data.method import DatasetMethod
 from dat_ds.data.mixing import Mixed
+from dat_ds.data.readers import DATASETS
 from dat_ds.data.sampler import (
     BatchPlan,
     DistributedBatchSampler,
@@ -27,6 +29,7 @@ __all__ = [
     "Augmented",
     "BatchPlan",
     "DataSplits",
+    "DatasetMethod",
     "DistributedBatchSampler",
     "DistributedLoader",
     "EvaluationBatches",
@@ -43,4 +46,5 @@ __all__ = [
     "plan_step",
     "pseudo_label",
     "shard_evenly",
+    "splits_of",
 ]

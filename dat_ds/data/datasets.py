@@ -1,13 +1,11 @@
 """The datasets by name, their splits, and the refusal of data that does not fit.
 
 Every dataset yields ``(x, y)``: ``x`` float32 ``(C, H, W)`` in [0, 1], ``y`` int in
-``0 .. num_classes - 1``. Adding one is a reader function and a row of `DATASETS`.
+``0 .. num_classes - 1``.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dat_ds.data.images import Channels, FolderImages, ImageShape, TensorImages
+from dat_ds.data.method import DatasetMethod
 from dat_ds.data.mixing import Mixed
-from dat_ds.data.readers.cifar import read_cifar
-from dat_ds.data.readers.digits import read_digits
-from dat_ds.data.readers.imagefolder import read_imagefolder
-from dat_ds.data.readers.npz import array_problems, images_from_arrays, load_npz, read_npz
-from dat_ds.data.readers.source import Request, Source, raise_all
-from dat_ds.data.readers.synthetic import read_synthetic
+from dat_ds.data.readers import DATASETS
+from dat_ds.data.readers.npz import array_problems, images_from_arrays, load_npz
+from dat_ds.data.readers.source import Source, raise_all
 from dat_ds.data.sampler import hold_out
 from dat_ds.data.transforms import (
-    AUGMENTATIONS,
     Augmented,
     Sample,
 )
@@ -37,6 +32,7 @@ from dat_ds.data.unlabelled import (
     image_files,
 )
 from dat_ds.errors import DataError
+from dat_ds.method import parse_method
 
 
 @dataclass(frozen=True)
@@ -69,53 +65,13 @@ class DataSplits:
     mixture: PartlyLabelled | None = None
 
 
-def build_data(
-    name: str,
-    *,
-    path: str | Path | None = None,
-    validation_fraction: float = 0.1,
-    augment: str = "none",
-    img_size: int | None = None,
-    num_classes: int | None = None,
-    num_train: int | None = None,
-    num_test: int | None = None,
-    image_shape: tuple[int, ...] | None = None,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    labelled_fraction: float = 1.0,
-    drop_unlabelled: bool = False,
-    unlabelled_path: str | Path | None = None,
-    labelled_repeats: int = 1,
-    seed: int = 0,
-) -> DataSplits:
-    """Read a dataset, check it, and hold a validation split out of its training part.
+def build_data(name: str, *, seed: int = 0, **options: Any) -> DataSplits:
+    """Read a dataset by name, check it, and hold a validation split out of its training part.
 
     Args:
-        name: ``digits`` (scikit-learn, 1x8x8, fixed stratified test fifth), ``cifar10`` and
-            ``cifar100`` (torchvision's files), ``npz`` (uint8 arrays ``x_train y_train x_test
-            y_test`` or ``images labels test_images test_labels``; NHWC or NHW), ``imagefolder``
-            (``train/<class>/*.jpg`` and ``test`` or else ``val``), or ``synthetic`` (random images
-            with a class-dependent pattern: for benchmarks only, a score on them means nothing).
-        path: Folder (cifar, imagefolder) or file (npz); refused for the other two.
-        validation_fraction: Part of the training data, ``[0, 1)``, equal per label; 0 gives an
-            empty validation split.
-        augment: One of `AUGMENTATIONS`; applies to ``train`` only.
-        img_size: Side of the images. imagefolder: 224 unless told, aspect ratio kept; the others:
-            their own size unless told, ratio not kept.
-        num_classes: None takes the number the data has; a larger number is allowed.
-        num_train: Training images of ``synthetic`` (512).
-        num_test: Test images of ``synthetic`` (128).
-        image_shape: ``(C, H, W)`` of ``synthetic`` (3, 32, 32).
-        mixup: Alpha of mixup on ``train``, after ``augment``; 0 for none. See `Mixed`.
-        cutmix: Alpha of CutMix on ``train``; likewise.
-        labelled_fraction: Part of the training images that keep their labels, in (0, 1], equal per
-            label; the others count as unlabelled.
-        drop_unlabelled: Leave those others out.
-        unlabelled_path: Further unlabelled training images: a folder of image files at any depth,
-            or an npz file with uint8 ``images`` (N, H, W, C) or (N, H, W).
-        labelled_repeats: How often ``train`` holds each labelled image, where there are unlabelled
-            ones: makes up for few labels among many images.
+        name: One of :data:`dat_ds.data.DATASETS`.
         seed: Of the splits, the augmentation, and the images of ``synthetic``.
+        options: The keys of ``dat.data``; one that is None has its default.
 
     Returns:
         The splits. ``train`` says of each label what is known: see `PartlyLabelled`.
@@ -124,35 +80,39 @@ def build_data(
         DataError: Anything wrong with the arguments or the data; what can be seen together is
             reported together.
     """
-    request = Request(name, path, img_size, num_classes, num_train, num_test, image_shape, seed)
-    raise_all(_argument_problems(request, validation_fraction, augment))
-    source = DATASETS[name](request)
-    num_labels = _check_labels(source, num_classes)
-    kept, held = _split(source.train.labels, validation_fraction, seed)
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    if isinstance(plain.get("image_shape"), tuple):
+        plain["image_shape"] = list(plain["image_shape"])
+    problems: list[str] = []
+    dataset = parse_method(DATASETS, {"name": name, **plain}, "dat.data", problems)
+    problems += [
+        f"dat.data.{key} is missing: {name!r} needs {what}."
+        for key, what in dataset.required.items()
+        if getattr(dataset, key) is None
+    ]
+    raise_all(problems)
+    return splits_of(dataset, seed)
+
+
+def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
+    """Read a dataset, check it, and hold a validation split out of its training part.
+
+    Args:
+        dataset: The dataset and how it is split and mixed.
+        seed: Of the splits, the augmentation, and the images of ``synthetic``.
+
+    Raises:
+        DataError: Anything wrong with the data; what can be seen together is reported together.
+    """
+    source = dataset.read(seed)
+    num_labels = _check_labels(source, dataset.num_classes)
+    kept, held = _split(source.train.labels, dataset.validation_fraction, seed)
     shape = source.train.image_shape
-    train: Dataset[Any] = Subset(source.train, kept)
-    mixture = None
-    if labelled_fraction < 1 or unlabelled_path is not None:
-        labels = source.train.labels[kept]
-        known, hidden = hold_out(labels, 1 - labelled_fraction, seed)
-        if not known:
-            raise DataError(
-                f"dat.data.labelled_fraction={labelled_fraction} of {len(kept)} training images "
-                "leaves no label at all: write a larger fraction."
-            )
-        labelled = Subset(source.train, [kept[i] for i in known])
-        unlabelled: list[Dataset[Any]] = (
-            [] if drop_unlabelled else [Subset(source.train, [kept[i] for i in hidden])]
-        )
-        if unlabelled_path is not None:
-            unlabelled.append(_read_unlabelled(Path(unlabelled_path), img_size, shape))
-        train = labelled
-        if unlabelled:
-            train = mixture = PartlyLabelled(labelled, ConcatDataset(unlabelled), labelled_repeats)
-    total = num_classes or max(source.num_classes, num_labels)
-    augmented: Dataset[Any] = Augmented(train, augment, seed, size=(shape[1], shape[2]))
-    if mixup or cutmix:
-        augmented = Mixed(augmented, total, mixup=mixup, cutmix=cutmix, seed=seed)
+    train, mixture = _training_part(dataset, source, kept, seed)
+    total = dataset.num_classes or max(source.num_classes, num_labels)
+    augmented: Dataset[Any] = Augmented(train, dataset.augment, seed, size=(shape[1], shape[2]))
+    if dataset.mixes:
+        augmented = Mixed(augmented, total, mixup=dataset.mixup, cutmix=dataset.cutmix, seed=seed)
     return DataSplits(
         train=augmented,
         validation=Subset(source.train, held),
@@ -161,10 +121,35 @@ def build_data(
         image_shape=shape,
         mean=source.statistics[0],
         std=source.statistics[1],
-        name=name,
+        name=dataset.name,
         class_names=source.class_names,
         mixture=mixture,
     )
+
+
+def _training_part(
+    dataset: DatasetMethod, source: Source, kept: list[int], seed: int
+) -> tuple[Dataset[Any], PartlyLabelled | None]:
+    """Training images before augmentation, and their mixture where some are unlabelled."""
+    if dataset.labelled_fraction == 1 and dataset.unlabelled_path is None:
+        return Subset(source.train, kept), None
+    known, hidden = hold_out(source.train.labels[kept], 1 - dataset.labelled_fraction, seed)
+    if not known:
+        raise DataError(
+            f"dat.data.labelled_fraction={dataset.labelled_fraction} of {len(kept)} training "
+            "images leaves no label at all: write a larger fraction."
+        )
+    labelled = Subset(source.train, [kept[i] for i in known])
+    unlabelled: list[Dataset[Any]] = []
+    if not dataset.drop_unlabelled:
+        unlabelled.append(Subset(source.train, [kept[i] for i in hidden]))
+    if dataset.unlabelled_path is not None:
+        path, shape = Path(dataset.unlabelled_path), source.train.image_shape
+        unlabelled.append(_read_unlabelled(path, dataset.img_size, shape))
+    if not unlabelled:
+        return labelled, None
+    mixture = PartlyLabelled(labelled, ConcatDataset(unlabelled), dataset.labelled_repeats)
+    return mixture, mixture
 
 
 def _read_unlabelled(
@@ -199,57 +184,6 @@ def _read_unlabelled(
     return images
 
 
-def _argument_problems(request: Request, validation_fraction: float, augment: str) -> list[str]:
-    problems = _choice_problems("name", request.name, DATASETS)
-    problems += _choice_problems("augment", augment, AUGMENTATIONS)
-    if not 0 <= validation_fraction < 1:
-        problems.append(
-            f"dat.data.validation_fraction={validation_fraction} must be at least 0 and below 1; "
-            "write 0.1 for a tenth of the training data."
-        )
-    problems += [
-        f"dat.data.{key}={value} must be at least 1; leave it out for the default."
-        for key in ("img_size", "num_classes", "num_train", "num_test")
-        if (value := getattr(request, key)) is not None and value < 1
-    ]
-    shape = request.image_shape
-    if shape is not None and (len(shape) != 3 or min(shape) < 1):
-        problems.append(
-            f"dat.data.image_shape={list(shape)} must be channels, height, width, each at least 1; "
-            "write [3, 32, 32]."
-        )
-    return problems + _unused_problems(request)
-
-
-def _choice_problems(key: str, value: str, choices: Iterable[str]) -> list[str]:
-    if value in choices:
-        return []
-    close = difflib.get_close_matches(str(value), list(choices), n=1)
-    hint = f" (did you mean '{close[0]}'?)" if close else ""
-    return [f"dat.data.{key}={value!r} is unknown{hint}. Valid: {', '.join(choices)}."]
-
-
-def _unused_problems(request: Request) -> list[str]:
-    """Refuse a setting that this dataset would ignore, and a path it cannot do without."""
-    if request.name not in DATASETS:
-        return []
-    made_up = ("num_train", "num_test", "image_shape")
-    unused = ["path"] if request.name in ("digits", "synthetic") else []
-    unused += [] if request.name == "synthetic" else made_up
-    problems = [
-        f"dat.data.{key}={getattr(request, key)!r} has no meaning for dat.data.name="
-        f"{request.name!r}; remove it."
-        for key in unused
-        if getattr(request, key) is not None
-    ]
-    if "path" not in unused and request.path is None:
-        problems.append(
-            f"dat.data.path is not set, but dat.data.name={request.name!r} is read from disk; "
-            "write where the data lies."
-        )
-    return problems
-
-
 def _check_labels(source: Source, num_classes: int | None) -> int:
     """Return the largest label plus 1; refuse empty parts and labels outside ``0 .. num - 1``."""
     parts = {"train": source.train.labels, "test": source.test.labels}
@@ -282,14 +216,3 @@ def _split(labels: Tensor, fraction: float, seed: int) -> tuple[list[int], list[
                 f"{part} split empty; write another fraction, or 0 for no validation split."
             )
     return kept, held
-
-
-# name -> reader; the order is that of error messages.
-DATASETS: dict[str, Callable[[Request], Source]] = {
-    "digits": read_digits,
-    "cifar10": read_cifar,
-    "cifar100": read_cifar,
-    "npz": read_npz,
-    "imagefolder": read_imagefolder,
-    "synthetic": read_synthetic,
-}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -83,6 +82,8 @@ class FolderImages(Dataset[Sample]):
         Raises:
             DataError: The file cannot be decoded.
         """
+        from PIL import Image
+
         path, label = self.samples[index]
         try:
             with Image.open(path) as file:

@@ -14,7 +14,6 @@ import math
 from typing import Any, TypeVar, cast
 
 import torch
-import torchvision.transforms.functional as vision
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -42,12 +41,16 @@ def to_unit(image: Tensor) -> Tensor:
 
 def resize_square(image: Tensor, side: int) -> Tensor:
     """Resize ``(C, H, W)`` to ``(C, side, side)``, bilinear with antialiasing, ratio not kept."""
+    import torchvision.transforms.functional as vision
+
     resized: Tensor = vision.resize(image, [side, side], antialias=True)
     return resized
 
 
 def resize_center_crop(image: Tensor, side: int) -> Tensor:
     """Resize the shorter edge to ``side * 256 / 224`` and cut the central ``(C, side, side)``."""
+    import torchvision.transforms.functional as vision
+
     resized = vision.resize(image, [round(side * _RESIZE_RATIO)], antialias=True)
     cropped: Tensor = vision.center_crop(resized, [side, side])
     return cropped
@@ -78,6 +81,8 @@ def random_resized_crop(image: Tensor, size: tuple[int, int], generator: torch.G
     """
     top, left, height, width = _random_box(image.shape[-2], image.shape[-1], generator)
     box = image[..., top : top + height, left : left + width]
+    import torchvision.transforms.functional as vision
+
     resized: Tensor = vision.resize(box, list(size), antialias=True)
     return resized
 

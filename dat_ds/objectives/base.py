@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``K`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -91,7 +91,6 @@ class Objective(Method):
         needs_attack: Whether it has no meaning in natural training.
         needs_start_logits: Whether the forward pass must hold the images that the attack started
             from.
-        required: Keys that a run must give, and what they are to hold.
     """
 
     kind: ClassVar[str] = "objective"
@@ -105,7 +104,6 @@ class Objective(Method):
     needs_reference: ClassVar[bool] = False
     needs_attack: ClassVar[bool] = True
     needs_start_logits: ClassVar[bool] = False
-    required: ClassVar[Mapping[str, str]] = {}
 
     unlabelled_weight: float = at_least(
         0,

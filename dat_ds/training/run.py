@@ -17,8 +17,7 @@ from dat_ds.config import (
     adapt_to_device,
     threat_of,
 )
-from dat_ds.config.schema import DataConfig
-from dat_ds.data import DataSplits, evaluation_batches
+from dat_ds.data import DatasetMethod, DataSplits, evaluation_batches
 from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
 from dat_ds.engine.launch import setup_ranks
@@ -227,7 +226,7 @@ def _announce(
     logger.info("Run folder: %s", output)
 
 
-def _unlabelled_words(splits: DataSplits, data: DataConfig) -> str:
+def _unlabelled_words(splits: DataSplits, data: DatasetMethod) -> str:
     if splits.mixture is None:
         return ""
     kind = "without labels" if data.pseudo_labels is None else "with pseudo-labels"

@@ -6,7 +6,8 @@ import dataclasses
 
 from dat_ds.attacks import NoAttack
 from dat_ds.config import RunConfig
-from dat_ds.config.schema import DataConfig, WeightPerturbationConfig
+from dat_ds.config.schema import WeightPerturbationConfig
+from dat_ds.data import DatasetMethod
 from dat_ds.objectives import AdversarialTraining
 
 TWIN_FOLDER = "natural_twin"
@@ -27,7 +28,7 @@ def natural_twin_of(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, dat=dat, notes=())
 
 
-def _labelled_only(data: DataConfig) -> DataConfig:
+def _labelled_only(data: DatasetMethod) -> DatasetMethod:
     """The same data without the images that natural training could not use."""
     if not data.has_unlabelled or data.pseudo_labels is not None:
         return data

@@ -1,1 +1,14 @@
-"""Readers of datasets, one file each."""
+"""The datasets by name, one reader a file."""
+
+from dat_ds.data.method import DatasetMethod
+from dat_ds.data.readers.cifar import Cifar10, Cifar100
+from dat_ds.data.readers.digits import Digits
+from dat_ds.data.readers.imagefolder import ImageFolder
+from dat_ds.data.readers.npz import Npz
+from dat_ds.data.readers.synthetic import Synthetic
+from dat_ds.method import Table, table_of
+
+DATASETS: Table[DatasetMethod] = table_of(
+    "dataset", DatasetMethod, [Digits, Cifar10, Cifar100, Npz, ImageFolder, Synthetic]
+)
+"""What ``dat.data`` chooses from: a new dataset is a file and a place in this list."""

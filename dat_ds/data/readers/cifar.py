@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import torchvision
 
 from dat_ds.data.images import Channels, TensorImages
-from dat_ds.data.readers.source import Request, Source
+from dat_ds.data.method import FileDataset
+from dat_ds.data.readers.source import Source
 from dat_ds.errors import DataError
 
 # Per channel over the 50 000 training images, pixel units.
@@ -18,23 +19,43 @@ _CIFAR_STATISTICS: dict[str, tuple[Channels, Channels]] = {
 }
 
 
-def read_cifar(request: Request) -> Source:
-    """Both parts of CIFAR-10 or CIFAR-100."""
-    kind: Any = getattr(torchvision.datasets, request.name.upper())
-    parts = []
-    try:
-        for is_train in (True, False):
-            data = kind(str(request.path), train=is_train, download=False)
-            images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-            parts.append(TensorImages(images, torch.tensor(data.targets), request.img_size))
-    except (RuntimeError, OSError) as error:
-        listed = [name for name, _ in kind.train_list + kind.test_list]
-        files = ", ".join([*listed, kind.meta["filename"]])
-        raise DataError(
-            f"dat.data.path={str(request.path)!r} does not hold an intact {request.name} "
-            f"({error}). Expected in its folder {kind.base_folder!r}: {files}. Get them once with "
-            f"torchvision.datasets.{kind.__name__}({str(request.path)!r}, download=True)."
-        ) from error
-    names = tuple(data.classes)
-    train, test = parts
-    return Source(train, test, _CIFAR_STATISTICS[request.name], names, num_classes=len(names))
+@dataclass(frozen=True, kw_only=True)
+class Cifar(FileDataset):
+    """CIFAR in torchvision's files, under ``path``."""
+
+    def read(self, seed: int) -> Source:
+        """Both parts of CIFAR-10 or CIFAR-100."""
+        import torchvision
+
+        kind: Any = getattr(torchvision.datasets, self.name.upper())
+        parts = []
+        try:
+            for is_train in (True, False):
+                data = kind(str(self.path), train=is_train, download=False)
+                images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+                parts.append(TensorImages(images, torch.tensor(data.targets), self.img_size))
+        except (RuntimeError, OSError) as error:
+            listed = [name for name, _ in kind.train_list + kind.test_list]
+            files = ", ".join([*listed, kind.meta["filename"]])
+            raise DataError(
+                f"dat.data.path={str(self.path)!r} does not hold an intact {self.name} "
+                f"({error}). Expected in its folder {kind.base_folder!r}: {files}. Get them once "
+                f"with torchvision.datasets.{kind.__name__}({str(self.path)!r}, download=True)."
+            ) from error
+        names = tuple(data.classes)
+        train, test = parts
+        return Source(train, test, _CIFAR_STATISTICS[self.name], names, num_classes=len(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(Cifar):
+    """CIFAR-10 in torchvision's files: 32 x 32 pixels, 10 classes."""
+
+    name: ClassVar[str] = "cifar10"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar100(Cifar):
+    """CIFAR-100 in torchvision's files: 32 x 32 pixels, 100 classes."""
+
+    name: ClassVar[str] = "cifar100"

@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from dat_ds.data.images import TensorImages
-from dat_ds.data.readers.source import Request, Source, measure_channels, raise_all
+from dat_ds.data.method import FileDataset
+from dat_ds.data.readers.source import Source, measure_channels, raise_all
 from dat_ds.errors import DataError
 
 _NPZ_LAYOUTS = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("images", "labels", "test_images", "test_labels"),
 )
-
-
-def read_npz(request: Request) -> Source:
-    """Both parts of an npz file."""
-    arrays = load_npz(request.path, f"dat.data.path={str(request.path)!r}")
-    layout = next((keys for keys in _NPZ_LAYOUTS if keys[0] in arrays), _NPZ_LAYOUTS[0])
-    missing = [key for key in layout if key not in arrays]
-    if missing:
-        raise DataError(
-            f"dat.data.path={str(request.path)!r} lacks the arrays {', '.join(missing)} (it has "
-            f"{', '.join(arrays) or 'none'}). Save uint8 images and integer labels with "
-            f"numpy.savez(file, {', '.join(f'{key}=...' for key in layout)}); a test part is "
-            "needed because none is ever cut out of the training data."
-        )
-    where = f"dat.data.path={str(request.path)!r}"
-    pairs = [(layout[0], layout[1]), (layout[2], layout[3])]
-    problems = [p for x, y in pairs for p in array_problems(where, x, arrays[x], y, arrays[y])]
-    shapes = [arrays[x].shape[1:] for x, _ in pairs]
-    if not problems and shapes[0] != shapes[1]:
-        problems.append(
-            f"{where}: {layout[0]} has images of shape {shapes[0]}, {layout[2]} of {shapes[1]}; "
-            "they must be the same."
-        )
-    raise_all(problems)
-    train, test = (images_from_arrays(arrays[x], arrays[y], request.img_size) for x, y in pairs)
-    return Source(train, test, measure_channels(train.images))
 
 
 def load_npz(path: str | Path | None, where: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -89,3 +65,39 @@ def images_from_arrays(
     """Images in memory from arrays ``(N, H, W)`` or ``(N, H, W, C)``."""
     images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2).contiguous()
     return TensorImages(images, torch.from_numpy(y.astype(np.int64)), img_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npz(FileDataset):
+    """Arrays in an npz file.
+
+    uint8 ``x_train y_train x_test y_test``, or ``images labels test_images test_labels``; images
+    ``(N, H, W, C)`` or ``(N, H, W)``.
+    """
+
+    name: ClassVar[str] = "npz"
+
+    def read(self, seed: int) -> Source:
+        """Both parts of an npz file."""
+        arrays = load_npz(self.path, f"dat.data.path={str(self.path)!r}")
+        layout = next((keys for keys in _NPZ_LAYOUTS if keys[0] in arrays), _NPZ_LAYOUTS[0])
+        missing = [key for key in layout if key not in arrays]
+        if missing:
+            raise DataError(
+                f"dat.data.path={str(self.path)!r} lacks the arrays {', '.join(missing)} (it has "
+                f"{', '.join(arrays) or 'none'}). Save uint8 images and integer labels with "
+                f"numpy.savez(file, {', '.join(f'{key}=...' for key in layout)}); a test part is "
+                "needed because none is ever cut out of the training data."
+            )
+        where = f"dat.data.path={str(self.path)!r}"
+        pairs = [(layout[0], layout[1]), (layout[2], layout[3])]
+        problems = [p for x, y in pairs for p in array_problems(where, x, arrays[x], y, arrays[y])]
+        shapes = [arrays[x].shape[1:] for x, _ in pairs]
+        if not problems and shapes[0] != shapes[1]:
+            problems.append(
+                f"{where}: {layout[0]} has images of shape {shapes[0]}, {layout[2]} of "
+                f"{shapes[1]}; they must be the same."
+            )
+        raise_all(problems)
+        train, test = (images_from_arrays(arrays[x], arrays[y], self.img_size) for x, y in pairs)
+        return Source(train, test, measure_channels(train.images))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,20 +11,6 @@ from torch import Tensor
 from dat_ds.data.images import Channels, FolderImages, TensorImages
 from dat_ds.data.transforms import to_unit
 from dat_ds.errors import DataError
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `build_data` that concern reading."""
-
-    name: str
-    path: str | Path | None
-    img_size: int | None
-    num_classes: int | None
-    num_train: int | None
-    num_test: int | None
-    image_shape: tuple[int, ...] | None
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""What every dataset section of a run config is: how images are read, split, mixed and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dat_ds.method import Method, Trait, above, at_least, fraction, option, positive_share
+
+if TYPE_CHECKING:
+    from dat_ds.data.readers.source import Source
+
+_MIXES = {Trait.MIXES_LABELS: lambda v: v > 0, Trait.CONCERNS_LABELS: lambda v: v > 0}
+_PATH = "what it is read from"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetMethod(Method):
+    """A dataset and how it is loaded; images reach the model as pixels in [0, 1].
+
+    A subclass reads its files in :meth:`read`.
+    """
+
+    kind: ClassVar[str] = "dataset"
+
+    augment: Literal["none", "crop", "crop_flip", "resized_crop_flip"] = "none"
+    """Of the training images."""
+    mixup: float = at_least(0, 0.0, traits=_MIXES)
+    """Alpha of mixup: labels become probabilities. 0 for none."""
+    cutmix: float = at_least(0, 0.0, traits=_MIXES)
+    """Alpha of CutMix; with ``mixup`` too, each image gets one of them."""
+    labelled_fraction: float = positive_share(1.0)
+    """Part of the training images that keep their labels; the others count as unlabelled."""
+    drop_unlabelled: bool = False
+    """Leave those others out."""
+    unlabelled_path: str | None = None
+    """Further unlabelled training images: a folder of image files, or an npz file with
+    ``images``."""
+    labelled_repeats: int = at_least(1, 1, traits={Trait.CONCERNS_UNLABELLED: lambda v: v != 1})
+    """How often each labelled image occurs in an epoch beside the unlabelled ones."""
+    pseudo_labels: str | None = option(
+        None,
+        traits=dict.fromkeys((Trait.CONCERNS_LABELS, Trait.CONCERNS_UNLABELLED), lambda v: True),
+    )
+    """Run folder or checkpoint of a model that labels the unlabelled images before training."""
+    validation_fraction: float = fraction(0.1)
+    """Share of the training images held out for choosing the best checkpoint."""
+    img_size: int | None = above(0, None)
+    """Side of the images that the model sees. Default: their own."""
+    num_classes: int | None = above(1, None)
+    """Default: as many as the data have."""
+    num_workers: int = at_least(0, 0)
+    """Processes that read images beside the training loop."""
+    pin_memory: bool | None = None
+    """Default: on where there is an accelerator."""
+
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether some training images have no true label."""
+        hides = self.labelled_fraction < 1 and not self.drop_unlabelled
+        return hides or self.unlabelled_path is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels are probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def problems(self) -> Iterator[str]:
+        """Mixed labels of images that have none; nothing to drop."""
+        if self.mixes and self.has_unlabelled:
+            key = "mixup" if self.mixup else "cutmix"
+            yield (
+                f"{key}={getattr(self, key):g} makes labels probabilities, but unlabelled images "
+                f"have none to mix: remove dat.data.{key}."
+            )
+        if self.drop_unlabelled and self.labelled_fraction == 1:
+            yield (
+                "drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction, such "
+                "as 0.1, or remove it."
+            )
+
+    def read(self, seed: int) -> Source:
+        """Both parts of the dataset; what a subclass defines.
+
+        Raises:
+            DataError: For files that are missing or damaged.
+        """
+        raise TypeError(f"{type(self).__name__} defines no read.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDataset(DatasetMethod):
+    """A dataset that is read from disk."""
+
+    required: ClassVar[Mapping[str, str]] = {"path": _PATH}
+
+    path: str | None = None
+    """Where the data lie."""
