@@ -19,8 +19,7 @@ _DIGITS_TEST_FRACTION = 0.2
 class Digits(DatasetMethod):
     """scikit-learn's handwritten digits, 8 x 8 pixels, embedded in that library.
 
-    scikit-learn's handwritten digits, 8 x 8 pixels, embedded in that library; a fixed stratified
-    test fifth.
+    A fixed stratified fifth is the test part.
     """
 
     name: ClassVar[str] = "digits"

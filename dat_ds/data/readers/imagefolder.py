@@ -35,10 +35,9 @@ def _listed(names: set[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(FileDataset):
-    """Folders of image files.
+    """Folders of image files: ``train/<class>/*.jpg``, and ``test`` or else ``val``.
 
-    Folders of image files: ``train/<class>/*.jpg``, and ``test`` or else ``val``. By default of
-    224 pixels, aspect ratio kept.
+    By default of 224 pixels, aspect ratio kept.
     """
 
     name: ClassVar[str] = "imagefolder"
