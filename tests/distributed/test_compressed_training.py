@@ -397,8 +397,8 @@ def test_other_buckets_start_without_error_feedback_and_say_so(reports: dict[Any
 
 def test_ranks_that_disagree_all_say_so(by_rank: list[dict[Any, Any]]) -> None:
     for report in by_rank:
-        assert "rank 0: CompressionConfig(name='none'" in report["disagree"]
-        assert "rank 1: CompressionConfig(name='int8'" in report["disagree"]
+        assert "rank 0: NoCompression(" in report["disagree"]
+        assert "rank 1: Int8(" in report["disagree"]
 
 
 def test_a_reduction_that_goes_another_way_is_an_error_on_every_rank(

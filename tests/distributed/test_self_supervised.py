@@ -103,7 +103,7 @@ def attack_once(name: str) -> dict[str, Any]:
     engine, *_ = dat_ds.initialize(model=model, config=settings(name, 2))
     x, y = tiny.images(4, seed=engine.ranks.rank)
     images, target, _ = engine._prepare(x, y, 0)
-    loss = engine.attack_in_use.options["loss"]
+    loss = engine.attack_in_use.own_options()["loss"]
     loss = nn.CrossEntropyLoss(reduction="none") if isinstance(loss, str) else loss
     calls: list[int] = []
     hook = engine.module.register_forward_hook(lambda *_: calls.append(1))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dat_ds.attacks import ATTACKS, MODEL_MODES, NORMS, attack_options, build_attack
+from dat_ds.attacks import ATTACKS, MODEL_MODES, NORMS, build_attack
+from tests.settings import IMAGE_ATTACKS
 
 STEPS: dict[str, Any] = {"steps": 3, "step_size": "2/255"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -22,15 +23,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multi_norm": STEPS,
 }
 EPS = {"linf": "8/255", "l2": 0.5, "l1": 4.0}
-NORMS_OF = {"n_fgsm": ("linf",), "fgsm": ("linf", "l2"), "fgsm_rs": ("linf", "l2")}
-DEFINED = [(name, norm) for name in ATTACKS for norm in NORMS_OF.get(name, NORMS)]
+DEFINED = [(name, norm) for name in IMAGE_ATTACKS for norm in ATTACKS[name].norms]
 
 
 def attack_named(name: str, norm: str, model_mode: str = "eval", **options: Any) -> Any:
     threat = {"norm": norm, "eps": EPS[norm]}
     if name == "multi_norm":
         options["other_norms"] = {other: EPS[other] for other in NORMS if other != norm}
-    taken = attack_options(name)
+    taken = ATTACKS[name].known_keys()
     options = {k: v for k, v in {**OPTIONS[name], **options}.items() if k in taken}
     return build_attack({"name": name, "threat_model": threat, "model_mode": model_mode, **options})
 
@@ -97,7 +97,7 @@ def assert_no_trace(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(left, tensors, strict=True))
 
 
-every_attack = pytest.mark.parametrize("name", ATTACKS)
+every_attack = pytest.mark.parametrize("name", IMAGE_ATTACKS)
 every_norm = pytest.mark.parametrize("norm", NORMS)
 every_attack_and_norm = pytest.mark.parametrize(("name", "norm"), DEFINED)
 every_mode = pytest.mark.parametrize("model_mode", MODEL_MODES)

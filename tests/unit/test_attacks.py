@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dat_ds.attacks import (
+    ATTACKS,
     MODEL_MODES,
     NORMS,
     SampleGenerator,
     ThreatModel,
     attack_mode,
-    attack_options,
     build_attack,
     fgsm,
     fgsm_step_size,
@@ -209,7 +209,7 @@ def test_a_zero_radius_gives_x(name, norm, random_start):
     (x, y), options = batch(), {**OPTIONS[name], "random_start": random_start}
     if name == "multi_norm":
         options["other_norms"] = {other: 0 for other in NORMS if other != norm}
-    taken = attack_options(name)
+    taken = ATTACKS[name].known_keys()
     options = {k: v for k, v in options.items() if k in taken}
     attack = build_attack({"name": name, "threat_model": {"norm": norm, "eps": 0}, **options})
     assert torch.equal(attack(linear(3, torch.float32), x, y), x)
@@ -243,15 +243,26 @@ def test_fgsm_is_one_step_of_pgd():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "pdg"}, r"attack\.name='pdg' is not one of pgd, fgsm, fgsm_rs"),
+        (
+            {"name": "pdg", "threat_model": ThreatModel("l2", 1)},
+            r"attack\.name='pdg' is not valid \(did you mean 'pgd'\?\)\. Write one of 'pgd', 'fg",
+        ),
         ({"name": "pgd"}, r"threat_model is missing: give \{'norm': 'linf', 'eps': '8/255'\}"),
         ({"threat_model": {"nrom": "l2"}}, r"unknown keys \['nrom'\] and lacks \['eps', 'norm'\]"),
         ({"threat_model": {"norm": "linf", "eps": None}}, r"None is not a length"),
         ({"threat_model": {"norm": "linf", "eps": 8}}, r"write '8/255'"),
-        ({"threat_model": ThreatModel("l2", 1), "stpes": 3}, r"'pgd' has no option stpes: \["),
-        ({"threat_model": ThreatModel("l2", 1), "generator": 3}, r"has no option generator"),
-        ({"name": "fgsm", "threat_model": ThreatModel("l2", 1), "steps": 2}, r"no option steps"),
-        ({"threat_model": ThreatModel("l2", 1), "steps": 3}, r"'pgd' needs step_size"),
+        (
+            {"threat_model": ThreatModel("l2", 1), "stpes": 3},
+            r"attack\.stpes \(did you mean 'steps'\?\)\. Valid keys of the attack 'pgd': ",
+        ),
+        (
+            {"threat_model": ThreatModel("l2", 1), "generator": 3},
+            r"Unknown key in the run config: attack\.generator",
+        ),
+        (
+            {"name": "fgsm", "threat_model": ThreatModel("l2", 1), "steps": 2},
+            r"attack\.steps=2 is no setting of the attack 'fgsm', but of pgd, mim, ",
+        ),
         ({"threat_model": ThreatModel("l2", 1), "step_size": "a/b"}, r"'a/b' is not a length"),
     ],
 )

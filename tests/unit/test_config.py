@@ -5,30 +5,35 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import typing
 from typing import get_args
 
 import pytest
 
 from dat_ds.attacks import ATTACKS, INNER_LOSSES, NORMS
-from dat_ds.compression import CODECS
+from dat_ds.compression import CODECS, COMPRESSIONS
 from dat_ds.config import Length, load_config, schema
 from dat_ds.errors import ConfigError
-from dat_ds.objectives import OBJECTIVES
-from dat_ds.optim import OPTIMIZERS, PRESETS
+from dat_ds.method import name_of
+from dat_ds.optim import OPTIMIZERS
+from tests.settings import TABLES
 from tests.unit.config_helpers import ADAMW, ours
 
 
-def test_the_names_in_the_schema_are_those_that_can_be_built():
-    assert set(get_args(schema.AttackName)) == {*ATTACKS, "free", "none"}
-    assert get_args(schema.ObjectiveName) == tuple(OBJECTIVES)
-    assert get_args(schema.OptimizerName) == tuple(OPTIMIZERS)
-    for presets in PRESETS.values():
-        hint = typing.get_type_hints(schema.OptimizerConfig)["preset"]
-        assert get_args(get_args(hint)[0]) == tuple(presets)
+def test_a_table_knows_its_methods_by_their_own_names():
+    for table in TABLES.values():
+        assert {name: name_of(method) for name, method in table.items()} == {n: n for n in table}
+    assert {"free", "none"} < set(ATTACKS)
+    assert tuple(COMPRESSIONS) == ("none", *CODECS)
+
+
+def test_the_words_in_the_schema_are_those_that_can_be_built():
     assert get_args(schema.Norm) == NORMS
-    assert get_args(schema.CodecName) == ("none", *CODECS)
-    assert set(get_args(schema.InnerLossName)) == {*INNER_LOSSES, "dlr-targeted"}
+    losses = {loss for attack in ATTACKS.values() for loss in attack.losses}
+    assert losses == {*INNER_LOSSES, "dlr-targeted"}
+    for method in OPTIMIZERS.values():
+        assert ("preset" in method.known_keys()) == bool(method.presets)
+        for preset in method.presets:
+            load_config({"dat": {"optimizer": {"name": method.name, "preset": preset}}})
 
 
 # ---- files

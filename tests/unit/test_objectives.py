@@ -15,9 +15,7 @@ from dat_ds.objectives import (
     OBJECTIVES,
     AdversarialTraining,
     build_objective,
-    default_attack_loss,
     helper_images,
-    objective_options,
 )
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # float32 roundings of numbers near 10
@@ -173,14 +171,16 @@ def test_the_natural_term_of_at_and_dat_differs_in_its_default_weight_alone(weig
 
 @every_objective
 def test_a_weight_of_none_is_the_default(name):
-    options = objective_options(name)
+    options = OBJECTIVES[name]().to_dict()
     default = build_objective({"name": name})
-    assert build_objective({"name": name, **dict.fromkeys(options)}) == default
-    assert build_objective({"name": name, **options}) == default
+    assert (
+        build_objective({"name": name, **dict.fromkeys(OBJECTIVES[name].known_keys())}) == default
+    )
+    assert build_objective(options) == default
 
 
 def test_objectives_that_compare_predictions_are_attacked_through_the_divergence():
-    kl_attacked = {name for name in OBJECTIVES if default_attack_loss(name) == "kl"}
+    kl_attacked = {n for n, kind in OBJECTIVES.items() if kind.default_attack_loss == "kl"}
     assert kl_attacked == {"trades", "hat"}
 
 
@@ -191,7 +191,7 @@ def test_helper_images_lie_twice_as_far_within_the_pixel_range():
 
 @pytest.mark.parametrize("name", [name for name in CLASSIFYING if name not in ("at", "rotation")])
 def test_natural_logits_that_are_needed_are_asked_for(name):
-    with pytest.raises(ValueError, match=rf"objective '{name}' needs logits of x"):
+    with pytest.raises(ValueError, match=rf"objective '{name}' needs outputs: natural is missing"):
         build_objective({"name": name})(logits(0), Y)
 
 
@@ -201,20 +201,39 @@ def test_mart_refuses_probabilities():
 
 
 def test_hat_asks_for_labels_of_its_helper_images():
-    with pytest.raises(ValueError, match="'hat' needs labels of the helper images"):
+    with pytest.raises(ValueError, match="'hat' needs outputs: y_helper is missing"):
         build_objective({"name": "hat"})(logits(0), Y, logits(1), logits_helper=logits(2))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "trade"}, r"objective\.name='trade' is not one of at, dat, trades"),
-        ({"beta": 6, "alpha": 1}, r"'at' has no option alpha, beta: natural_weight, label_smooth"),
-        ({"natural_weight": -1}, r"natural_weight=-1\.0 must be a finite number of at least 0"),
+        (
+            {"name": "trade"},
+            r"objective\.name='trade' is not valid \(did you mean 'trades'\?\)\. Write one of 'at'",
+        ),
+        (
+            {"beta": 6, "alpha": 1},
+            r"objective\.beta=6 is no setting of the objective 'at', but of trades, (?s:.)*"
+            r"Unknown key in the run config: objective\.alpha",
+        ),
+        (
+            {"natural_weight": -1},
+            r"objective\.natural_weight=-1\.0 is not valid: write a number of at least 0",
+        ),
         ({"natural_weight": float("inf")}, r"natural_weight=inf must be a finite number"),
-        ({"label_smoothing": 1.0}, r"label_smoothing=1\.0 must lie in \[0, 1\)"),
-        ({"name": "trades", "label_smoothing": -0.1}, r"label_smoothing=-0\.1 must lie in \[0, 1"),
-        ({"name": "mart", "label_smoothing": 0.1}, r"'mart' has no option label_smoothing: beta"),
+        (
+            {"label_smoothing": 1.0},
+            r"label_smoothing=1\.0 is not valid: write a number in \[0, 1\)",
+        ),
+        (
+            {"name": "trades", "label_smoothing": -0.1},
+            r"label_smoothing=-0\.1 is not valid: write a number in \[0, 1\)",
+        ),
+        (
+            {"name": "mart", "label_smoothing": 0.1},
+            r"objective\.label_smoothing=0\.1 is no setting of the objective 'mart', but of at, ",
+        ),
     ],
 )
 def test_build_objective_says_what_is_wrong(config, message):

@@ -10,16 +10,19 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from dat_ds.config import load_config
 from dat_ds.optim import (
     OPTIMIZERS,
-    PRESETS,
+    SCHEDULES,
+    Constant,
+    Cosine,
     Lamb,
     Lars,
     Schedule,
+    Step,
     WeightEma,
     build_optimizer,
     lr_scale,
-    optimizer_options,
     parameter_groups,
     usual_scaling,
 )
@@ -27,19 +30,19 @@ from dat_ds.optim import (
 # ---- schedules
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_warm_up_rises_linearly_to_the_peak_and_the_step_after_it_is_at_the_peak(name):
-    schedule = Schedule(name, total_steps=100, warmup_steps=4)
+    schedule = Schedule(SCHEDULES[name](), total_steps=100, warmup_steps=4)
     assert [schedule.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_a_constant_schedule_stays_at_the_peak():
-    assert {Schedule("constant", 10).factor(step) for step in range(20)} == {1.0}
+    assert {Schedule(Constant(), 10).factor(step) for step in range(20)} == {1.0}
 
 
 @pytest.mark.parametrize(("warmup", "final"), [(0, 0.0), (10, 0.1)])
 def test_the_cosine_goes_from_the_peak_through_the_middle_to_the_final_ratio(warmup, final):
-    schedule = Schedule("cosine", 110, warmup_steps=warmup, final_ratio=final)
+    schedule = Schedule(Cosine(final_ratio=final), 110, warmup_steps=warmup)
     span = 110 - warmup
     assert schedule.factor(warmup) == 1.0
     assert schedule.factor(110) == pytest.approx(final, abs=1e-15)
@@ -54,7 +57,7 @@ def test_the_cosine_goes_from_the_peak_through_the_middle_to_the_final_ratio(war
 
 
 def test_the_step_schedule_drops_at_each_milestone():
-    schedule = Schedule("step", 100, milestones=(0.5, 0.75), decay_factor=0.1)
+    schedule = Schedule(Step(milestones=[0.5, 0.75], decay_factor=0.1), 100)
     factors = [schedule.factor(step) for step in (0, 49, 50, 74, 75, 99)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
 
@@ -63,26 +66,27 @@ def test_the_step_schedule_drops_at_each_milestone():
 def test_every_milestone_of_whole_steps_drops_in_exactly_that_step(total):
     # 0.55 * 100 is 55.00000000000001 in floating point.
     for percent in range(5, 100, 5):
-        schedule = Schedule("step", total, milestones=(percent / 100,))
+        schedule = Schedule(Step(milestones=[percent / 100]), total)
         step = percent * total // 100
         assert (schedule.factor(step - 1), schedule.factor(step)) == (1.0, 0.1), percent
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_of_one_step_is_made_at_the_peak(name):
-    assert Schedule(name, total_steps=1, milestones=(0.5,)).factor(0) == 1.0
+    assert Schedule(SCHEDULES[name](), total_steps=1).factor(0) == 1.0
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"name='cosin' is not one of constant, cosine, step"):
-        Schedule("cosin", 10)
+    words = r"dat\.schedule\.name='cosin' is not valid \(did you mean 'cosine'\?\)\. Write one of "
+    with pytest.raises(ValueError, match=words + "'cosine', 'constant', 'step'"):
+        load_config({"optimizer": {"type": "AdamW"}, "dat": {"schedule": {"name": "cosin"}}})
 
 
 def test_the_torch_scheduler_sets_the_factor_of_every_step_and_group():
     model = nn.Linear(2, 2)
     groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.1}]
     optimizer = torch.optim.SGD(groups)
-    schedule = Schedule("cosine", 6, warmup_steps=2)
+    schedule = Schedule(Cosine(), 6, warmup_steps=2)
     scheduler = schedule.scheduler(optimizer)
     for step in range(6):
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -259,15 +263,18 @@ def test_the_optimizer_is_torchs_with_the_configs_numbers():
 
 @pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("lars", Lars)])
 def test_presets_decide_what_is_left_out_and_whether_vectors_are_adapted(name, kind):
-    for preset, values in PRESETS[name].items():
+    method = OPTIMIZERS[name]
+    for preset in method.presets:
         optimizer = build_optimizer(model(), {"name": name, "preset": preset, "momentum": None})
         assert isinstance(optimizer, kind)
         matrices, vectors = optimizer.param_groups
-        assert (matrices["adapt"], vectors["adapt"]) == (True, values["adapt_vectors"])
+        written = method(preset=preset, **method.presets[preset]).to_dict()
+        assert (matrices["adapt"], vectors["adapt"]) == (True, written["adapt_vectors"])
+        assert written["adapt_vectors"] is (preset == "paper")
         assert vectors["weight_decay"] == 0.0
-        for key in optimizer_options(name).keys() - {"preset", "adapt_vectors", "betas"}:
-            assert matrices[key] == optimizer_options(name, preset)[key], key
-    assert optimizer_options(name) == optimizer_options(name, "modern")
+        for key in written.keys() - {"name", "preset", "adapt_vectors", "betas"}:
+            assert matrices[key] == written[key], key
+    assert method() == method(preset="modern", **method.presets["modern"])
     own = {"name": name, "preset": "paper", "upper": 3.0, "adapt_vectors": False}
     matrices, vectors = build_optimizer(model(), own).param_groups
     assert (matrices["upper"], vectors["adapt"]) == (3.0, False)
@@ -281,10 +288,15 @@ def test_a_key_that_is_left_out_or_none_has_the_optimizers_default():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer\.name='adma' is not one of adamw, sgd, lamb"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.name='adma' is not valid \(.*'adamw', 'sgd', 'lamb"
+    ):
         build_optimizer(model(), {"name": "adma", "lr": 0.1, "weight_decay": 0.0})
 
 
 def test_an_option_that_the_optimizer_does_not_take_is_refused():
-    with pytest.raises(ValueError, match="optimizer 'sgd' has no option betas: lr, weight_decay"):
+    with pytest.raises(
+        ValueError,
+        match=r"optimizer\.betas=\[0\.9, 0\.999\] is no setting of the optimizer 'sgd', but of adamw",
+    ):
         build_optimizer(model(), {"name": "sgd", "betas": [0.9, 0.999]})

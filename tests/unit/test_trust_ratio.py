@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dat_ds.optim import PADDING, PRESETS, Lamb, Lars, LayerwiseOptimizer, Layout, Segments
+from dat_ds.optim import OPTIMIZERS, PADDING, Lamb, Lars, LayerwiseOptimizer, Layout, Segments
 
 SHAPES = [(8, 3, 3, 3), (8,), (5, 7), (1,), (64, 33)]
 KINDS = {"lamb": Lamb, "lars": Lars}
@@ -39,7 +39,7 @@ def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: i
 
 def paper(name: str) -> dict[str, object]:
     """Keyword arguments of the preset; what is left out concerns parameter groups."""
-    return {k: v for k, v in PRESETS[name]["paper"].items() if k != "adapt_vectors"}
+    return {k: v for k, v in OPTIMIZERS[name].presets["paper"].items() if k != "adapt_vectors"}
 
 
 def assert_same_updates(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from dat_ds.method import above, option
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(DatasetMethod):
-    """Random images with a pattern of their class: for benchmarks, a score on them means nothing."""
+    """Random images with a pattern of their class: a score on them means nothing."""
 
     name: ClassVar[str] = "synthetic"
 
