@@ -39,9 +39,9 @@ class FreePerturbation:
         Returns:
             ``x_adv`` inside the threat model.
         """
-        carried = self._carried.get(slot)
-        if carried is None or len(carried) < len(x) or carried.shape[1:] != x.shape[1:]:
-            carried = self._carried[slot] = threat.random_start(x, generator) - x
+        carried = self._fitting(x, slot)
+        if carried is None:
+            carried = threat.random_start(x, generator) - x
         return threat.project(x + carried[: len(x)].to(x.device), x)
 
     @torch.no_grad()
@@ -66,8 +66,19 @@ class FreePerturbation:
             step_size: Length of the step in pixel units, in the threat model's norm.
         """
         moved = x_adv.detach().add(threat.steepest(gradient, x_adv.detach()), alpha=step_size)
-        carried = self._carried[slot] = self._carried[slot].to(x.device)
-        carried[: len(x)] = threat.project(moved, x).sub_(x)
+        delta = threat.project(moved, x).sub_(x)
+        carried = self._fitting(x, slot)
+        if carried is None or len(carried) == len(x):
+            self._carried[slot] = delta
+        else:
+            self._carried[slot] = torch.cat([delta, carried[len(x) :].to(x.device)])
+
+    def _fitting(self, x: Tensor, slot: int) -> Tensor | None:
+        """The perturbation of ``slot``, where it is one of images like ``x``."""
+        carried = self._carried.get(slot)
+        if carried is None or len(carried) < len(x) or carried.shape[1:] != x.shape[1:]:
+            return None
+        return carried
 
     def state_dict(self) -> dict[int, Tensor]:
         """The perturbations by slot, on the CPU."""

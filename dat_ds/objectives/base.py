@@ -31,6 +31,8 @@ class Objective(ABC):
         default_attack_loss: Inner loss that its attack maximises unless told otherwise.
         needs_helper_logits: Whether the forward pass must hold helper images; see
             :class:`dat_ds.objectives.Hat`.
+        needs_start_logits: Whether the forward pass must hold the images that the attack started
+            from.
         uses_unlabelled: Whether a sample without a label adds to the loss.
         head: What the model puts out: logits of ``"classes"`` or of the four ``"rotation"`` s, a
             ``"projection"`` of its features, or the ``"features"`` themselves.
@@ -43,6 +45,7 @@ class Objective(ABC):
     name: ClassVar[str]
     default_attack_loss: ClassVar[str] = "ce"
     needs_helper_logits: ClassVar[bool] = False
+    needs_start_logits: ClassVar[bool] = False
     uses_unlabelled: ClassVar[bool] = False
     head: ClassVar[Head] = "classes"
     classifies: ClassVar[bool] = True

@@ -45,7 +45,7 @@ def train(norm: str, stage: int) -> dict[str, Any]:
             engine.step()
             reductions.append(engine.metrics["attack_nonfinite_share"])
     state = weights_of(engine)
-    collectives = dict(engine._last.collectives)
+    collectives = engine.collectives
     engine.close()
     return {"weights": state, "order": order, "collectives": collectives, "bad": reductions}
 
