@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from dat_ds.attacks import Attack, AttackGraphs, InputGradient, preserved_buffers
+from dat_ds.attacks import Attack, InputGradient, preserved_buffers
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import RunConfig, threat_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
-from dat_ds.engine.bare import BareModel, Model
+from dat_ds.engine.bare import BareModel, Model, graphs_of
 from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import attack_problems
@@ -37,15 +36,13 @@ from dat_ds.minmax import (
     PerturbedWeights,
     PhaseTimer,
     StepMetrics,
-    WeightPerturbation,
     num_correct,
     refuse_sharded,
+    weight_perturbation,
 )
 from dat_ds.objectives import AlignmentProbes, Objective
 from dat_ds.optim import CompressedOptimizer
 from dat_ds.ranks import Ranks
-
-logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BatchPlan | None]
 """Images, labels and, where it is known, their place in the global batch."""
@@ -105,7 +102,7 @@ class AdversarialEngine:
             attack,
             model_mode=dat.attack.model_mode,
             precision=dat.attack.precision,
-            graphs=_graphs_of(run, self.module, ranks),
+            graphs=graphs_of(run, self.module, ranks),
             aligns=dat.objective.grad_align > 0,
         )
         self._reader = BatchReader(
@@ -126,13 +123,16 @@ class AdversarialEngine:
             grad_align=dat.objective.grad_align,
             splits_batch_norm=dat.objective.batch_norm == "split",
         )
+        perturbed = dat.weight_perturbation
         self._weights = PerturbedWeights(
-            _weight_perturbation_of(run, self._bare),
+            weight_perturbation(perturbed.name, perturbed.radius, perturbed.scope),
             self.module,
             ranks,
-            start=dat.weight_perturbation.start,
+            start=perturbed.start,
             whole=self._bare.resident,
         )
+        if perturbed.name != "none" and run.zero_stage == 3 and not self._bare.keeps_parameters:
+            refuse_sharded(self.module)
         self.compression = attach_compression(engine, run, ranks)
         self.traffic = Traffic()
         listen(self.traffic)
@@ -531,25 +531,3 @@ class AdversarialEngine:
 
     def _new_metrics(self) -> StepMetrics:
         return StepMetrics(PhaseTimer(self.ranks.device), self.inner.input_gradient())
-
-
-def _graphs_of(run: RunConfig, module: nn.Module, ranks: Ranks) -> AttackGraphs | None:
-    """What replays attacks as CUDA graphs, where it is asked for and there is a CUDA device."""
-    if not run.dat.engine.cuda_graphs:
-        return None
-    if ranks.device.type == "cuda":
-        return AttackGraphs(module, warns=ranks.is_main)
-    if ranks.is_main:
-        logger.warning("dat.engine.cuda_graphs=true does nothing without a CUDA device.")
-    return None
-
-
-def _weight_perturbation_of(run: RunConfig, bare: BareModel) -> WeightPerturbation | None:
-    """The run's perturbation, after checking that the weights can be whole."""
-    settings = run.dat.weight_perturbation
-    if settings.name == "none":
-        return None
-    if run.zero_stage == 3 and not bare.keeps_parameters:
-        refuse_sharded(bare.module)
-    assert settings.radius is not None
-    return WeightPerturbation(settings.name, settings.radius, settings.scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,12 +11,15 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from dat_ds.attacks import attack_mode
+from dat_ds.attacks import AttackGraphs, attack_mode
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.engine import hooks
 from dat_ds.minmax import fill_up
 from dat_ds.models import PixelModel
+from dat_ds.ranks import Ranks
+
+logger = logging.getLogger("dat_ds")
 
 Model = Callable[[Tensor], Tensor]
 
@@ -108,3 +112,14 @@ class _FrozenModel:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(self.called, x, training=self.training)
+
+
+def graphs_of(run: RunConfig, module: nn.Module, ranks: Ranks) -> AttackGraphs | None:
+    """What replays attacks as CUDA graphs, where it is asked for and there is a CUDA device."""
+    if not run.dat.engine.cuda_graphs:
+        return None
+    if ranks.device.type == "cuda":
+        return AttackGraphs(module, warns=ranks.is_main)
+    if ranks.is_main:
+        logger.warning("dat.engine.cuda_graphs=true does nothing without a CUDA device.")
+    return None

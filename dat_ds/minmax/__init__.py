@@ -11,7 +11,12 @@ from dat_ds.minmax.moment import Moment
 from dat_ds.minmax.outer import OuterForward, OuterTerms, fill_up
 from dat_ds.minmax.reference import frozen_copy, settle
 from dat_ds.minmax.strategy import Adversarial, Strategy, strategy_of
-from dat_ds.minmax.weights import PerturbedWeights, WeightPerturbation, refuse_sharded
+from dat_ds.minmax.weights import (
+    PerturbedWeights,
+    WeightPerturbation,
+    refuse_sharded,
+    weight_perturbation,
+)
 
 __all__ = [
     "Access",
@@ -33,4 +38,5 @@ __all__ = [
     "refuse_sharded",
     "settle",
     "strategy_of",
+    "weight_perturbation",
 ]

@@ -117,6 +117,16 @@ def _average(
     return flat
 
 
+def weight_perturbation(
+    name: Name | Literal["none"], radius: float | None, scope: Scope
+) -> WeightPerturbation | None:
+    """A perturbation by the resolved settings of a run; None for ``"none"``."""
+    if name == "none":
+        return None
+    assert radius is not None
+    return WeightPerturbation(name, radius, scope)
+
+
 def refuse_sharded(module: nn.Module) -> None:
     """Refuse to perturb weights that are never on the device at once.
 

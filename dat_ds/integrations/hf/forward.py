@@ -398,8 +398,9 @@ class AdversarialForward:
         def note(gradient: Tensor | None) -> None:
             # DDP goes backward through all outputs, with None where the loss passed one by.
             self._awaited[slot] = gradient is not None
-            # At the end of this backward: DeepSpeed takes its step before the Trainer's next event.
-            torch.autograd.Variable._execution_engine.queue_callback(self._weights.restore)
+            if self._settings.weight_perturbation is not None:
+                # At the end of this backward: DeepSpeed steps before the Trainer's next event.
+                torch.autograd.Variable._execution_engine.queue_callback(self._weights.restore)
 
         loss.register_hook(note)  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,7 @@ from dat_ds.config import DatConfig, attack_of, objective_of, threat_of
 from dat_ds.config.parse import parse_section
 from dat_ds.config.reconcile import resolve_dat
 from dat_ds.errors import ConfigError
-from dat_ds.minmax import WeightPerturbation, strategy_of
+from dat_ds.minmax import WeightPerturbation, strategy_of, weight_perturbation
 from dat_ds.objectives import OBJECTIVES, Objective, uses_unlabelled
 
 _HONOURED = (
@@ -134,7 +134,11 @@ class Request:
             objective=objective,
             threat=threat_of(dat),
             model_mode=options.get("model_mode", dat.attack.model_mode),
-            weight_perturbation=_weight_perturbation_of(dat),
+            weight_perturbation=weight_perturbation(
+                dat.weight_perturbation.name,
+                dat.weight_perturbation.radius,
+                dat.weight_perturbation.scope,
+            ),
             unlabelled_weight=unlabelled_weight,
             evaluation_batch=values.get("evaluation", {}).get("batch_size"),
         )
@@ -252,11 +256,3 @@ def _problems(dat: DatConfig, attack: Any, unlabelled_weight: float) -> list[str
             f"label, of which dat.objective.name={name!r} has no use: remove it."
         )
     return problems
-
-
-def _weight_perturbation_of(dat: DatConfig) -> WeightPerturbation | None:
-    settings = dat.weight_perturbation
-    if settings.name == "none":
-        return None
-    assert settings.radius is not None
-    return WeightPerturbation(settings.name, settings.radius, settings.scope)
