@@ -41,7 +41,6 @@ def build_loader(
     accumulation: int,
     *,
     replays: int = 1,
-    group: int = 1,
 ) -> DistributedLoader:
     """The loader of a run's training data, which hands out each batch ``replays`` times."""
     pin_memory = dat.data.pin_memory
@@ -55,7 +54,6 @@ def build_loader(
         num_workers=dat.data.num_workers,
         pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
         replays=replays,
-        group=group,
     )
 
 

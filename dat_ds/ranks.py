@@ -23,13 +23,20 @@ class Ranks:
         rank: This process, from 0.
         count: Number of processes.
         device: Where its model runs.
-        cpu_group: Process group for small host-side exchanges.
+        cpu_group: Process group for small host-side exchanges; None for the default group.
     """
 
     rank: int
     count: int
     device: torch.device
     cpu_group: dist.ProcessGroup | None
+
+    @classmethod
+    def of_default_group(cls, device: torch.device) -> Ranks:
+        """The processes that someone else has started, or this one alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(rank=0, count=1, device=device, cpu_group=None)
+        return cls(dist.get_rank(), dist.get_world_size(), device, cpu_group=None)
 
     @property
     def is_main(self) -> bool:
@@ -40,7 +47,7 @@ class Ranks:
         """Largest ``value`` over the ranks; a host-side exchange."""
         if self.count == 1:
             return value
-        tensor = torch.tensor(value)
+        tensor = torch.tensor(value, device=self._exchange_device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return int(tensor)
 
@@ -54,10 +61,11 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of a CPU tensor over the ranks."""
-        total = tensor.clone()
-        if self.count > 1:
-            dist.all_reduce(total, group=self.cpu_group)
-        return total
+        if self.count == 1:
+            return tensor.clone()
+        total = tensor.to(self._exchange_device, copy=True)
+        dist.all_reduce(total, group=self.cpu_group)
+        return total.cpu()
 
     def any(self, flag: Tensor) -> bool:
         """Whether ``flag``, a 0-dim bool tensor, is true on any rank; synchronises the host."""
@@ -66,6 +74,11 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.max(0)
+
+    @property
+    def _exchange_device(self) -> torch.device:
+        """Where small exchanges lie: the default group may be NCCL's, which takes none on a CPU."""
+        return self.device if self.cpu_group is None else torch.device("cpu")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from dat_ds.attacks.passes.precision import Precision, shorter_floats
 from dat_ds.attacks.passes.quantized import FORMATS
 from dat_ds.attacks.passes.resolution import at_resolution
 from dat_ds.attacks.passes.tokens import dropped_tokens
+from dat_ds.attacks.strategy import Strategy
 from dat_ds.attacks.threat import NORMS, ThreatModel
 from dat_ds.length import Length
 from dat_ds.method import (
@@ -186,6 +187,7 @@ class Attack(Method):
         generator: Generator | None = None,
         *,
         gradient: InputGradient | None = None,
+        **carried: Tensor,
     ) -> Tensor:
         """Adversarial images for ``x``, by cheaper passes where it is told so.
 
@@ -195,6 +197,7 @@ class Attack(Method):
             y: What the inner loss compares outputs with.
             generator: Source of random numbers. None: a fresh, unpredictable one.
             gradient: How input gradients are taken and counted.
+            carried: What its strategy carries from step to step, by name.
 
         Raises:
             ValueError: Without a threat model.
@@ -217,7 +220,7 @@ class Attack(Method):
                     gradient = InputGradient(retry_non_finite=self.precision == "fp16")
             if self.resolution is not None:
                 seen = at_resolution(seen, self.resolution)
-            return self.perturb(seen, x, y, generator, gradient)
+            return self.perturb(seen, x, y, generator, gradient, **carried)
 
     def perturb(
         self,
@@ -226,6 +229,7 @@ class Attack(Method):
         y: Tensor,
         generator: Generator | None,
         gradient: InputGradient | None,
+        **carried: Tensor,
     ) -> Tensor:
         """Adversarial images by :attr:`function` with this attack's own options."""
         function = type(self).function
@@ -239,6 +243,7 @@ class Attack(Method):
             gradient=gradient,
             model_mode=self.model_mode,
             **self.own_options(),
+            **carried,
         )
 
     def own_options(self) -> dict[str, Any]:
@@ -257,6 +262,16 @@ class Attack(Method):
         return dataclasses.replace(self, precision=precision)
 
     # ---- along the run
+
+    def strategy(self) -> Strategy:
+        """What it carries from one step of training to the next: nothing."""
+        return Strategy()
+
+    @property
+    def step(self) -> float:
+        """Length of a step in pixel units."""
+        size = getattr(self, "step_size", None)
+        return self.ball.eps * self.default_step_share if size is None else float(size)
 
     @property
     def num_views(self) -> int:
@@ -340,6 +355,7 @@ class NoAttack(Attack):
         y: Tensor,
         generator: Generator | None,
         gradient: InputGradient | None,
+        **carried: Tensor,
     ) -> Tensor:
         """The images themselves."""
         return x.detach().clone()
@@ -374,6 +390,7 @@ class CallableAttack(Attack):
         y: Tensor,
         generator: Generator | None,
         gradient: InputGradient | None,
+        **carried: Tensor,
     ) -> Tensor:
         """Adversarial images by the user's function, detached; ``gradient`` counts nothing."""
         assert self.user_function is not None

@@ -8,16 +8,19 @@ to replay and from batch to batch.
 Shapes: ``B`` batch; images ``(B, C, H, W)``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dat_ds.attacks.attack import Attack
-from dat_ds.attacks.gradient import InputGradient, Model
+from dat_ds.attacks.gradient import InputGradient, Model, finite_samples
 from dat_ds.attacks.noise import Generator
+from dat_ds.attacks.strategy import Adversarial, Batch, InUse, RunAttack, Strategy
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
 from dat_ds.method import Trait, at_least, option
@@ -45,9 +48,9 @@ class FreePerturbation:
         Returns:
             ``x_adv`` inside the threat model.
         """
-        carried = self._carried.get(slot)
-        if carried is None or len(carried) < len(x) or carried.shape[1:] != x.shape[1:]:
-            carried = self._carried[slot] = threat.random_start(x, generator) - x
+        carried = self._fitting(x, slot)
+        if carried is None:
+            carried = threat.random_start(x, generator) - x
         return threat.project(x + carried[: len(x)].to(x.device), x)
 
     @torch.no_grad()
@@ -72,8 +75,19 @@ class FreePerturbation:
             step_size: Length of the step in pixel units, in the threat model's norm.
         """
         moved = x_adv.detach().add(threat.steepest(gradient, x_adv.detach()), alpha=step_size)
-        carried = self._carried[slot] = self._carried[slot].to(x.device)
-        carried[: len(x)] = threat.project(moved, x).sub_(x)
+        delta = threat.project(moved, x).sub_(x)
+        carried = self._fitting(x, slot)
+        if carried is None or len(carried) == len(x):
+            self._carried[slot] = delta
+        else:
+            self._carried[slot] = torch.cat([delta, carried[len(x) :].to(x.device)])
+
+    def _fitting(self, x: Tensor, slot: int) -> Tensor | None:
+        """The perturbation of ``slot``, where it is one of images like ``x``."""
+        carried = self._carried.get(slot)
+        if carried is None or len(carried) < len(x) or carried.shape[1:] != x.shape[1:]:
+            return None
+        return carried
 
     def state_dict(self) -> dict[int, Tensor]:
         """The perturbations by slot, on the CPU."""
@@ -82,6 +96,53 @@ class FreePerturbation:
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Go on with the perturbations of :meth:`state_dict`."""
         self._carried = dict(state)
+
+
+class FreeTraining(Strategy):
+    """Free adversarial training: the update's own backward moves the perturbation.
+
+    See :class:`FreePerturbation`.
+
+    Args:
+        replays: How often each batch is trained on in a row.
+    """
+
+    moves_in_backward: ClassVar[bool] = True
+
+    def __init__(self, replays: int) -> None:
+        self.replays = replays
+        self._perturbation = FreePerturbation()
+
+    def images(self, batch: Batch, attack: InUse, run: RunAttack) -> Adversarial:
+        """Images under the slot's perturbation; the model is not asked."""
+        moment = batch.moment
+        generator = moment.generator("start")
+        x_adv = self._perturbation.images(batch.x, moment.slot, attack.ball, generator)
+        return Adversarial(x_adv.requires_grad_())
+
+    @torch.no_grad()
+    def after_backward(
+        self, batch: Batch, found: Adversarial, attack: InUse, gradient: InputGradient
+    ) -> None:
+        """Move the slot's perturbation up the gradient that the backward left at the images.
+
+        Raises:
+            RuntimeError: If it left none.
+        """
+        g, x_adv = found.images.grad, found.images.detach()
+        if g is None:
+            raise RuntimeError("The loss given to backward does not depend on the last images.")
+        g = gradient.count(g, finite_samples(g))
+        slot = batch.moment.slot
+        self._perturbation.ascend(batch.x, x_adv, g, slot, attack.ball, attack.step)
+
+    def state_dict(self) -> dict[Any, Tensor]:
+        """The perturbations by slot."""
+        return dict(self._perturbation.state_dict())
+
+    def load_state_dict(self, state: Mapping[Any, Tensor]) -> None:
+        """Go on with the perturbations of :meth:`state_dict`."""
+        self._perturbation.load_state_dict(state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +184,14 @@ overfitting, though later; large steps and few replays make it more likely.
     keep_tokens: float | None = option(None, is_key=False)
     model_mode: Literal["eval", "train"] = option("eval", is_key=False)
 
+    def strategy(self) -> Strategy:
+        """The perturbation that goes on from step to step."""
+        return FreeTraining(self.replays)
+
     @property
     def is_single_step(self) -> bool:
         """False: it takes no step of its own."""
         return False
-
-    @property
-    def step(self) -> float:
-        """Length of a step in pixel units."""
-        return self.ball.eps if self.step_size is None else float(self.step_size)
 
     def perturb(
         self,
@@ -140,6 +200,7 @@ overfitting, though later; large steps and few replays make it more likely.
         y: Tensor,
         generator: Generator | None,
         gradient: InputGradient | None,
+        **carried: Tensor,
     ) -> Tensor:
         """Raise: apart from a training step there is no such attack.
 

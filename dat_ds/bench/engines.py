@@ -42,10 +42,7 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
 
 def optimizer_step(engine: AdversarialEngine, x: Tensor, y: Tensor) -> None:
     """One optimizer step on the same batch in every micro-step."""
-    engine.look_ahead([(x, y, None)] * engine.accumulation)
-    for _ in range(engine.accumulation):
-        engine.backward(engine(x, y))
-        engine.step()
+    engine.train_step([(x, y)] * engine.accumulation)
 
 
 def training_loader(run: RunConfig, ranks: Ranks) -> DistributedLoader:

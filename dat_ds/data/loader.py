@@ -5,7 +5,6 @@ Shapes: ``B`` samples of a micro-batch (0 is possible), ``C H W`` of an image.
 
 from __future__ import annotations
 
-import itertools
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -52,15 +51,12 @@ class DistributedLoader:
         pin_memory: Whether batches are put into page-locked memory.
         shuffle: False keeps the dataset's own order.
         replays: How many optimizer steps in a row get the same samples, each read anew.
-        group: Micro-batches that are read before the first of them is handed out; divides
-            ``accumulation``.
 
     Attributes:
         sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
-        ahead: ``(x, y, plan)`` of the batch handed out last and of those of its group that follow.
+        plans: Those of the micro-batches of the current optimizer step that were handed out so far.
 
     Raises:
-        ValueError: A ``group`` that does not divide ``accumulation``.
         DataError: More ranks than samples, or an unreadable sample (its own message, whichever
             process met it).
         RuntimeError: The position was moved, or a second iterator started, during an iteration.
@@ -82,10 +78,7 @@ class DistributedLoader:
         pin_memory: bool = False,
         shuffle: bool = True,
         replays: int = 1,
-        group: int = 1,
     ) -> None:
-        if group < 1 or accumulation % group:
-            raise ValueError(f"group={group} does not divide accumulation={accumulation}.")
         self.sampler = DistributedBatchSampler(
             len(cast(Any, dataset)),
             micro_batch=micro_batch,
@@ -99,15 +92,14 @@ class DistributedLoader:
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.group = group
-        self.ahead: list[PlannedBatch] = []
+        self.plans: list[BatchPlan] = []
         self._collate = _Collate(dataset)
         self._iteration = 0
 
     @property
     def plan(self) -> BatchPlan | None:
         """Plan of the batch handed out last; None before the first."""
-        return self.ahead[0][2] if self.ahead else None
+        return self.plans[-1] if self.plans else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -134,19 +126,29 @@ class DistributedLoader:
         # The DataLoader hands batches out in the order of its batch sampler however far its workers
         # run ahead, so a second pass over the same plans stays in step with it.
         planned = zip(sampler.plans(), batches, strict=True)
-        while group := list(itertools.islice(planned, self.group)):
-            for position, (plan, batch) in enumerate(group):
-                if iteration != self._iteration:
-                    raise RuntimeError(
-                        "The loader was moved or iterated anew during this iteration: "
-                        "start a new 'for' loop after set_position or load_state_dict."
-                    )
-                self.ahead = [(x, y, its_plan) for its_plan, (x, y) in group[position:]]
-                # Moved before the batch is handed out, so that a checkpoint written after the
-                # update on the step's last micro-batch counts that step.
-                if plan.micro_step == sampler.accumulation - 1:
-                    sampler.set_position(plan.epoch, plan.step + 1)
-                yield batch
+        for plan, batch in planned:
+            if iteration != self._iteration:
+                raise RuntimeError(
+                    "The loader was moved or iterated anew during this iteration: "
+                    "start a new 'for' loop after set_position or load_state_dict."
+                )
+            if plan.micro_step == 0:
+                self.plans = []
+            self.plans.append(plan)
+            # Moved before the batch is handed out, so that a checkpoint written after the
+            # update on the step's last micro-batch counts that step.
+            if plan.micro_step == sampler.accumulation - 1:
+                sampler.set_position(plan.epoch, plan.step + 1)
+            yield batch
+
+    def steps(self) -> Iterator[list[PlannedBatch]]:
+        """Iterate over the optimizer steps of the rest of the epoch: all micro-batches of each."""
+        batches: list[PlannedBatch] = []
+        for x, y in self:
+            batches.append((x, y, self.plan))
+            if len(batches) == self.sampler.accumulation:
+                yield batches
+                batches = []
 
     def set_position(self, epoch: int, step: int) -> None:
         """Continue at ``step`` (optimizer steps already done) of ``epoch``.

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from dat_ds.assembly import build_loader, build_schedule
-from dat_ds.attacks import Attack, CallableAttack, FreeAttack, UserAttack, misfits
+from dat_ds.attacks import Attack, CallableAttack, UserAttack, misfits
 from dat_ds.config import (
     DatConfig,
     RunConfig,
@@ -39,8 +39,8 @@ from dat_ds.engine.launch import setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
 from dat_ds.engine.validate import attack_problems, check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
+from dat_ds.minmax import frozen_copy, settle
 from dat_ds.models import load
-from dat_ds.models.replicas import share_from_first_rank
 from dat_ds.objectives import Objective
 from dat_ds.optim import (
     OPTIMIZERS,
@@ -113,13 +113,12 @@ def initialize(
             f"train_micro_batch_size_per_gpu={micro_batch}: dat.objective.name={objective.name!r} "
             "compares the images of a batch, in the attack those of a rank. Write at least 2."
         )
-    reference = _frozen_copy(model, run, ranks) if objective.needs_reference else None
+    reference = _reference(model, run, ranks) if objective.needs_reference else None
     loader = None
     if training_data is not None:
-        replays = attack.replays if isinstance(attack, FreeAttack) else 1
-        group = 1 if attack is None else run.dat.engine.attack_micro_batches
+        replays = 1 if attack is None else attack.strategy().replays
         loader = build_loader(
-            training_data, run.dat, ranks, micro_batch, accumulation, replays=replays, group=group
+            training_data, run.dat, ranks, micro_batch, accumulation, replays=replays
         )
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
@@ -251,14 +250,9 @@ def _warn_of_unusual_scaling(run: RunConfig) -> None:
         )
 
 
-def _frozen_copy(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
+def _reference(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
     """Rank 0's model as it is now, on every rank's device, in the run's precision."""
-    if any(hasattr(p, "ds_status") for p in model.parameters()):
-        raise ConfigError(
-            f"dat.objective.name={run.dat.objective.name!r} copies the model before training: "
-            "build it without deepspeed.zero.Init."
-        )
+    remedy = "build it without deepspeed.zero.Init."
+    copied = frozen_copy(model, run.dat.objective.name, remedy=remedy)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    copied = copy.deepcopy(model).to(ranks.device, dtype=half.get(precision_of(run.deepspeed)))
-    share_from_first_rank(copied)
-    return copied.requires_grad_(False).eval()
+    return settle(copied, ranks.device, half.get(precision_of(run.deepspeed)))

@@ -230,7 +230,7 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         "rng_cpu": torch.get_rng_state(),
         "buffers": {name: b.detach().cpu() for name, b in engine.module.named_buffers()},
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
-        "free": None if engine.free is None else engine.free.state_dict(),
+        "strategy": engine.inner.strategy.state_dict(),
         "attack_precision": engine.attack_precision,
     }
     if engine.averaging_optimizer is not None:
@@ -261,9 +261,10 @@ def _restore_rank_state(
         hooks.copy_master_weights(engine.deepspeed)
     if engine.compression is not None:
         engine.compression.load_state_dict(state["compression"])
-    if engine.free is not None and state["free"] is not None:
-        engine.free.load_state_dict(state["free"])
-    engine.attack_precision = state["attack_precision"]
+    # Until 2026 "free" held what the strategy of that name carries along, and None for others.
+    carried = state["strategy"] if "strategy" in state else state["free"]
+    engine.inner.strategy.load_state_dict(carried or {})
+    engine.inner.precision = state["attack_precision"]
     torch.set_rng_state(state["rng_cpu"])
     if "rng_cuda" in state and engine.ranks.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng_cuda"], engine.ranks.device)

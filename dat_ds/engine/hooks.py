@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from dat_ds import zero3
 from dat_ds.errors import NumericsError, UserError
 from dat_ds.optim import PADDING, LayerwiseOptimizer, Layout, Segments
 
@@ -246,41 +247,14 @@ def _own_entries(parameter: Any) -> Tensor:
     return shard[: max(0, parameter.ds_numel - start)]
 
 
-_RESIDENT = -1  # in the place of a module's id, which DeepSpeed counts from 0
-_RELEASE_DECISION = "_PartitionedParameterCoordinator__params_to_release"
-
-
-@contextlib.contextmanager
-def resident_parameters(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Keep ZeRO-3 parameters on the device once gathered, and re-partition them on exit.
-
-    The first forward inside gathers each parameter; later passes find it in place. Parameters that
-    count as used by one more module are never released, whether or not DeepSpeed knows the order
-    of modules yet. Its releases depend on decisions that it caches per module, once for all passes,
-    so those of this block are kept out of its cache: training would follow them otherwise.
-    """
-    coordinator = engine.optimizer._get_param_coordinator()
-    held = [p for p in engine.module.parameters() if not p.ds_persist]
-    for parameter in held:
-        parameter.ds_active_sub_modules.add(_RESIDENT)
-    setattr(coordinator, _RELEASE_DECISION, lambda module, step: set())
-    try:
-        yield
-    finally:
-        delattr(coordinator, _RELEASE_DECISION)  # uncovers the class's own
-        for parameter in held:
-            parameter.ds_active_sub_modules.clear()
-            if parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()
+def resident_parameters(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[None]:
+    """See :func:`dat_ds.zero3.resident_parameters`."""
+    return zero3.resident_parameters(engine.module, engine.optimizer)
 
 
 def release_parameters(engine: DeepSpeedEngine) -> None:
-    """Re-partition every gathered ZeRO-3 parameter; the next forward gathers it from the shards."""
-    for parameter in engine.module.parameters():
-        if hasattr(parameter, "ds_status"):
-            parameter.ds_active_sub_modules.clear()
-            if parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()
+    """See :func:`dat_ds.zero3.release_parameters`."""
+    zero3.release_parameters(engine.module)
 
 
 def held_weights(engine: DeepSpeedEngine) -> list[Tensor]:
@@ -297,10 +271,8 @@ def gathered_numel(engine: DeepSpeedEngine) -> int:
 
 
 def gathered_bytes(engine: DeepSpeedEngine) -> int:
-    """Memory that all parameters take on one device when gathered, in bytes."""
-    return sum(
-        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters()
-    )
+    """See :func:`dat_ds.zero3.gathered_bytes`."""
+    return zero3.gathered_bytes(engine.module)
 
 
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:

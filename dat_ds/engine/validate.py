@@ -24,6 +24,7 @@ from dat_ds.config.deepspeed.optimizer import ADAM_NAMES
 from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError
 from dat_ds.method import did_you_mean
+from dat_ds.models.batch_norm import has_batch_norm
 from dat_ds.objectives import Objective
 
 
@@ -101,11 +102,6 @@ def _value_problems(kind: type[torch.optim.Optimizer], params: Mapping[str, Any]
     except (TypeError, ValueError) as error:
         return [f"optimizer.params={dict(params)}: {error}."]
     return []
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any module normalises by the statistics of its batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def check_precision(model: nn.Module, run: RunConfig) -> None:

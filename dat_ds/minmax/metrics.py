@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks import InputGradient
+from dat_ds.minmax.batch import MicroBatch
+from dat_ds.minmax.outer import OuterTerms
 
 
 class PhaseTimer:
@@ -63,7 +65,7 @@ class PhaseTimer:
 
 @dataclass
 class StepMetrics:
-    """One optimizer step of this rank, over its micro-steps.
+    """What training did on this rank, over the micro-steps of an optimizer step, or of several.
 
     Losses are weighted as the gradient is (see :class:`dat_ds.data.BatchPlan`), so the mean over
     ranks of :attr:`terms` is the mean over the global batch.
@@ -79,6 +81,27 @@ class StepMetrics:
     bytes_sent: dict[str, int] = field(default_factory=dict)
     collectives: dict[str, int] = field(default_factory=dict)
     attack_parameter_gathers: int = 0
+
+    def add(
+        self, outer: OuterTerms, part: MicroBatch, *, factor: float, classifies: bool, natural: bool
+    ) -> None:
+        """Add what the outer forward of a micro-batch found.
+
+        Args:
+            outer: The objective's terms and outputs.
+            part: Their micro-batch.
+            factor: Of its terms in the sums.
+            classifies: Whether outputs are logits of the classes that labels name.
+            natural: Whether training is natural, so that the outputs are those of natural images.
+        """
+        self.add_terms(outer.terms, factor)
+        if part.num_images == 0 or not classifies:
+            return
+        logits = outer.logits_adv if natural else outer.logits
+        if logits is not None:
+            self.add_natural(*num_correct(logits, part.y, part.labelled))
+        if not natural:
+            self.add_robust(*num_correct(outer.logits_adv, part.y, part.labelled))
 
     def add_terms(self, terms: dict[str, Tensor], factor: float) -> None:
         """Add ``factor * term`` of each named term."""
@@ -113,8 +136,13 @@ class StepMetrics:
             dtype=torch.float64,
         )
 
-    def means(self, sums: Tensor, ranks: int) -> dict[str, float | None]:
-        """Named means from :meth:`sums`, summed over ``ranks`` ranks.
+    def means(self, sums: Tensor, count: int) -> dict[str, float | None]:
+        """Named means from :meth:`sums`, summed over ranks.
+
+        Args:
+            sums: The sums.
+            count: What the sums of terms are divided by: the number of ranks, where factors add up
+                to 1 on each.
 
         Returns:
             The objective's terms; ``natural_acc`` and ``robust_acc``, fractions in [0, 1], None
@@ -124,7 +152,7 @@ class StepMetrics:
         """
         values = sums.tolist()
         terms: dict[str, float | None] = {
-            name: values[i] / ranks for i, name in enumerate(self.terms)
+            name: values[i] / count for i, name in enumerate(self.terms)
         }
         robust, num_adv, natural, num_natural, zero, entries, bad, samples = values[len(terms) :]
         return terms | {
@@ -144,3 +172,21 @@ class StepMetrics:
             "attack_parameter_gathers": self.attack_parameter_gathers,
             "parameter_gathers": self.collectives.get("parameters", 0),
         }
+
+
+@torch.no_grad()
+def num_correct(
+    logits: Tensor, y: Tensor, labelled: Tensor | None = None
+) -> tuple[Tensor, Tensor | int]:
+    """Correct images and how many count: those whose true class is known.
+
+    Args:
+        logits: Logits of one or several views of the images ``(n B, K)``.
+        y: Class indices ``(B,)``, or probabilities ``(B, K)``, of which the likeliest counts.
+        labelled: Which images count ``(B,)``; None for all.
+    """
+    classes = y.argmax(dim=1) if y.is_floating_point() else y
+    correct = logits.argmax(dim=1).view(-1, len(y)) == classes
+    if labelled is None:
+        return correct.sum(), correct.numel()
+    return (correct & labelled).sum(), labelled.sum() * len(correct)

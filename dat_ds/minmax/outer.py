@@ -7,17 +7,23 @@ Shapes: ``B`` batch, ``K`` classes, ``V`` adversarial images for each original; 
 ``(B, C, H, W)``.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dat_ds.attacks import ThreatModel
+from dat_ds.attacks.strategy import Adversarial
+from dat_ds.errors import ConfigError, DataError
+from dat_ds.minmax.batch import MicroBatch
+from dat_ds.models.batch_norm import has_batch_norm, split_batch_norm
 from dat_ds.objectives.base import Gather, Objective
 from dat_ds.objectives.grad_align import AlignmentProbes
 from dat_ds.objectives.hat import helper_images
+from dat_ds.ranks import Ranks, rows_of_others
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class OuterBatch:
             with torch.no_grad():
                 labels = helper(self.x_adv).argmax(dim=1)
             extra |= {"logits_helper": by_kind["helper"], "y_helper": labels}
+        if self.objective.needs_start_logits:
+            extra["logits_start"] = by_kind["start"]
         views = len(logits_adv) // len(y)
         repeated, y_adv = logits, y
         if views > 1:
@@ -106,6 +114,7 @@ def outer_batch(
     *,
     threat: ThreatModel,
     probes: AlignmentProbes | None = None,
+    start: Tensor | None = None,
 ) -> OuterBatch:
     """Put together what ``objective`` needs outputs for.
 
@@ -115,6 +124,10 @@ def outer_batch(
         x_adv: Adversarial images; several after one another for an attack with several views.
         threat: Its pixel range bounds helper images.
         probes: GradAlign's images; None where it is off.
+        start: Where the attack started from; None where it does not say.
+
+    Raises:
+        ConfigError: If the objective asks for the attack's start, which is not known.
     """
     kinds = {"natural": x} if objective.needs_natural_logits else {}
     kinds["adversarial"] = x_adv
@@ -123,6 +136,13 @@ def outer_batch(
         kinds["helper"] = helper_images(
             x.repeat(views, 1, 1, 1), x_adv.detach(), threat.lower, threat.upper
         )
+    if objective.needs_start_logits:
+        if start is None:
+            raise ConfigError(
+                f"dat.objective.name={objective.name!r} compares adversarial images with where the "
+                "attack started from, which this attack does not tell: choose another attack."
+            )
+        kinds["start"] = start
     if probes is not None:
         kinds["alignment"] = probes.images
     sizes = {kind: len(images) for kind, images in kinds.items()}
@@ -130,19 +150,100 @@ def outer_batch(
     return OuterBatch(objective, images, sizes, x_adv, probes)
 
 
-@torch.no_grad()
-def num_correct(
-    logits: Tensor, y: Tensor, labelled: Tensor | None = None
-) -> tuple[Tensor, Tensor | int]:
-    """Correct images and how many count: those whose true class is known.
+def fill_up(x: Tensor, module: nn.Module) -> Tensor:
+    """A single image twice where BatchNorm is to take statistics, else ``x`` itself.
+
+    BatchNorm refuses to take them of one value per channel; the first output of two equal images,
+    and its gradients, are those of running one.
+    """
+    return torch.cat([x, x]) if len(x) == 1 and has_batch_norm(module) else x
+
+
+class OuterForward:
+    """From a micro-batch and its adversarial images to the objective's terms.
 
     Args:
-        logits: Logits of one or several views of the images ``(n B, K)``.
-        y: Class indices ``(B,)``, or probabilities ``(B, K)``, of which the likeliest counts.
-        labelled: Which images count ``(B,)``; None for all.
+        module: The bare model.
+        objective: The outer loss.
+        threat: Its pixel range bounds helper images.
+        ranks: The processes of the run.
+        micro_batch: Largest number of images of a rank in a micro-step.
+        helper: HAT's naturally trained model, pixels to logits.
+        grad_align: Weight of GradAlign's penalty.
+        splits_batch_norm: Whether BatchNorm takes statistics of each kind of images apart.
     """
-    classes = y.argmax(dim=1) if y.is_floating_point() else y
-    correct = logits.argmax(dim=1).view(-1, len(y)) == classes
-    if labelled is None:
-        return correct.sum(), correct.numel()
-    return (correct & labelled).sum(), labelled.sum() * len(correct)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        threat: ThreatModel,
+        ranks: Ranks,
+        *,
+        micro_batch: int,
+        helper: Callable[[Tensor], Tensor] | None = None,
+        grad_align: float = 0.0,
+        splits_batch_norm: bool = False,
+    ) -> None:
+        self._module = module
+        self._objective = objective
+        self._threat = threat
+        self._ranks = ranks
+        self._micro_batch = micro_batch
+        self._helper = helper
+        self._grad_align = grad_align
+        self._splits = splits_batch_norm and has_batch_norm(module)
+        self._gathers = objective.compares_samples and ranks.count > 1
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        part: MicroBatch,
+        found: Adversarial,
+        probes: AlignmentProbes | None,
+    ) -> OuterTerms:
+        """All of it, by one call of ``model``, in training mode."""
+        batch = self.batch(part, found, probes)
+        with self.normalised(batch):
+            outputs = model(batch.images)
+        return self.terms(batch, outputs, part)
+
+    def batch(
+        self, part: MicroBatch, found: Adversarial, probes: AlignmentProbes | None
+    ) -> OuterBatch:
+        """The images that the objective needs outputs for."""
+        return outer_batch(
+            self._objective,
+            part.x,
+            found.images,
+            threat=self._threat,
+            probes=probes,
+            start=found.start,
+        )
+
+    def normalised(self, batch: OuterBatch) -> contextlib.AbstractContextManager[None]:
+        """For the forward of ``batch``: BatchNorm's statistics of all images, or of each kind."""
+        if self._splits and len(batch.sizes) > 1:
+            return split_batch_norm(self._module, list(batch.sizes.values()))
+        return contextlib.nullcontext()
+
+    def terms(self, batch: OuterBatch, outputs: Tensor, part: MicroBatch) -> OuterTerms:
+        """The objective's terms of the model's outputs for ``batch``."""
+        return batch.terms(
+            outputs,
+            part.y,
+            weights=part.weights,
+            helper=self._helper,
+            gather=self._features_of_others if self._gathers else None,
+            grad_align=self._grad_align,
+        )
+
+    def _features_of_others(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Other ranks' features of this micro-step; a collective, in the backward too."""
+        num_rows = self._micro_batch * self._objective.num_views
+        if len(features) > num_rows:
+            raise DataError(
+                f"A batch of more than train_micro_batch_size_per_gpu={self._micro_batch} images: "
+                f"dat.objective.name={self._objective.name!r} compares those of all ranks."
+            )
+        return rows_of_others(features, y, self._ranks, num_rows=num_rows)

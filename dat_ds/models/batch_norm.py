@@ -13,6 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dat_ds.patching import patched_forwards
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any module normalises by the statistics of its batch."""
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
 @contextlib.contextmanager
 def split_batch_norm(model: nn.Module, sizes: Sequence[int]) -> Iterator[None]:
     """Let BatchNorm in training normalise consecutive parts of the batch apart, until exit.

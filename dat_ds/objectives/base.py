@@ -96,6 +96,7 @@ class Objective(Method):
     kind: ClassVar[str] = "objective"
     default_attack_loss: ClassVar[str] = "ce"
     needs_helper_logits: ClassVar[bool] = False
+    needs_start_logits: ClassVar[bool] = False
     uses_unlabelled: ClassVar[bool] = False
     head: ClassVar[Head] = "classes"
     classifies: ClassVar[bool] = True
@@ -103,7 +104,6 @@ class Objective(Method):
     compares_samples: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     needs_attack: ClassVar[bool] = True
-    needs_start_logits: ClassVar[bool] = False
 
     unlabelled_weight: float = at_least(
         0,

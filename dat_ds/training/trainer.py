@@ -115,11 +115,11 @@ class Trainer:
             CheckpointError: On a file that cannot be written.
         """
         self._start = time.perf_counter()
-        self._batches = self._stream()
+        self._steps = self._stream()
         self._drop_later_rows()
         # Closing the stream, which a roll-back replaces, ends the loader's workers.
         with self._progress() as bar, contextlib.ExitStack() as stack:
-            stack.callback(lambda: self._batches.close())
+            stack.callback(lambda: self._steps.close())
             while self.engine.global_steps < self.total_steps:
                 batches, error = self._fetch_step()
                 signal_seen = _STOP if self._stop.requested else _GO_ON
@@ -148,25 +148,17 @@ class Trainer:
 
         They are read before the step begins, so that all ranks can still stop together.
         """
-        batches: list[PlannedBatch] = []
         try:
-            while len(batches) < self.engine.accumulation:
-                batches.append(next(self._batches))
+            return next(self._steps), None
         except DataError as error:
             return [], error
-        return batches, None
 
-    def _stream(self) -> Generator[PlannedBatch, None, None]:
+    def _stream(self) -> Generator[list[PlannedBatch], None, None]:
         while True:
-            for _ in self.loader:
-                yield self.loader.ahead[0]
+            yield from self.loader.steps()
 
     def _train_step(self, batches: list[PlannedBatch]) -> None:
-        self.engine.look_ahead(batches)
-        for x, y, plan in batches:
-            loss = self.engine(x, y, plan=plan)
-            self.engine.backward(loss)
-            self.engine.step()
+        self.engine.train_step(batches)
         if self.ema is not None:
             self.ema.update()
 
@@ -248,12 +240,12 @@ class Trainer:
 
     def _return_to(self, checkpoint: Path, bar: tqdm[Any]) -> None:
         seconds = self.seconds()
-        self._batches.close()
+        self._steps.close()
         self.resume(checkpoint)
         self._drop_later_rows()
         # The time since the checkpoint was spent all the same.
         self.seconds_before, self._start = seconds, time.perf_counter()
-        self._batches = self._stream()
+        self._steps = self._stream()
         bar.n = self.engine.global_steps
         bar.refresh()
 

@@ -100,7 +100,7 @@ def count_gathered_in_training(attacked: bool, prefetch: int) -> list[tuple[int,
     zero = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": prefetch}
     engine = start(tiny.vit(), 3, zero_optimization=zero)
     if not attacked:
-        engine._attack = None
+        engine.use_attack(None)
     x, y = tiny.images(BATCH)
 
     def gathered() -> int:

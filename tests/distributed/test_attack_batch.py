@@ -66,12 +66,9 @@ def train(
     engine.module.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
     metrics = []
     for _ in range(2):
-        for x, y in loader:
-            engine.backward(engine(x, y))
-            completes = engine.micro_step == engine.accumulation - 1
-            engine.step()
-            if completes:
-                metrics.append(engine.metrics)
+        for batches in loader.steps():
+            engine.train_step(batches)
+            metrics.append(engine.metrics)
     weights = {k: v.clone() for k, v in hooks.full_state_dict(engine.deepspeed).items()}
     engine.close()
     return weights, seen, metrics
@@ -84,43 +81,46 @@ def every_case() -> dict[Any, Any]:
         for together in (1, 2, 4) if name.startswith("ZeRO") else (1, 4):
             outcomes[name, together] = train(*case, together)
     outcomes["of one's own"] = batches_of_ones_own()
-    outcomes["ways to call"] = {way: call(way) for way in WAYS}
+    outcomes["ways to call"] = {(w, n): call(w, n) for w in WAYS for n in (1, 4)}
     outcomes["natural"] = natural_training()
     return outcomes
 
 
-WAYS = ("as handed out", "with its plan", "moved, told of with plans", "moved")
+WAYS = ("steps of the loader", "without plans", "moved, with plans", "one by one", "half a step")
 
 
-def call(way: str) -> Any:
+def call(way: str, together: int) -> Any:
     """Losses of an epoch of the engine's own loader, or what is refused."""
     import dat_ds
 
     sizes = {"train_micro_batch_size_per_gpu": MICRO_BATCH}
     sizes["gradient_accumulation_steps"] = ACCUMULATION
-    dat = {"attack": PGD, "engine": {"attack_micro_batches": 4}}
+    dat = {"attack": PGD, "engine": {"attack_micro_batches": together}}
     engine, _, loader, _ = dat_ds.initialize(
         model=tiny.vit(),
         config=tiny.config(0, dat=dat, **sizes),
         training_data=TensorDataset(*tiny.images(NUM_IMAGES)),
     )
-    losses, step = [], []
+    losses = []
     try:
-        for x, y in loader:
-            moved = x + 0.0 if way.startswith("moved") else x
-            step.append((moved, y, loader.plan))
-            if len(step) < ACCUMULATION and way.startswith("moved, told of"):
-                continue
-            if way.startswith("moved, told of"):
-                engine.look_ahead(step)
-            for each_x, each_y, plan in step:
-                options = {"plan": plan} if way == "with its plan" else {}
-                loss = engine(each_x, each_y, **options)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.item())
-            step = []
-    except DataError as error:
+        for step in loader.steps():
+            if way == "one by one":
+                mean = torch.zeros(())
+                for x, y, plan in step:
+                    loss = engine(x, y, plan=plan)
+                    engine.backward(loss)
+                    engine.step()
+                    mean += loss.detach() / ACCUMULATION
+            else:
+                given = {
+                    "steps of the loader": step,
+                    "without plans": [(x, y) for x, y, _ in step],
+                    "moved, with plans": [(x + 0.0, y, plan) for x, y, plan in step],
+                    "half a step": step[: ACCUMULATION // 2],
+                }[way]
+                mean = engine.train_step(given)
+            losses.append(mean.item())
+    except (ConfigError, DataError) as error:
         return str(error)
     finally:
         engine.close()
@@ -153,11 +153,11 @@ def natural_training() -> list[str]:
     return problems
 
 
-def batches_of_ones_own() -> dict[str, Any]:
-    """Without a loader: told of beforehand, changed after they were told of, not told of."""
+def batches_of_ones_own() -> dict[int, Any]:
+    """Weights after training without a loader."""
     import dat_ds
 
-    found: dict[str, Any] = {}
+    found: dict[int, Any] = {}
     for together in (1, 4):
         config = tiny.config(
             0,
@@ -166,25 +166,9 @@ def batches_of_ones_own() -> dict[str, Any]:
         )
         engine, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
         for step in range(3):
-            batches = [
-                (*tiny.images(4, seed=10 * step + 2 * i + engine.ranks.rank), None)
-                for i in range(ACCUMULATION)
-            ]
-            engine.look_ahead(batches)
-            for x, y, _ in batches:
-                engine.backward(engine(x, y))
-                engine.step()
-        found[f"weights {together}"] = {k: v.clone() for k, v in engine.module.state_dict().items()}
-        engine.look_ahead(batches)
-        for name, (x, y) in {
-            "changed": (batches[0][0] + 0.0, batches[0][1]),
-            "unknown": tiny.images(4, seed=99),
-        }.items():
-            try:
-                engine(x, y)
-                found[f"{name} {together}"] = None
-            except DataError as error:
-                found[f"{name} {together}"] = str(error)
+            seeds = [10 * step + 2 * i + engine.ranks.rank for i in range(ACCUMULATION)]
+            engine.train_step([tiny.images(4, seed=seed) for seed in seeds])
+        found[together] = {k: v.clone() for k, v in engine.module.state_dict().items()}
         engine.close()
     return found
 
@@ -240,19 +224,20 @@ def test_zero_3_gathers_once_for_all_of_them(outcomes: dict[Any, Any], together:
 
 def test_batches_without_a_loader(outcomes: dict[Any, Any]) -> None:
     found = outcomes["of one's own"]
-    for key, value in found["weights 1"].items():
-        torch.testing.assert_close(found["weights 4"][key], value, rtol=0, atol=2e-4)
-    assert found["changed 1"] is found["unknown 1"] is None
-    for what in ("changed", "unknown"):
-        assert found[f"{what} 4"].startswith("dat.engine.attack_micro_batches=4: these images and ")
-        assert "engine.look_ahead([(x, y, loader.plan), ...])" in found[f"{what} 4"]
+    for key, value in found[1].items():
+        torch.testing.assert_close(found[4][key], value, rtol=0, atol=2e-4)
 
 
-def test_the_loader_s_batches_may_be_given_in_several_ways(outcomes: dict[Any, Any]) -> None:
+def test_a_step_may_be_given_in_several_ways(outcomes: dict[Any, Any]) -> None:
     found = outcomes["ways to call"]
-    for way in ("with its plan", "moved, told of with plans"):
-        assert found[way] == pytest.approx(found["as handed out"], rel=1e-4)
-    assert "engine.look_ahead([(x, y, loader.plan), ...])" in found["moved"]
+    expected = found["one by one", 1]
+    assert len(expected) == 2
+    for way in ("steps of the loader", "without plans", "moved, with plans"):
+        assert found[way, 1] == pytest.approx(expected, rel=1e-6)
+        assert found[way, 4] == pytest.approx(expected, rel=1e-4)
+    assert "engine.train_step([(x, y), ...])" in found["one by one", 4]
+    for together in (1, 4):
+        assert found["half a step", together].startswith("train_step got 2 micro-batches after 0")
 
 
 def test_without_an_attack_there_is_nothing_to_group(outcomes: dict[Any, Any]) -> None:

@@ -72,7 +72,7 @@ def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     model = tiny.MODELS[dat.pop("model", "cnn")]()
     engine, *_ = dat_ds.initialize(model=model, config=tiny.config(stage, dat=dat))
     if engine.run.dat.engine.cuda_graphs:  # which need a GPU; see tests/gpu
-        engine.graphs = AttackGraphs(engine.module, record=recorded)
+        engine.inner.graphs = AttackGraphs(engine.module, record=recorded)
     for step in range(STEPS):
         x, y = tiny.images(8, seed=step)
         part = slice(4 * engine.ranks.rank, 4 * engine.ranks.rank + 4)
@@ -80,8 +80,8 @@ def train(stage: int, dat: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         engine.step()
     weights = {k: v.clone() for k, v in hooks.full_state_dict(engine.deepspeed).items()}
     metrics = engine.metrics
-    if engine.graphs is not None:
-        metrics["num_recorded"] = engine.graphs.num_recorded
+    if engine.inner.graphs is not None:
+        metrics["num_recorded"] = engine.inner.graphs.num_recorded
     engine.close()
     return weights, metrics
 
@@ -103,7 +103,7 @@ def every_case() -> dict[Any, Any]:
 def chosen_precision(of_products: float, of_gradients: float) -> Any:
     """What ``auto`` takes where rank 1 measures these speedups, and rank 0 ones of 2."""
     import dat_ds
-    from dat_ds.engine import adversarial
+    from dat_ds.minmax import inner
 
     seen: list[str] = []
 
@@ -114,15 +114,15 @@ def chosen_precision(of_products: float, of_gradients: float) -> Any:
 
         return measured
 
-    originals = adversarial.product_speedup, adversarial.gradient_speedup
-    adversarial.product_speedup = probe("products", of_products)
-    adversarial.gradient_speedup = probe("gradients", of_gradients)
+    originals = inner.product_speedup, inner.gradient_speedup
+    inner.product_speedup = probe("products", of_products)
+    inner.gradient_speedup = probe("gradients", of_gradients)
     config = tiny.config(0, dat={"attack": {"steps": 2, "precision": "auto"}})
     engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
     for _ in range(2):
         engine.backward(engine(*tiny.images(4)))
         engine.step()
-    adversarial.product_speedup, adversarial.gradient_speedup = originals
+    inner.product_speedup, inner.gradient_speedup = originals
     engine.close()
     return engine.attack_precision, seen
 
@@ -136,7 +136,7 @@ def chosen_after_resume() -> Any:
     found = []
     for choice in ("bf16", None, "auto"):
         engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
-        engine.attack_precision = choice
+        engine.inner.precision = choice
         state = _rank_state(engine, None)
         engine.close()
         again, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)

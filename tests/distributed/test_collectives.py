@@ -57,17 +57,17 @@ def measure(stage: int, attack_steps: int, accumulation: int, resident_gib: floa
         ),
     )
     x, y = tiny.images(MICRO_BATCH, seed=engine.ranks.rank)
-    attack = engine.attack
+    maximise = engine.inner.maximise
     for _ in range(STEPS):
         seen = Collectives()
 
         def attack_apart(*args: Any, seen: Collectives = seen, **options: Any) -> Any:
             seen.phase = "attack"
-            x_adv = attack(*args, **options)
+            found = maximise(*args, **options)
             seen.phase = "forward"
-            return x_adv
+            return found
 
-        engine.attack = attack_apart  # type: ignore[method-assign]
+        engine.inner.maximise = attack_apart  # type: ignore[method-assign]
         with seen:
             for _ in range(accumulation):
                 loss = engine(x, y)
@@ -82,7 +82,7 @@ def measure(stage: int, attack_steps: int, accumulation: int, resident_gib: floa
         "gathers": sum(seen.count(phase, GATHERS) for phase in phases),
         "attack gathers": seen.count("attack", GATHERS),
         "unknown": sorted({name for _, name in seen.calls} - set(COUNTED)),
-        "engine": dict(engine._last.collectives),
+        "engine": engine.collectives,
         "metrics": engine.metrics,
     }
     engine.close()

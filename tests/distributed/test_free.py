@@ -25,10 +25,8 @@ def data() -> TensorDataset:
     return TensorDataset(*tiny.images(NUM_IMAGES))
 
 
-def train(norm: str, stage: int) -> dict[str, Any]:
-    import dat_ds
-
-    config = tiny.config(
+def config_of(norm: str, stage: int) -> dict[str, Any]:
+    return tiny.config(
         stage,
         dat={
             "threat_model": {"norm": norm, "eps": EPS},
@@ -36,7 +34,14 @@ def train(norm: str, stage: int) -> dict[str, Any]:
             "schedule": {"name": "constant", "epochs": 2},
         },
     )
-    engine, _, loader, _ = dat_ds.initialize(model=tiny.vit(), config=config, training_data=data())
+
+
+def train(norm: str, stage: int) -> dict[str, Any]:
+    import dat_ds
+
+    engine, _, loader, _ = dat_ds.initialize(
+        model=tiny.vit(), config=config_of(norm, stage), training_data=data()
+    )
     order, reductions = [], []
     for _ in range(2):
         for x, y in loader:
@@ -45,13 +50,36 @@ def train(norm: str, stage: int) -> dict[str, Any]:
             engine.step()
             reductions.append(engine.metrics["attack_nonfinite_share"])
     state = weights_of(engine)
-    collectives = dict(engine._last.collectives)
+    collectives = engine.collectives
     engine.close()
     return {"weights": state, "order": order, "collectives": collectives, "bad": reductions}
 
 
+def train_in_whole_steps(norm: str, stage: int) -> dict[str, Any]:
+    """The same by ``train_step``; and what a checkpoint of before ``train_step`` gives back."""
+    import dat_ds
+    from dat_ds.engine.checkpoint import _rank_state, _restore_rank_state
+
+    config = config_of(norm, stage)
+    engine, _, loader, _ = dat_ds.initialize(model=tiny.vit(), config=config, training_data=data())
+    for _ in range(2):
+        for batches in loader.steps():
+            engine.train_step(batches)
+    carried = engine.inner.strategy.state_dict()
+    thrown_away = engine.attack(*tiny.images(MICRO_BATCH))
+    state, weights = _rank_state(engine, None), weights_of(engine)
+    engine.close()
+    state["free"] = state.pop("strategy")
+    again, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
+    _restore_rank_state(state, again, None)
+    found = again.inner.strategy.state_dict()
+    again.close()
+    same = [torch.equal(carried[slot], delta) for slot, delta in found.items()]
+    return {"weights": weights, "same": same, "needs gradient": thrown_away.requires_grad}
+
+
 def everything() -> list[dict[str, Any]]:
-    return [train(*case) for case in CASES]
+    return [*(train(*case) for case in CASES), train_in_whole_steps("linf", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +132,18 @@ def test_each_batch_comes_replays_times_in_a_row(outcomes: list[list[dict[str, A
 def test_a_step_costs_one_reduction_and_no_attack_passes(
     outcomes: list[list[dict[str, Any]]],
 ) -> None:
-    for outcome, (_, stage) in zip(outcomes[0], CASES, strict=True):
+    for outcome, (_, stage) in zip(outcomes[0], CASES, strict=False):
         assert outcome["bad"] == [0.0] * 12
         if stage == 0:
             assert outcome["collectives"].get("gradients") == 1
+
+
+def test_whole_steps_are_the_same_and_older_checkpoints_go_on(
+    outcomes: list[list[dict[str, Any]]],
+) -> None:
+    for found in outcomes:
+        whole = found[len(CASES)]
+        expected = found[CASES.index(("linf", 2))]["weights"]
+        assert all(torch.equal(whole["weights"][k], w) for k, w in expected.items())
+        assert whole["same"] == [True]
+        assert not whole["needs gradient"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dat_ds.errors import ConfigError
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
 from tests.distributed.test_parity import weights_of
@@ -27,12 +28,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "trades": {"name": "trades"},
     "fare": {"name": "fare"},
     "grad_align": {"name": "at", "grad_align": 0.2},
+    "awp": {"name": "at"},
+    "sam": {"name": "trades"},
 }
+PERTURBATIONS = {"awp": {"name": "awp", "radius": 0.05}, "sam": {"name": "sam", "radius": 0.2}}
 PARITY = [
     *((stage, "at", 1) for stage in ("ddp", 0, 1, 2, 3)),
     *itertools.product(["ddp", 2, 3], ["trades"], [1]),
     *itertools.product(["ddp", 3], ["dat"], [2]),
     (3, "grad_align", 1),
+    *((stage, "awp", 1) for stage in (0, 1)),
+    *((stage, "awp", 2) for stage in ("ddp", 2, 3)),
+    *((stage, "sam", 1) for stage in ("ddp", 3)),
 ]
 RESUMED = [2, 3]
 HALF = [(stage, precision) for stage in (2, 3) for precision in ("bf16", "fp16")]
@@ -74,6 +81,7 @@ def train_with_callback(
     from dat_ds.integrations.hf import AdversarialTrainingCallback
 
     settings = {"threat_model": THREAT, "attack": ATTACK, "objective": OBJECTIVES[objective]}
+    settings["weight_perturbation"] = PERTURBATIONS.get(objective)
     settings = arguments.pop("settings", settings)
     model = arguments.pop("model", None)
     resume_from = arguments.pop("resume_from", None)
@@ -103,11 +111,10 @@ def train_with_engine(stage: int, objective: str, accumulation: int) -> dict[str
 
     body = HuggingFaceBody(vit())
     model = PixelModel(body, num_classes=tiny.CLASSES, mean=MEAN, std=STD)
-    config = tiny.config(
-        stage,
-        gradient_accumulation_steps=accumulation,
-        dat={"objective": OBJECTIVES[objective], "attack": ATTACK, "threat_model": THREAT},
-    )
+    dat = {"objective": OBJECTIVES[objective], "attack": ATTACK, "threat_model": THREAT}
+    if objective in PERTURBATIONS:
+        dat["weight_perturbation"] = PERTURBATIONS[objective]
+    config = tiny.config(stage, gradient_accumulation_steps=accumulation, dat=dat)
     engine, *_ = dat_ds.initialize(model=model, config=config)
     images = data(accumulation)
     for slot in range(STEPS * accumulation):
@@ -163,6 +170,28 @@ def train_in_half(folder: str, stage: int, precision: str) -> dict[str, Any]:
     }
 
 
+def count_gathers(folder: str, resident_gib: float) -> tuple[dict[str, Tensor], int]:
+    """Weights, and gathers of parameters, with so much memory for whole parameters."""
+    from dat_ds.engine.traffic import Traffic, listen, stop_listening
+
+    traffic = Traffic()
+    listen(traffic)
+    settings = {"threat_model": THREAT, "attack": ATTACK, "resident_parameters_gib": resident_gib}
+    with traffic.counting("forward"):
+        weights, _ = train_with_callback(folder, 3, "at", 1, settings=settings)
+    stop_listening(traffic)
+    return weights, traffic.calls["parameters"]
+
+
+def refused_under_zero_3(folder: str, **keys: Any) -> str:
+    settings = {"threat_model": THREAT, "attack": ATTACK, **keys}
+    try:
+        train_with_callback(folder, 3, "at", 1, settings=settings)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def every_case(folder: str) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for case in PARITY:
@@ -184,6 +213,11 @@ def every_case(folder: str) -> dict[Any, Any]:
             folder, stage, "fare", 1, model=clip(seed=trainer.args.process_index)
         )
         found["fare", "metrics", stage] = trainer.evaluate()
+    found["gathers"] = [count_gathers(folder, gib) for gib in (4, 0)]
+    found["no memory"] = refused_under_zero_3(
+        folder, weight_perturbation="awp", resident_parameters_gib=0
+    )
+    found["folded"] = refused_under_zero_3(folder, attack={**ATTACK, "fold_batch_norm": True})
     for stage in RESUMED:
         where = str(Path(folder) / f"zero{stage}")
         saving = {"save_strategy": "steps", "save_steps": 3}
@@ -240,6 +274,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     whole, again = outcomes[0]["resumed", stage]
     assert all(torch.equal(again[k], w) for k, w in whole.items())
+
+
+def test_zero_3_gathers_parameters_once_for_all_passes_of_an_attack(
+    outcomes: list[dict[Any, Any]],
+) -> None:
+    (resident, few), (gathered, many) = outcomes[0]["gathers"]
+    assert all(torch.equal(gathered[k], w) for k, w in resident.items())
+    assert few < 0.6 * many
+
+
+def test_what_zero_3_cannot_do_is_refused(outcomes: list[dict[Any, Any]]) -> None:
+    for found in outcomes:
+        assert "write dat.engine.resident_parameters_gib=1." in found["no memory"]
+        assert "dat.attack.fold_batch_norm=true with zero_optimization.stage=3" in found["folded"]
 
 
 def test_nothing_is_left_on_the_model(outcomes: list[dict[Any, Any]]) -> None:

@@ -87,15 +87,16 @@ def train(case: Case, attacked: bool) -> dict[str, Any]:
 
     model = tiny.vit(drop_rate=0.1, proj_drop_rate=0.1) if case.model == "vit" else tiny.cnn()
     engine, *_ = dat_ds.initialize(model=model, config=settings(case))
-    attack, engine._attack = engine._attack, None  # engine(x, y) now trains on x itself
+    attack = engine.attack_in_use
+    engine.use_attack(None)  # engine(x, y) now trains on x itself
     torch.manual_seed(100 + engine.ranks.rank)
     x, y = tiny.images(STEPS * case.accumulation * MICRO_BATCH, seed=engine.ranks.rank)
     losses, moved = [], 0.0
     for batch in zip(x.split(MICRO_BATCH), y.split(MICRO_BATCH), strict=True):
         if attacked:
-            engine._attack = attack
+            engine.use_attack(attack)
             moved = max(moved, (engine.attack(*batch) - batch[0]).abs().max().item())
-            engine._attack = None
+            engine.use_attack(None)
         loss = engine(*batch)
         losses.append(loss.detach().clone())
         engine.backward(loss)

@@ -92,7 +92,7 @@ def attack_confident_model(precision: str, stage: int) -> dict[str, Any]:
         logits = model(leaf)
         y = logits.argmax(dim=1)
         (plain,) = torch.autograd.grad(F.cross_entropy(logits, y), leaf)
-    gradient = engine._input_gradient()
+    gradient = engine.inner.input_gradient()
     x_adv = engine.attack(x, y, gradient=gradient)
     engine.close()
     return {
@@ -117,7 +117,7 @@ def attack_spoiled_model(stage: int, num_spoiled: int, resident_gib: float) -> d
         engine={"resident_parameters_gib": resident_gib},
     )
     x, y = tiny.images(BATCH, seed=rank)
-    gradient = engine._input_gradient()
+    gradient = engine.inner.input_gradient()
     x_adv = engine.attack(x, y, gradient=gradient)
     engine.close()
     return {

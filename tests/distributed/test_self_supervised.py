@@ -102,14 +102,15 @@ def attack_once(name: str) -> dict[str, Any]:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 4))
     engine, *_ = dat_ds.initialize(model=model, config=settings(name, 2))
     x, y = tiny.images(4, seed=engine.ranks.rank)
-    images, target, _ = engine._prepare(x, y, 0)
+    part = engine.micro_batch(x, y)
+    images, target = part.x, part.y
     loss = engine.attack_in_use.own_options()["loss"]
     loss = nn.CrossEntropyLoss(reduction="none") if isinstance(loss, str) else loss
     calls: list[int] = []
     hook = engine.module.register_forward_hook(lambda *_: calls.append(1))
-    with engine._traffic.counting("features"):
+    with engine.traffic.counting("features"):
         x_adv = engine.attack(images, target)
-    in_attack, collectives = len(calls), dict(engine._traffic.take()[1])
+    in_attack, collectives = len(calls), dict(engine.traffic.take()[1])
     with torch.no_grad(), engine.frozen() as frozen:
         before, after = (loss(frozen(z), target).mean().item() for z in (images, x_adv))
     calls.clear()

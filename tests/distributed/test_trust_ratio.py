@@ -119,12 +119,11 @@ def take_steps(engine: Any, first: int = 0, last: int = STEPS) -> list[dict[str,
 def train(sharding: str, optimizer: Any, **options: Any) -> dict[str, Any]:
     engine = start(sharding, optimizer, **options)
     ratios = take_steps(engine)
-    last = engine._last
     report = {
         "ratios": ratios,
         "weights": weights_of(engine),
-        "calls": last.collectives.get("norms", 0),
-        "bytes": last.bytes_sent.get("norms", 0),
+        "calls": engine.collectives.get("norms", 0),
+        "bytes": engine.metrics["bytes_sent"].get("norms", 0),
     }
     engine.close()
     return report

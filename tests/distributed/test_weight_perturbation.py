@@ -67,7 +67,7 @@ def keeps_weights(precision: str, stage: int, name: str) -> dict[str, Any]:
     before = weights_of(engine)
     loss = engine(x, y)
     within = [p.detach().clone() for p in engine.module.parameters()]
-    calls = engine._traffic.calls["gradients"]
+    calls = engine.traffic.calls["gradients"]
     engine.backward(loss)
     after = weights_of(engine)
     engine(x, y)  # its loss is thrown away
@@ -95,7 +95,7 @@ def local_reductions() -> int:
 
     engine, *_ = dat_ds.initialize(model=tiny.vit(), config=settings(0, "sam", "local"))
     engine(*tiny.images(MICRO_BATCH, seed=engine.ranks.rank))
-    calls = engine._traffic.calls["gradients"]
+    calls = engine.traffic.calls["gradients"]
     engine.close()
     return calls
 

@@ -170,6 +170,6 @@ def trained(dat: dict[str, Any], graphs: int = 0) -> dict[str, torch.Tensor]:
         engine.backward(engine(*tiny.images(4, seed=step)))
         engine.step()
     weights = {key: value.clone() for key, value in engine.module.state_dict().items()}
-    assert (0 if engine.graphs is None else engine.graphs.num_recorded) == graphs
+    assert (0 if engine.inner.graphs is None else engine.inner.graphs.num_recorded) == graphs
     engine.close()
     return weights

@@ -34,6 +34,7 @@ def test_all_problems_of_the_settings_come_at_once() -> None:
         ({"objective": "rotation"}, "head of its own"),
         ({"objective": {"name": "at", "unlabelled_weight": 0.5}}, "unlabelled_weight"),
         ({"attack": None}, "attack is missing"),
+        ({"weight_perturbation": {"name": "awp", "radius": -1}}, "weight_perturbation.radius"),
     ],
 )
 def test_what_needs_the_engine_is_refused(

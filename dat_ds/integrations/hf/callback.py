@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,16 +15,13 @@ from dat_ds.config import check_num_classes
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.evaluation import robust_metrics
-from dat_ds.integrations.hf.forward import (
-    AdversarialForward,
-    Moment,
-    PixelView,
-)
+from dat_ds.integrations.hf.forward import AdversarialForward, PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.integrations.hf.settings import Request, Section, Settings
+from dat_ds.minmax import Moment, frozen_copy, settle
 from dat_ds.models import load
-from dat_ds.models.replicas import share_from_first_rank
 from dat_ds.objectives import Objective
+from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
 
@@ -55,6 +51,9 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             an image's place in the global batch. Default: 0.
         evaluation: Keys ``attacks`` (names such as ``"pgd-20"``), ``num_examples`` and
             ``batch_size`` of ``dat.evaluation``. ``{"attacks": []}`` measures nothing.
+        weight_perturbation: AWP or SAM: the keys of ``dat.weight_perturbation``, or its name alone.
+        resident_parameters_gib: Memory for keeping ZeRO-3's parameters on the device during the
+            attack, as ``dat.engine.resident_parameters_gib``. Default: 4.
 
     Attributes:
         request: The arguments.
@@ -76,6 +75,8 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         std: Sequence[float] | None = None,
         seed: int | None = None,
         evaluation: Mapping[str, Any] | None = None,
+        weight_perturbation: Section | None = None,
+        resident_parameters_gib: float | None = None,
     ) -> None:
         self.request = Request(
             threat_model=threat_model,
@@ -85,6 +86,8 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             std=None if std is None else list(std),
             seed=seed,
             evaluation=evaluation,
+            weight_perturbation=weight_perturbation,
+            resident_parameters_gib=resident_parameters_gib,
         )
         if threat_model is not None and attack is not None:
             self.request.resolve(None)
@@ -120,6 +123,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         model: nn.Module | None = None,
         processing_class: Any = None,
         train_dataloader: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Get ready for the first step."""
@@ -132,14 +136,16 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             helper = load(helper_model, map_location=device)
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if self._reference is not None:
-            self._reference.to(device, dtype=next(iter(half), None))
-            share_from_first_rank(self._reference)
+            settle(self._reference, device, next(iter(half), None))
         if half and args.deepspeed_plugin is not None:
             internals.wrap_collator(train_dataloader, Float32Collator)
         self._forward = AdversarialForward(
             model,
             settings,
             pixels,
+            Ranks.of_default_group(device),
+            micro_batch=args.train_batch_size,
+            optimizer=optimizer,
             reference=self._original(settings, pixels, device),
             helper=helper,
             overflows=bool(args.fp16) or torch.float16 in half,
@@ -210,7 +216,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
     def detach(self) -> None:
         """Leave nothing on the model; to be called where ``train()`` was broken off."""
         if self._forward is not None:
-            self._forward.disarm()
+            self._forward.detach()
         self._forward = None
 
     # ---- internals
@@ -231,8 +237,10 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         slot = self._micro_step * args.world_size + args.process_index
         self.forward.arm(
             Moment(
+                seed=self.settings.dat.seed,
                 step=state.global_step,
                 progress=min(1.0, state.global_step / max(1, state.max_steps)),
+                slot=self._micro_step,
                 first_image=slot * args.train_batch_size,
             )
         )
@@ -245,12 +253,14 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         model: nn.Module,
         loader: Any,
     ) -> dict[str, float]:
+        device = next(model.parameters()).device
         return robust_metrics(
             model,
             loader,
             settings,
             pixels,
-            reference=self._original(settings, pixels, next(model.parameters()).device),
+            ranks=Ranks.of_default_group(device),
+            reference=self._original(settings, pixels, device),
             batch_size=settings.evaluation_batch or args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
         )
@@ -281,19 +291,15 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             mean, std = settings.dat.model.mean, settings.dat.model.std
             self._pixels = pixels_of(mean, std, processor)
             if settings.objective.needs_reference:
-                self._reference = _frozen_copy(model, settings)
+                self._reference = frozen_copy(model, settings.objective.name, remedy=_REMEDY)
             self._settings = settings
         return self._settings, self._pixels
 
 
-def _frozen_copy(model: nn.Module, settings: Settings) -> nn.Module:
-    if any(hasattr(p, "ds_status") for p in model.parameters()):
-        raise ConfigError(
-            f"dat.objective.name={settings.objective.name!r} copies the model before training, but "
-            "its parameters are sharded already: build it before TrainingArguments(deepspeed=...) "
-            "is made, and hand the callback to Trainer(callbacks=[...])."
-        )
-    return copy.deepcopy(model).requires_grad_(False).eval()
+_REMEDY = (
+    "build it before TrainingArguments(deepspeed=...) is made, and hand the callback to "
+    "Trainer(callbacks=[...])."
+)
 
 
 def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings) -> None:
@@ -333,7 +339,26 @@ def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings
                 "'single_label_classification'."
             )
         check_num_classes(settings.dat, num_labels, problems)
-    if settings.attack is not None:
-        problems += misfits(settings.attack, model)
+    problems += _attack_problems(args, model, settings)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _attack_problems(args: TrainingArguments, model: nn.Module, settings: Settings) -> list[str]:
+    """What attack and perturbed weights ask of model and launch that they have not."""
+    problems = [] if settings.attack is None else misfits(settings.attack, model)
+    plugin = args.deepspeed_plugin
+    is_sharded = plugin is not None and plugin.zero_stage == 3
+    if is_sharded and getattr(settings.attack, "fold_batch_norm", False):
+        problems.append(
+            "dat.attack.fold_batch_norm=true with zero_optimization.stage=3, under which weights "
+            "are not there before the forward: remove one of them."
+        )
+    checkpoints = args.gradient_checkpointing_kwargs or {}
+    is_reentrant = args.gradient_checkpointing and checkpoints.get("use_reentrant")
+    if settings.weight_perturbation is not None and is_reentrant:
+        problems.append(
+            "weight_perturbation with gradient_checkpointing_kwargs={'use_reentrant': True}: its "
+            "gradient cannot be taken apart from the update's. Write False."
+        )
+    return problems

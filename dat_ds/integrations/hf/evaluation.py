@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import Record, evaluate, task_of
-from dat_ds.integrations.hf.forward import PixelView, num_ranks
+from dat_ds.integrations.hf.forward import PixelView
 from dat_ds.integrations.hf.pixels import PixelScale
 from dat_ds.integrations.hf.settings import Settings
+from dat_ds.ranks import Ranks
 
 
 class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -52,6 +52,7 @@ def robust_metrics(
     settings: Settings,
     pixels: PixelScale,
     *,
+    ranks: Ranks,
     reference: Any,
     batch_size: int,
     num_workers: int,
@@ -63,6 +64,7 @@ def robust_metrics(
         loader: The Trainer's; its samples are read one by one, each once over all ranks.
         settings: Threat model and attacks.
         pixels: Scale of the data.
+        ranks: The processes of the run.
         reference: Outputs of the model as it was at the start; None where no objective asks.
         batch_size: Images per forward and rank, where the settings leave it open.
         num_workers: Worker processes that read the images.
@@ -90,10 +92,10 @@ def robust_metrics(
         num_examples=config.num_examples,
         batch_size=batch_size,
         seed=settings.dat.seed,
-        device=next(module.parameters()).device,
-        rank=dist.get_rank() if num_ranks() > 1 else 0,
-        ranks=num_ranks(),
-        gather=_gather,
+        device=ranks.device,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        gather=ranks.gather,
         num_workers=num_workers,
         task=task_of(settings.objective, reference),
     )
@@ -121,11 +123,3 @@ def _by_name(metric: str, values: Mapping[str, float]) -> dict[str, float]:
     if len(values) < 2:
         return {}
     return {f"{metric}_{attack}": value for attack, value in values.items()}
-
-
-def _gather(value: object) -> list[object]:
-    if num_ranks() == 1:
-        return [value]
-    values: list[object] = [None] * num_ranks()
-    dist.all_gather_object(values, value)
-    return values

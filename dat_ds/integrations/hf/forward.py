@@ -6,22 +6,37 @@ Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dat_ds.attacks import InputGradient, SampleGenerator, attack_mode
+from dat_ds import zero3
+from dat_ds.attacks import attack_mode
+from dat_ds.attacks.modes import ModelMode
+from dat_ds.data import classes_of
 from dat_ds.errors import ConfigError
+from dat_ds.integrations.hf import internals
+from dat_ds.integrations.hf.labels import check_labels
 from dat_ds.integrations.hf.pixels import PixelScale, unpacked
 from dat_ds.integrations.hf.settings import Settings
-from dat_ds.minmax.outer import OuterBatch, num_correct, outer_batch
-from dat_ds.models.batch_norm import split_batch_norm
-from dat_ds.objectives.grad_align import alignment_probes
+from dat_ds.minmax import (
+    Access,
+    BatchReader,
+    InnerMaximisation,
+    MicroBatch,
+    Moment,
+    OuterForward,
+    PerturbedWeights,
+    PhaseTimer,
+    StepMetrics,
+    fill_up,
+    refuse_sharded,
+)
+from dat_ds.minmax.outer import OuterBatch
+from dat_ds.ranks import Ranks
 
 _OUTPUTS = {"classes": ("logits",), "features": ("image_embeds", "pooler_output")}
 _NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "pixel_values")
@@ -51,8 +66,9 @@ class PixelView:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs of pixels ``x``, float32, which are cast only after they were normalised."""
-        outputs = self.module(pixel_values=self.input_of(x), **self._options)
-        return self.output_of(outputs)
+        filled = fill_up(x, self.module) if self.module.training else x
+        outputs = self.module(pixel_values=self.input_of(filled), **self._options)
+        return self.output_of(outputs) if filled is x else self.output_of(outputs)[: len(x)]
 
     def input_of(self, x: Tensor) -> Tensor:
         """``pixel_values`` of ``x`` in the dtype of the model's parameters."""
@@ -81,61 +97,6 @@ class PixelView:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """Where in the run a micro-step is.
-
-    Attributes:
-        step: Optimizer steps done.
-        progress: Share of the run that is done, in [0, 1].
-        first_image: Index of the micro-batch's first image within the step's global batch.
-    """
-
-    step: int
-    progress: float
-    first_image: int
-
-
-@dataclass
-class Counts:
-    """Sums over the micro-steps since the last log, on the device."""
-
-    correct: dict[str, Any] = field(default_factory=dict)
-    num_images: dict[str, Any] = field(default_factory=dict)
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    num_steps: int = 0
-
-    def add(self, kind: str, logits: Tensor, y: Tensor) -> None:
-        """Count correctly classified images of a kind."""
-        correct, count = num_correct(logits.detach(), y)
-        self.correct[kind] = self.correct.get(kind, 0) + correct
-        self.num_images[kind] = self.num_images.get(kind, 0) + count
-
-    def add_terms(self, terms: Mapping[str, Tensor]) -> None:
-        """Add an objective's terms but for the loss, which the Trainer logs."""
-        self.num_steps += 1
-        for name, value in terms.items():
-            if name != "loss":
-                self.terms[name] = self.terms.get(name, 0) + value
-
-    def means(self) -> dict[str, float]:
-        """Accuracies and mean terms over all ranks; a collective."""
-        if self.num_steps == 0:
-            return {}
-        kinds = list(self.correct)
-        sums = [self.correct[k] for k in kinds] + [self.num_images[k] for k in kinds]
-        sums += [*self.terms.values(), self.num_steps]
-        device = next((s.device for s in sums if isinstance(s, Tensor)), None)
-        total = torch.stack([torch.as_tensor(s, device=device).float() for s in sums])
-        if num_ranks() > 1:
-            dist.all_reduce(total)
-        *values, steps = total.tolist()
-        n = len(kinds)
-        means = {f"{kind}_accuracy": values[i] / values[n + i] for i, kind in enumerate(kinds)}
-        terms = values[2 * n :]
-        return means | {name: v / steps for name, v in zip(self.terms, terms, strict=True)}
-
-
 class AdversarialForward:
     """Hooks for one forward of the bare model at a time.
 
@@ -151,7 +112,10 @@ class AdversarialForward:
         module: nn.Module,
         settings: Settings,
         pixels: PixelScale,
+        ranks: Ranks,
         *,
+        micro_batch: int,
+        optimizer: Any,
         reference: PixelView | None,
         helper: nn.Module | None,
         overflows: bool,
@@ -164,30 +128,77 @@ class AdversarialForward:
             module: The bare model.
             settings: What to train.
             pixels: Scale of its ``pixel_values``.
+            ranks: The processes of the run.
+            micro_batch: Images of a rank in a micro-step.
+            optimizer: The Trainer's, which knows the loss scale and, under ZeRO-3, the parameters.
             reference: The model as it was at the start, where the objective needs it.
             helper: HAT's naturally trained model.
             overflows: Whether the model computes in float16.
             other_labels: Labels of the batch where the model is not given them.
             user_computes_loss: Leave the loss to who gets the model's outputs.
+
+        Raises:
+            ConfigError: For perturbed weights that are never on the device at once.
         """
         self._module = module
-        self._overflows = overflows
         self._settings = settings
         self._pixels = pixels
+        self._ranks = ranks
+        self._optimizer = optimizer
         self._reference = reference
-        self._helper = helper
         self._handles: list[RemovableHandle] = []
         self._batch_norm = contextlib.ExitStack()
-        self._moment = Moment(step=0, progress=0.0, first_image=0)
+        self._moment = Moment(seed=settings.dat.seed, step=0)
+        self._view = PixelView(module, pixels, settings.objective.head)
         self._checked = False
         self._awaited: list[bool] = []
-        self._counts = Counts()
         self._other_labels = other_labels
         self._user_computes_loss = user_computes_loss
+        dat, objective = settings.dat, settings.objective
+        is_sharded = zero3.is_sharded(module)
+        budget = dat.engine.resident_parameters_gib * 2**30
+        self._keeps_parameters = is_sharded and zero3.gathered_bytes(module) <= budget
+        self._inner = InnerMaximisation(
+            Access(ranks, self._opened, overflows),
+            settings.attack,
+            model_mode=settings.model_mode,
+            precision=dat.attack.precision,
+            aligns=dat.objective.grad_align > 0,
+        )
+        self._reader = BatchReader(
+            objective,
+            ranks.device,
+            settings.threat,
+            classes_of=classes_of if objective.head == "classes" else None,
+            unlabelled_weight=settings.unlabelled_weight,
+            reference=self._original,
+        )
+        self._outer = OuterForward(
+            module,
+            objective,
+            settings.threat,
+            ranks,
+            micro_batch=micro_batch,
+            helper=helper,
+            grad_align=dat.objective.grad_align,
+            splits_batch_norm=dat.objective.batch_norm == "split",
+        )
+        if settings.weight_perturbation is not None and is_sharded and not self._keeps_parameters:
+            refuse_sharded(module)
+        self._weights = PerturbedWeights(
+            settings.weight_perturbation,
+            module,
+            ranks,
+            start=dat.weight_perturbation.start,
+            whole=self._resident,
+        )
+        self._metrics = self._new_metrics()
+        self._num_micro_steps = 0
 
     def arm(self, moment: Moment) -> None:
         """Attack the next forward of the module in training mode, and that one alone."""
         self.disarm()
+        self._weights.restore()
         self._moment = moment
         self._handles.append(
             # Ahead of all others: ZeRO-3's hooks gather and trace what the outer forward uses.
@@ -208,6 +219,7 @@ class AdversarialForward:
         Raises:
             ConfigError: If the module was not called, or the backward passed by its loss.
         """
+        self._weights.restore()  # where the loss never went backward
         if self._handles:
             self.disarm()
             raise ConfigError(
@@ -223,12 +235,29 @@ class AdversarialForward:
                 "objective's is: compute_loss of this Trainer computes its own. Use the Trainer's "
                 "compute_loss, or AdversarialTrainer(compute_loss_func=...)."
             )
+        self._inner.after_backward(self._metrics.gradient)
 
     def take_means(self) -> dict[str, float]:
-        """Accuracies and terms since the last call, over all ranks; a collective."""
-        means = self._counts.means()
-        self._counts = Counts()
-        return means
+        """Accuracies, terms and shares since the last call, over all ranks; a collective."""
+        metrics, count = self._metrics, self._num_micro_steps
+        self._metrics, self._num_micro_steps = self._new_metrics(), 0
+        if count == 0:
+            return {}
+        # In float32, as the Trainer sums up the losses that it logs.
+        sums = self._ranks.sum(metrics.sums().float())
+        means = metrics.means(sums, self._ranks.count * count)
+        return {
+            name.removesuffix("_acc") + "_accuracy" if name.endswith("_acc") else name: value
+            for name, value in means.items()
+            if value is not None
+            and name != "loss"  # which the Trainer logs
+            and not (self._inner.is_natural and name.startswith("attack_"))
+        }
+
+    def detach(self) -> None:
+        """Leave nothing on the module, and its weights as they were."""
+        self.disarm()
+        self._weights.restore()
 
     # ---- hooks
 
@@ -239,22 +268,23 @@ class AdversarialForward:
             return None
         self.disarm()
         values, labels, options = self._read(args, kwargs)
-        view = PixelView(module, self._pixels, self._settings.objective.head, options)
+        view = self._view = PixelView(module, self._pixels, self._settings.objective.head, options)
         x = self._pixels.to_pixels(values, self._settings.threat)
-        batch, y = self._outer_batch(view, x, labels)
         weight = _weight_of(len(x), kwargs.get("num_items_in_batch"))
-        inputs = view.input_of(batch.images)
+        part, batch = self._attacked(x, labels, weight)
+        inputs = view.input_of(fill_up(batch.images, module))
 
         def after(
             _module: nn.Module, _args: Any, given: dict[str, Any], outputs: Any
         ) -> dict[str, Any] | None:
             self.disarm()
+            if outputs is None:
+                self._weights.restore()
             if outputs is None or given.get("pixel_values") is not inputs:
                 return None
-            return self._rewrite(view, batch, y, outputs, weight)
+            return self._rewrite(view, part, batch, outputs, weight)
 
-        if self._settings.dat.objective.batch_norm == "split" and len(batch.sizes) > 1:
-            self._batch_norm.enter_context(split_batch_norm(module, list(batch.sizes.values())))
+        self._batch_norm.enter_context(self._outer.normalised(batch))
         self._handles.append(
             module.register_forward_hook(_uncompiled(after), with_kwargs=True, always_call=True)
         )
@@ -282,63 +312,52 @@ class AdversarialForward:
         labels = self._other_labels() if labels is None else labels
         if not self._checked:
             self._pixels.check(values, self._settings.threat)
-            self._check_labels(labels)
+            check_labels(labels, self._settings)
             self._checked = True
         if labels is None:
             labels = values.new_zeros(len(values), dtype=torch.int64)
         return values, labels, options
 
-    def _check_labels(self, labels: Tensor | None) -> None:
-        if self._settings.objective.head != "classes":
-            return
-        if labels is None:
-            raise ConfigError(
-                "The batch has no labels: give the data a column 'label' or 'labels'. (A "
-                "compute_loss_func takes them away before the model sees them: use "
-                "AdversarialTrainer, which keeps them.)"
-            )
-        if labels.is_floating_point():
-            sums = labels.float().sum(dim=-1)
-            if labels.ndim != 2 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-                raise ConfigError(
-                    "labels are floating-point and no probabilities (rows that sum to 1): several "
-                    "labels an image, and regression, are not supported. Give class indices."
-                )
-        elif int(labels.min()) < 0:
-            raise ConfigError(
-                f"labels hold {int(labels.min())}: images without a label are not supported under "
-                "Hugging Face's Trainer. Filter them out of the training data."
-            )
-
     # ---- the inner maximisation
 
-    def _outer_batch(self, view: PixelView, x: Tensor, y: Tensor) -> tuple[OuterBatch, Tensor]:
-        settings, moment = self._settings, self._moment
-        objective, seed = settings.objective, settings.dat.seed
-        # Streams of their own, as in the engine: views + 2, probes + 1, random starts + 0.
-        views = SampleGenerator(seed + 2, moment.step, moment.first_image)
-        x, y = objective.inputs(x, y, generator=views, reference=self._original)
-        first = moment.first_image * objective.num_views
-        if settings.attack is None:
-            return outer_batch(objective, x, x, threat=settings.threat), y
-        attack = settings.attack.at(moment.progress)
-        generator = SampleGenerator(seed, moment.step, first)
-        mode = attack.model_mode
-        with attack_mode(view.module, mode):
-            x_adv = attack(view, x, y, generator, gradient=self._input_gradient())
-        probes = None
-        if settings.dat.objective.grad_align:
-            source = SampleGenerator(seed + 1, moment.step, first)
-            with attack_mode(view.module, mode):
-                probes = alignment_probes(
-                    view, x, y, threat=attack.ball, generator=source, model_mode=mode
-                )
-        return outer_batch(objective, x, x_adv, threat=attack.ball, probes=probes), y
+    def _attacked(self, x: Tensor, y: Tensor, weight: Any) -> tuple[MicroBatch, OuterBatch]:
+        """The micro-batch, and the images of its outer forward; weights are perturbed for it."""
+        part = self._reader.read(x, y, self._moment)
+        ((part, found),) = self._inner.maximise([part], self._metrics.gradient)
+        probes = self._inner.probes(part)
+        self._inner.await_backward(part, found)
+        batch = self._outer.batch(part, found, probes)
+        if self._weights.applies(self._moment.progress):
 
-    def _input_gradient(self) -> InputGradient:
-        attack = self._settings.attack
-        overflows = self._overflows or (attack is not None and attack.precision == "fp16")
-        return InputGradient(retry_non_finite=overflows, agree=any_rank)
+            def outer_loss() -> Tensor:
+                with self._outer.normalised(batch):
+                    outputs = self._view(batch.images)
+                with _exact(outputs):
+                    loss: Tensor = self._outer.terms(batch, outputs, part).terms["loss"] * weight
+                return loss
+
+            self._weights.apply(outer_loss, internals.loss_scale(self._optimizer))
+        return part, batch
+
+    @contextlib.contextmanager
+    def _opened(self, model_mode: ModelMode) -> Iterator[PixelView]:
+        """The model as an attack may use it; no trace is left."""
+        try:
+            with self._resident(), attack_mode(self._module, model_mode):
+                yield self._view
+        except BaseException:
+            # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.
+            zero3.release_parameters(self._module)
+            raise
+
+    def _resident(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, a forward leaves ZeRO-3 parameters gathered, where memory allows it."""
+        if not self._keeps_parameters:
+            return contextlib.nullcontext()
+        return zero3.resident_parameters(self._module, internals.bare_optimizer(self._optimizer))
+
+    def _new_metrics(self) -> StepMetrics:
+        return StepMetrics(PhaseTimer(self._ranks.device), self._inner.input_gradient())
 
     @torch.no_grad()
     def _original(self, x: Tensor) -> Tensor:
@@ -349,22 +368,20 @@ class AdversarialForward:
     # ---- the outer loss
 
     def _rewrite(
-        self, view: PixelView, batch: OuterBatch, y: Tensor, outputs: Any, weight: Any
+        self, view: PixelView, part: MicroBatch, batch: OuterBatch, outputs: Any, weight: Any
     ) -> dict[str, Any]:
         """The model's outputs with the objective's loss, for the adversarial images alone."""
-        settings = self._settings
         found = view.output_of(outputs)
-        with torch.autocast(found.device.type, enabled=False):
-            outer = batch.terms(
-                found, y, helper=self._helper, grad_align=settings.dat.objective.grad_align
-            )
-        if settings.objective.classifies:
-            if settings.attack is not None:
-                self._counts.add("robust", outer.logits_adv, y)
-            natural = outer.logits_adv if settings.attack is None else outer.logits
-            if natural is not None:
-                self._counts.add("natural", natural, y)
-        self._counts.add_terms(outer.terms)
+        with _exact(found):
+            outer = self._outer.terms(batch, found[: len(batch.images)], part)
+        self._metrics.add(
+            outer,
+            part,
+            factor=1.0,
+            classifies=self._settings.objective.classifies,
+            natural=self._inner.is_natural,
+        )
+        self._num_micro_steps += 1
         rewritten: dict[str, Any] = type(outputs)()
         if not self._user_computes_loss:
             loss = outer.terms["loss"] * weight
@@ -381,8 +398,16 @@ class AdversarialForward:
         def note(gradient: Tensor | None) -> None:
             # DDP goes backward through all outputs, with None where the loss passed one by.
             self._awaited[slot] = gradient is not None
+            if self._settings.weight_perturbation is not None:
+                # At the end of this backward: DeepSpeed steps before the Trainer's next event.
+                torch.autograd.Variable._execution_engine.queue_callback(self._weights.restore)
 
         loss.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+def _exact(outputs: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Without the autocast of the model's forward, for the objective of its outputs."""
+    return torch.autocast(outputs.device.type, enabled=False)
 
 
 def _weight_of(num_images: int, num_items: Any) -> Any:
@@ -397,17 +422,3 @@ def _weight_of(num_images: int, num_items: Any) -> Any:
 def _uncompiled(hook: Callable[..., Any]) -> Any:
     """``hook`` as it is under ``torch.compile``, which compiles the model's forward alone."""
     return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-
-
-def num_ranks() -> int:
-    """Data-parallel processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def any_rank(flag: Tensor) -> bool:
-    """Whether ``flag``, a 0-dim bool tensor, is true on any rank; synchronises the host."""
-    if num_ranks() == 1:
-        return bool(flag)
-    total = flag.to(torch.int32)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    return bool(total)

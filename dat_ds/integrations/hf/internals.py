@@ -42,3 +42,16 @@ def wrap_collator(loader: Any, wrapper: Callable[[Any], Any]) -> None:
     loader = getattr(loader, "base_dataloader", loader)
     if not isinstance(loader.collate_fn, wrapper):  # type: ignore[arg-type]
         loader.collate_fn = wrapper(loader.collate_fn)
+
+
+def bare_optimizer(optimizer: Any) -> Any:
+    """What accelerate has wrapped: torch's optimizer, or that of DeepSpeed's engine."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def loss_scale(optimizer: Any) -> float:
+    """The factor on a float16 loss right now, accelerate's or DeepSpeed's; 1 without one."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None:
+        return float(scaler.get_scale())
+    return float(getattr(bare_optimizer(optimizer), "loss_scale", 1.0))

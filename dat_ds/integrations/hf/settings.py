@@ -7,15 +7,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dat_ds.attacks import Attack, CallableAttack, FreeAttack, ThreatModel
+from dat_ds.attacks import Attack, CallableAttack, ThreatModel
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import DatConfig, attack_of, threat_of
 from dat_ds.config.rules import resolve_dat
 from dat_ds.errors import ConfigError
 from dat_ds.method import parse_section
+from dat_ds.minmax import WeightPerturbation, weight_perturbation
 from dat_ds.objectives import OBJECTIVES, Objective
 
-_HONOURED = ("model", "threat_model", "attack", "objective", "evaluation", "seed")
+_HONOURED = (
+    "model",
+    "threat_model",
+    "attack",
+    "objective",
+    "weight_perturbation",
+    "evaluation",
+    "engine",
+    "seed",
+)
 _HONOURED_OF_MODEL = ("mean", "std")
+_HONOURED_OF_ENGINE = ("resident_parameters_gib",)
 _HONOURED_OF_EVALUATION = ("attacks", "num_examples", "batch_size")
 
 Section = str | Mapping[str, Any]
@@ -30,6 +42,9 @@ class Settings:
         attack: Training attack; None trains naturally.
         objective: The outer loss.
         threat: Allowed perturbations.
+        model_mode: Mode of the model's modules during the attack.
+        weight_perturbation: AWP or SAM; None for neither.
+        unlabelled_weight: Weight of an image whose label is not a true one.
         evaluation_batch: Images per forward and rank in evaluation; None leaves it to the Trainer.
     """
 
@@ -37,6 +52,9 @@ class Settings:
     attack: Attack | None
     objective: Objective
     threat: ThreatModel
+    model_mode: ModelMode
+    weight_perturbation: WeightPerturbation | None
+    unlabelled_weight: float
     evaluation_batch: int | None
 
 
@@ -55,6 +73,8 @@ class Request:
     std: list[float] | None = None
     seed: int | None = None
     evaluation: Mapping[str, Any] | None = None
+    weight_perturbation: Section | None = None
+    resident_parameters_gib: float | None = None
     label_smoothing: float | None = None
 
     def resolve(self, section: Mapping[str, Any] | None) -> Settings:
@@ -77,9 +97,12 @@ class Request:
             "threat_model": threat,
             "attack": _as_section(self.attack),
             "objective": _as_section(self.objective),
+            "weight_perturbation": _as_section(self.weight_perturbation),
             "evaluation": self.evaluation,
             "seed": self.seed,
         }
+        if self.resident_parameters_gib is not None:
+            own["engine"] = {"resident_parameters_gib": self.resident_parameters_gib}
         values |= {key: value for key, value in own.items() if value is not None}
         if self.label_smoothing is not None:
             values["objective"] = self._smoothed(values.get("objective", {}), problems)
@@ -94,20 +117,28 @@ class Request:
                     f"dat.{key} into the file of TrainingArguments(deepspeed=...)."
                 )
         _check_evaluation(values.get("evaluation"), problems)
-        dat = resolve_dat(parse_section(DatConfig, values, "dat", problems), problems)
-        _refuse_what_needs_the_engine(dat, problems)
-        if isinstance(self.attack, FreeAttack):
-            problems.append(_FREE)
-        if isinstance(self.attack, Attack) and self.attack.fold_batch_norm:
-            problems.append(_FOLDED)
+        dat = parse_section(DatConfig, values, "dat", problems)
+        unlabelled_weight = dat.objective.unlabelled_weight
+        # Whether there are unlabelled images is for the data to say, of which no section tells.
+        objective_section = dataclasses.replace(dat.objective, unlabelled_weight=1.0)
+        dat = resolve_dat(dataclasses.replace(dat, objective=objective_section), problems)
+        problems += _problems(dat, self.attack, unlabelled_weight)
         if problems:
             raise ConfigError("\n".join(dict.fromkeys(problems)))
         objective = self.objective if isinstance(self.objective, Objective) else dat.objective
+        attack = self._attack(dat, objective)
         return Settings(
             dat=dat,
-            attack=self._attack(dat, objective),
+            attack=attack,
             objective=objective,
             threat=threat_of(dat),
+            model_mode=dat.attack.model_mode if attack is None else attack.model_mode,
+            weight_perturbation=weight_perturbation(
+                dat.weight_perturbation.name,
+                dat.weight_perturbation.radius,
+                dat.weight_perturbation.scope,
+            ),
+            unlabelled_weight=unlabelled_weight,
             evaluation_batch=values.get("evaluation", {}).get("batch_size"),
         )
 
@@ -147,6 +178,14 @@ def _honoured(section: Mapping[str, Any] | None, problems: list[str]) -> dict[st
             f"dat.{key} is not read under Hugging Face's Trainer, whose arguments say this: remove "
             f"it. Read are {', '.join('dat.' + k for k in _HONOURED)}."
         )
+    engine = values.get("engine")
+    for key in engine if isinstance(engine, Mapping) else ():
+        if key not in _HONOURED_OF_ENGINE:
+            problems.append(
+                f"dat.engine.{key} is not read under Hugging Face's Trainer, "
+                + _WHY_NOT.get(key, "which sets the model up itself")
+                + f": remove it. Read is {_HONOURED_OF_ENGINE[0]}."
+            )
     model = values.get("model")
     if isinstance(model, Mapping):
         unread = [key for key in model if key not in _HONOURED_OF_MODEL]
@@ -163,10 +202,7 @@ def _as_section(value: Any) -> Any:
     if isinstance(value, str):
         return {"name": value}
     if isinstance(value, Objective):
-        if type(value) is not OBJECTIVES.get(value.name):
-            return {}
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {"name": value.name, **fields}
+        return value.to_dict() if type(value) is OBJECTIVES.get(value.name) else {}
     if isinstance(value, Attack) or (callable(value) and not isinstance(value, Mapping)):
         return {}
     return value
@@ -181,30 +217,37 @@ def _check_evaluation(evaluation: Any, problems: list[str]) -> None:
             )
 
 
-_FOLDED = "dat.attack.fold_batch_norm=true needs dat_ds's own engine: remove it."
+_WHY_NOT = {
+    "attack_micro_batches": "which hands over one micro-batch after another",
+    "compile": "whose torch_compile says it",
+}
 _FREE = (
     "dat.attack.name='free' replays batches, which Hugging Face's Trainer does not: write "
     "dat.attack.name='fgsm_rs', or train with dat_ds.initialize."
 )
 
 
-def _refuse_what_needs_the_engine(dat: DatConfig, problems: list[str]) -> None:
-    if dat.attack.name == "free":
+def _problems(dat: DatConfig, attack: Any, unlabelled_weight: float) -> list[str]:
+    """What the Trainer cannot do, in words.
+
+    Args:
+        dat: The resolved section.
+        attack: The user's, where it is an object.
+        unlabelled_weight: Of the objective.
+    """
+    problems = []
+    given = attack if isinstance(attack, Attack) else dat.attack
+    if given.strategy().replays > 1:
         problems.append(_FREE)
-    if dat.attack.precision == "auto":
+    name = dat.objective.name
+    if name in ("rotation", "contrastive"):
         problems.append(
-            "dat.attack.precision='auto' needs dat_ds's own engine: write 'bf16', 'fp16', 'int8' "
-            "or 'fp8', or nothing."
-        )
-    if dat.attack.fold_batch_norm:
-        problems.append(_FOLDED)
-    if dat.objective.name in ("rotation", "contrastive"):
-        problems.append(
-            f"dat.objective.name={dat.objective.name!r} trains a head of its own: pre-train with "
+            f"dat.objective.name={name!r} trains a head of its own: pre-train with "
             "dat-ds train and dat.model.name='hf:PATH', and fine-tune the result here."
         )
-    if dat.objective.unlabelled_weight != 1.0:
+    if unlabelled_weight != 1.0 and not dat.objective.uses_unlabelled:
         problems.append(
-            f"dat.objective.unlabelled_weight={dat.objective.unlabelled_weight:g} is not read "
-            "under Hugging Face's Trainer: remove it."
+            f"dat.objective.unlabelled_weight={unlabelled_weight:g} concerns images without a "
+            f"label, of which dat.objective.name={name!r} has no use: remove it."
         )
+    return problems

@@ -13,7 +13,7 @@ from transformers import Trainer
 from dat_ds.attacks import Attack, ThreatModel
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf.callback import AdversarialTrainingCallback
-from dat_ds.integrations.hf.settings import Section
+from dat_ds.integrations.hf.settings import Section, Settings
 from dat_ds.objectives import Objective
 
 _POSITIONS = ("model", "args", "data_collator", "train_dataset", "eval_dataset")
@@ -36,6 +36,8 @@ class AdversarialTrainer(Trainer):  # type: ignore[misc]  # untyped base
         std: As above.
         seed: As above.
         evaluation: As above.
+        weight_perturbation: As above.
+        resident_parameters_gib: As above.
         kwargs: As ``args``.
 
     Raises:
@@ -52,6 +54,8 @@ class AdversarialTrainer(Trainer):  # type: ignore[misc]  # untyped base
         std: Sequence[float] | None = None,
         seed: int | None = None,
         evaluation: Mapping[str, Any] | None = None,
+        weight_perturbation: Section | None = None,
+        resident_parameters_gib: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.adversarial = AdversarialTrainingCallback(
@@ -62,6 +66,8 @@ class AdversarialTrainer(Trainer):  # type: ignore[misc]  # untyped base
             std=std,
             seed=seed,
             evaluation=evaluation,
+            weight_perturbation=weight_perturbation,
+            resident_parameters_gib=resident_parameters_gib,
         )
         if len(args) > len(_POSITIONS):
             raise TypeError(f"AdversarialTrainer takes {', '.join(_POSITIONS)} by position.")
@@ -70,7 +76,7 @@ class AdversarialTrainer(Trainer):  # type: ignore[misc]  # untyped base
         kwargs["callbacks"] = [self.adversarial, *(kwargs.get("callbacks") or [])]
         super().__init__(**kwargs)
         if self.compute_loss_func is not None:
-            _check_plain(self.adversarial.settings.objective)
+            _check_plain(self.adversarial.settings)
             self.adversarial.user_computes_loss = True
 
     def _without_smoothing(self, args: Any) -> Any:
@@ -105,10 +111,16 @@ class AdversarialTrainer(Trainer):  # type: ignore[misc]  # untyped base
             self.adversarial.labels = None
 
 
-def _check_plain(objective: Objective) -> None:
+def _check_plain(settings: Settings) -> None:
+    objective = settings.objective
     if objective.name != "at" or objective.needs_natural_logits:
         raise ConfigError(
             f"compute_loss_func with objective={objective.name!r}, which has a loss of its own for "
             "natural and adversarial outputs together: write objective='at' without "
             "natural_weight, or remove compute_loss_func."
+        )
+    if settings.weight_perturbation is not None:
+        raise ConfigError(
+            "compute_loss_func with weight_perturbation, which moves the weights up the "
+            "objective's loss and not up yours: remove one of them."
         )

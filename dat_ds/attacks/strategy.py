@@ -1,0 +1,141 @@
+"""What an attack carries from one step of training to the next: by default nothing.
+
+Shapes: ``n`` images of a micro-batch, ``V`` adversarial images for each; images ``(n, C, H, W)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dat_ds.attacks.gradient import InputGradient
+from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.threat import ThreatModel
+
+
+class Place(Protocol):
+    """Where in the run a micro-batch is."""
+
+    @property
+    def slot(self) -> int:
+        """Micro-steps done since the last optimizer step."""
+        ...
+
+    def generator(self, stream: Any) -> SampleGenerator:
+        """The beginning of a stream of random numbers, such as ``"start"``."""
+        ...
+
+
+class Batch(Protocol):
+    """A micro-batch: natural images ``x`` and what outputs are compared with, ``y``."""
+
+    @property
+    def x(self) -> Tensor:
+        """Images ``(n, C, H, W)``, float32."""
+        ...
+
+    @property
+    def y(self) -> Tensor:
+        """What the inner loss compares outputs with."""
+        ...
+
+    @property
+    def moment(self) -> Place:
+        """Its place in the run."""
+        ...
+
+    @property
+    def samples(self) -> Sequence[int] | None:
+        """Dataset index of each image; None where it is not known."""
+        ...
+
+
+class InUse(Protocol):
+    """The attack at a point of the run."""
+
+    @property
+    def ball(self) -> ThreatModel:
+        """Its threat model."""
+        ...
+
+    @property
+    def step(self) -> float:
+        """Length of its step in pixel units."""
+        ...
+
+
+RunAttack = Callable[..., Tensor]
+"""Runs the attack on the frozen model; its keyword arguments, if any, are the attack's."""
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """What an inner maximisation found.
+
+    Attributes:
+        images: Adversarial images ``(V n, C, H, W)``, those of one view after the other.
+        start: Where the attack started from ``(n, C, H, W)``; None where no one asks.
+    """
+
+    images: Tensor
+    start: Tensor | None = None
+
+    def split(self, sizes: Sequence[int]) -> list[Adversarial]:
+        """What was found for each part of a batch that was attacked as one."""
+        by_view = self.images.view(-1, sum(sizes), *self.images.shape[1:])
+        views = torch.split(by_view, list(sizes), dim=1)
+        starts: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.start is not None:
+            starts = torch.split(self.start, list(sizes))
+        return [
+            Adversarial(images.flatten(0, 1), start)
+            for images, start in zip(views, starts, strict=True)
+        ]
+
+
+class Strategy:
+    """How the images to train on come about: here, by an attack that leaves nothing behind.
+
+    Subclasses carry something along. :meth:`images` must leave it as it is, so that an attack may
+    be run and thrown away; :meth:`after_backward` moves it on.
+
+    Attributes:
+        moves_in_backward: Whether the outer loss's own backward has to reach the images.
+        replays: Optimizer steps in a row that train on the same batch.
+    """
+
+    moves_in_backward: ClassVar[bool] = False
+    replays: int = 1
+
+    def images(self, batch: Batch, attack: InUse, run: RunAttack) -> Adversarial:
+        """Images to train on.
+
+        Args:
+            batch: Natural images, and their place in the run.
+            attack: The attack at this point of the run.
+            run: Runs it on ``batch``.
+        """
+        return Adversarial(run())
+
+    def after_backward(
+        self, batch: Batch, found: Adversarial, attack: InUse, gradient: InputGradient
+    ) -> None:
+        """Move on what is carried along, after the backward of the outer loss.
+
+        Args:
+            batch: As in :meth:`images`.
+            found: What that returned for it.
+            attack: As in :meth:`images`.
+            gradient: Counts gradients.
+        """
+
+    def state_dict(self) -> dict[Any, Tensor]:
+        """What is carried along, on the CPU."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[Any, Tensor]) -> None:
+        """Go on with what :meth:`state_dict` returned."""
