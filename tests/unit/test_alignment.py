@@ -77,7 +77,7 @@ def test_a_flat_model_has_finite_probes_and_no_gradient():
 
 def test_the_engine_probes_the_ball_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     import dat_ds
-    from dat_ds.engine import adversarial
+    from dat_ds.minmax import inner
 
     seen: list[float] = []
 
@@ -85,7 +85,7 @@ def test_the_engine_probes_the_ball_of_the_moment(monkeypatch: pytest.MonkeyPatc
         seen.append(threat.eps)
         return alignment_probes(*args, threat=threat, **options)
 
-    monkeypatch.setattr(adversarial, "alignment_probes", probed)
+    monkeypatch.setattr(inner, "alignment_probes", probed)
     sections = {
         "threat_model": {"eps": 0.1},
         "attack": {"name": "fgsm", "eps_warmup": 0.5},

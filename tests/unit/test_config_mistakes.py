@@ -41,10 +41,8 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             ours(threat_model={"eps": 8}),
-            (
-                "dat.threat_model.eps=8.0 exceeds the pixel range [0.0, 1.0]. It looks like "
-                "0-255 units: write '8/255'."
-            ),
+            "dat.threat_model.eps=8.0 exceeds the pixel range [0.0, 1.0]. It looks like "
+            "0-255 units: write '8/255'.",
         ),
         (
             ours(threat_model={"lower": 1}),
@@ -78,12 +76,10 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         (ours(attack={"random_start": 1}), "dat.attack.random_start=1 must be true or false."),
         (
             ours(attack={"name": "fgsm", "steps": 3}),
-            (
-                "dat.attack.steps=3 is no setting of the attack 'fgsm', but of pgd, mim, "
-                "apgd, fat, multi_norm: remove it. It takes precision, fold_batch_norm, "
-                "resolution, keep_tokens, eps_warmup, model_mode, step_size, random_start, "
-                "restarts, loss."
-            ),
+            "dat.attack.steps=3 is no setting of the attack 'fgsm', but of pgd, mim, "
+            "apgd, fat, multi_norm: remove it. It takes precision, fold_batch_norm, "
+            "resolution, keep_tokens, eps_warmup, model_mode, step_size, random_start, "
+            "restarts, loss.",
         ),
         (ours(attack=[]), "dat.attack=[] must be an object such as {'name': 'pgd'}."),
         (ours(seed=None), "dat.seed=None must be an integer."),
@@ -91,11 +87,9 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ({"dat": {"optimizer": {"lr": "x"}}}, "dat.optimizer.lr='x' must be a finite number."),
         (
             {"dat": {"optimizer": {"name": "sgd", "betas": [0.9, 0.99]}}},
-            (
-                "dat.optimizer.betas=[0.9, 0.99] is no setting of the optimizer 'sgd', but of"
-                " adamw, lamb, one_bit_adam, one_bit_lamb, zero_one_adam: remove it. It takes"
-                " lr, weight_decay, momentum, nesterov."
-            ),
+            "dat.optimizer.betas=[0.9, 0.99] is no setting of the optimizer 'sgd', but of"
+            " adamw, lamb, one_bit_adam, one_bit_lamb, zero_one_adam: remove it. It takes"
+            " lr, weight_decay, momentum, nesterov.",
         ),
         (
             {"dat": {"optimizer": {"betas": [0.9]}}},
@@ -103,10 +97,8 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             {"dat": {"optimizer": {"name": "adamw", "preset": "paper"}}},
-            (
-                "dat.optimizer.preset='paper' is no setting of the optimizer 'adamw', but of "
-                "lamb, lars: remove it. It takes lr, weight_decay, betas, eps."
-            ),
+            "dat.optimizer.preset='paper' is no setting of the optimizer 'adamw', but of "
+            "lamb, lars: remove it. It takes lr, weight_decay, betas, eps.",
         ),
         (
             {"dat": {"optimizer": {"name": "lamb", "lower": 2, "upper": 1}}},
@@ -137,15 +129,13 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             ours(schedule={"scaling": "sqrt"}),
-            (
-                "dat.schedule.scaling='sqrt' and base_batch=None go together: write 'linear' "
-                "or 'sqrt' and the global batch that the learning rate is for, such as 256, "
-                "or neither."
-            ),
+            "dat.schedule.scaling='sqrt' and base_batch=None go together: write 'linear' "
+            "or 'sqrt' and the global batch that the learning rate is for, such as 256, "
+            "or neither.",
         ),
         (
             ours(schedule={"base_batch": 256}),
-            "dat.schedule.scaling='none' and dat.schedule.base_batch=256 go together: ",
+            "dat.schedule.scaling='none' and base_batch=256 go together: ",
         ),
         (
             {
@@ -175,12 +165,15 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
             "dat.schedule.warmup_epochs=5 must be below epochs=5, of which it is a part.",
         ),
         (
-            ours(schedule={"milestones": [0.7, 0.5]}),
-            (
-                "dat.schedule.milestones=[0.7, 0.5] is no setting of the schedule 'cosine', "
-                "but of step: remove it. It takes epochs, warmup_epochs, scaling, base_batch,"
-                " max_steps, final_ratio."
-            ),
+            ours(schedule={"milestones": [0.5]}),
+            "dat.schedule.milestones=[0.5] is no setting of the schedule 'cosine', but of step: "
+            "remove it. It takes epochs, warmup_epochs, scaling, base_batch, max_steps, "
+            "final_ratio.",
+        ),
+        (
+            ours(schedule={"name": "step", "milestones": [0.7, 0.5]}),
+            "dat.schedule.milestones=[0.7, 0.5] is not valid: "
+            "write increasing fractions of the run in (0, 1).",
         ),
         (
             ours(evaluation={"attacks": ["pgd-20", "pgd20"]}),
@@ -259,13 +252,11 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             one_bit("OneBitAdam", freeze_steps=10),
-            (
-                "optimizer.params.freeze_steps=10 is no parameter of 'OneBitAdam' (did you "
-                "mean 'freeze_step'?): remove it. It takes lr, weight_decay, betas, eps, "
-                "bias_correction, preconditioned, block_size, scale, freeze_step, "
-                "stability_threshold, eps_inside_sqrt, amsgrad, cuda_aware, "
-                "comm_backend_name."
-            ),
+            "optimizer.params.freeze_steps=10 is no parameter of 'OneBitAdam' (did you "
+            "mean 'freeze_step'?): remove it. It takes lr, weight_decay, betas, eps, "
+            "bias_correction, preconditioned, block_size, scale, freeze_step, "
+            "stability_threshold, eps_inside_sqrt, amsgrad, cuda_aware, "
+            "comm_backend_name.",
         ),
         (
             one_bit("ZeroOneAdam", var_freeze_step=0),
@@ -281,12 +272,10 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             {"dat": {"optimizer": {"name": "one_bit_adam", "var_freeze_step": 5}}},
-            (
-                "dat.optimizer.var_freeze_step=5 is no setting of the optimizer "
-                "'one_bit_adam', but of zero_one_adam: remove it. It takes lr, weight_decay, "
-                "betas, eps, bias_correction, preconditioned, block_size, scale, freeze_step,"
-                " stability_threshold."
-            ),
+            "dat.optimizer.var_freeze_step=5 is no setting of the optimizer "
+            "'one_bit_adam', but of zero_one_adam: remove it. It takes lr, weight_decay, "
+            "betas, eps, bias_correction, preconditioned, block_size, scale, freeze_step,"
+            " stability_threshold.",
         ),
         (
             {**ADAMW, "fp16": True},

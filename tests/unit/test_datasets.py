@@ -289,8 +289,8 @@ def test_img_size_resizes_images_held_in_memory():
 def test_an_unknown_name_is_refused_with_the_closest_and_the_valid_ones():
     text = refusal("cifar_10")
     assert text == (
-        "dat.data.name='cifar_10' is unknown (did you mean 'cifar10'?). "
-        f"Valid: {', '.join(DATASETS)}."
+        "dat.data.name='cifar_10' is not valid (did you mean 'cifar10'?). "
+        f"Write one of {', '.join(map(repr, DATASETS))}."
     )
 
 
@@ -306,20 +306,23 @@ def test_all_problems_of_the_arguments_are_reported_together():
         image_shape=(3, 32),
     )
     for part in (
-        "dat.data.augment='crops' is unknown (did you mean 'crop'?)",
-        "dat.data.validation_fraction=1.0 must be at least 0 and below 1",
-        "dat.data.img_size=0 must be at least 1",
-        "dat.data.num_classes=0 must be at least 1",
-        "dat.data.image_shape=[3, 32] must be channels, height, width",
-        "dat.data.path='/data' has no meaning for dat.data.name='digits'; remove it.",
-        "dat.data.num_train=5 has no meaning",
+        "dat.data.augment='crops' is not valid (did you mean 'crop'?). Write one of 'none', 'crop'",
+        "dat.data.validation_fraction=1.0 is not valid: write a number in [0, 1).",
+        "dat.data.img_size=0 is not valid: write a number above 0.",
+        "dat.data.num_classes=0 is not valid: write a number above 1.",
+        "dat.data.image_shape=[3, 32] is no setting of the dataset 'digits', but of synthetic: ",
+        "dat.data.path='/data' is no setting of the dataset 'digits', but of cifar10, cifar100, ",
+        "dat.data.num_train=5 is no setting of the dataset 'digits', but of synthetic: remove it.",
     ):
         assert part in text
+    assert "dat.data.image_shape=[3, 32] is not valid: write channels, height, width" in refusal(
+        "synthetic", image_shape=(3, 32)
+    )
 
 
 @pytest.mark.parametrize("name", ["cifar10", "npz", "imagefolder"])
 def test_a_dataset_on_disk_needs_a_path(name):
-    assert "dat.data.path is not set" in refusal(name)
+    assert "dat.data.path is missing: " in refusal(name)
 
 
 def test_consecutive_epochs_of_the_whole_pipeline_differ_and_repeat_from_the_seed():
