@@ -23,7 +23,18 @@ from dat_ds.method import parse_method, table_of
 ATTACKS = table_of(
     "attack",
     Attack,
-    [Pgd, Fgsm, FgsmRs, NFgsm, Mim, Apgd, Fat, MultiNorm, FreeAttack, NoAttack],
+    [
+        Pgd,
+        Fgsm,
+        FgsmRs,
+        NFgsm,
+        Mim,
+        Apgd,
+        Fat,
+        MultiNorm,
+        FreeAttack,
+        NoAttack,
+    ],
 )
 """What ``dat.attack`` chooses from: a new attack is a file and a place in this list."""
 

@@ -15,7 +15,14 @@ from dat_ds.method import Table, parse_method, table_of
 CODECS: Table[Codec] = table_of(
     "codec",
     Codec,  # type: ignore[type-abstract]  # the base of the table's classes
-    [Int8, Int4, Qsgd, Natural, TopK, Sign],
+    [
+        Int8,
+        Int4,
+        Qsgd,
+        Natural,
+        TopK,
+        Sign,
+    ],
 )
 """The codecs: a new one is a file and a place in this list."""
 COMPRESSIONS: Table[Compression] = table_of("codec", Compression, [NoCompression, *CODECS.values()])

@@ -18,7 +18,17 @@ from dat_ds.objectives.trades import Trades
 OBJECTIVES = table_of(
     "objective",
     Objective,
-    [AdversarialTraining, Dat, Trades, Mart, Alp, Hat, Rotation, Contrastive, Fare],
+    [
+        AdversarialTraining,
+        Dat,
+        Trades,
+        Mart,
+        Alp,
+        Hat,
+        Rotation,
+        Contrastive,
+        Fare,
+    ],
 )
 """What ``dat.objective`` chooses from: a new objective is a file and a place in this list."""
 

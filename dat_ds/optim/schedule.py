@@ -113,7 +113,15 @@ class Step(ScheduleMethod):
         return self.decay_factor**passed
 
 
-SCHEDULES: Table[ScheduleMethod] = table_of("schedule", ScheduleMethod, [Cosine, Constant, Step])
+SCHEDULES: Table[ScheduleMethod] = table_of(
+    "schedule",
+    ScheduleMethod,
+    [
+        Cosine,
+        Constant,
+        Step,
+    ],
+)
 """What ``dat.schedule`` chooses from: a new schedule is a class and a place in this list."""
 
 

@@ -9,6 +9,15 @@ from dat_ds.data.readers.synthetic import Synthetic
 from dat_ds.method import Table, table_of
 
 DATASETS: Table[DatasetMethod] = table_of(
-    "dataset", DatasetMethod, [Digits, Cifar10, Cifar100, Npz, ImageFolder, Synthetic]
+    "dataset",
+    DatasetMethod,
+    [
+        Digits,
+        Cifar10,
+        Cifar100,
+        Npz,
+        ImageFolder,
+        Synthetic,
+    ],
 )
 """What ``dat.data`` chooses from: a new dataset is a file and a place in this list."""
