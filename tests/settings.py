@@ -11,11 +11,13 @@ from typing import Any
 
 from dat_ds.attacks import ATTACKS
 from dat_ds.compression import COMPRESSIONS
+from dat_ds.data import DATASETS
 from dat_ds.method import Table, Trait
 from dat_ds.objectives import OBJECTIVES
 from dat_ds.optim import OPTIMIZERS, SCHEDULES
 
 TABLES: dict[str, Table[Any]] = {
+    "data": DATASETS,
     "attack": ATTACKS,
     "objective": OBJECTIVES,
     "optimizer": OPTIMIZERS,
@@ -35,6 +37,14 @@ IMAGE_ATTACKS = [name for name in ATTACKS if name not in MAKE_NO_IMAGES]
 """Attacks that can be called by themselves."""
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "data": {
+        "digits": {},
+        "cifar10": {"path": "data"},
+        "cifar100": {"path": "data"},
+        "npz": {"path": "data.npz"},
+        "imagefolder": {"path": "data"},
+        "synthetic": {"num_train": 8, "num_test": 4, "image_shape": [3, 8, 8]},
+    },
     "attack": {
         "pgd": {"steps": 2, "restarts": 2},
         "fgsm": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from dat_ds.attacks import (
 )
 from dat_ds.attacks.noise import RecordedStreams
 from dat_ds.attacks.passes.graphs import Outcome
+from dat_ds.attacks.pgd import Pgd
 
 LINF = {"norm": "linf", "eps": "8/255"}
 L1, L2 = {"norm": "l1", "eps": 10}, {"norm": "l2", "eps": 0.5}
@@ -113,7 +115,22 @@ def images(count: int = 5, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def attack_of(config: dict[str, Any]) -> Attack:
+    if config.get("targeted"):
+        return Targeted(
+            **fields_of(attack_of({k: config[k] for k in config.keys() - {"targeted"}}))
+        )
     return build_attack({"threat_model": LINF, **config})
+
+
+def fields_of(attack: Attack) -> dict[str, Any]:
+    return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
+
+
+class Targeted(Pgd):
+    """PGD towards ``y``, which no run config asks for."""
+
+    def own_options(self) -> dict[str, Any]:
+        return {**super().own_options(), "targeted": True}
 
 
 class Run:

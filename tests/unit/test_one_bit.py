@@ -318,8 +318,16 @@ def test_errors_of_other_ranks_start_from_zero_with_a_warning(
         ("one_bit_lamb", {"coeff_beta": 1}, r"coeff_beta=1 must lie in \[0, 1\)"),
         ("one_bit_lamb", {"factor_threshold": -1}, r"factor_threshold=-1 must be at least 0"),
         ("zero_one_adam", {"local_step_clipper": 0}, r"local_step_clipper=0 must be at least 1"),
-        ("zero_one_adam", {"block_size": -1}, r"block_size=-1 is not valid: write a number of at least 0"),
-        ("zero_one_adam", {"scale": "max"}, r"scale='max' is not valid\. Write one of 'mean', 'rms'"),
+        (
+            "zero_one_adam",
+            {"block_size": -1},
+            r"block_size=-1 is not valid: write a number of at least 0",
+        ),
+        (
+            "zero_one_adam",
+            {"scale": "max"},
+            r"scale='max' is not valid\. Write one of 'mean', 'rms'",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
