@@ -17,15 +17,18 @@ def add(commands: Any) -> None:
     add_config(parser, required=False)
     parser.add_argument("--print", action="store_true", help="print the resolved run as JSON")
     parser.add_argument(
-        "--reference", action="store_true", help="print all keys and methods as markdown"
+        "--reference", action="store_true", help="print all keys as markdown (docs/config.md)"
+    )
+    parser.add_argument(
+        "--methods", action="store_true", help="print a card of every method (docs/methods.md)"
     )
 
 
 def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
-    if options.reference:
-        from dat_ds.config.reference import reference
+    if options.reference or options.methods:
+        from dat_ds.config.reference import methods, reference
 
-        print(reference(), end="")
+        print(reference() if options.reference else methods(), end="")
         return 0
     if options.deepspeed_config is None:
         raise UserError("Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dat_ds.config.schema import DatConfig
-from dat_ds.method import Section, Table, plain
+from dat_ds.method import Section, Table, plain, summary_of
 
 _INTRODUCTION = """\
 # Config keys
@@ -30,6 +30,50 @@ def reference() -> str:
     """Markdown tables of every key, its type, default and meaning."""
     pages = [_INTRODUCTION, *_section(DatConfig, "dat")]
     return "\n".join(pages)
+
+
+_CARDS = """\
+# Methods
+
+<!-- Written by: dat-ds config --methods -->
+
+What the sections of a run config choose by `name`. Costs are in forwards `F` of the micro-batch: an
+input gradient costs another `F`, and a full training step `3 F`, so a step with a K-step attack
+costs `(2K + 3) F`. Keys and defaults: [config.md](config.md).
+"""
+
+
+def methods() -> str:
+    """Markdown of every method: an overview of each table, and a card for each of its methods."""
+    pages = [_CARDS]
+    for key, field in DatConfig.known_keys().items():
+        table = field.metadata.get("table")
+        if isinstance(table, Table):
+            pages += _cards(table, f"dat.{key}")
+    return "\n".join(pages)
+
+
+def _cards(table: Table[Any], path: str) -> Iterator[str]:
+    yield f"## `{path}`\n"
+    yield "| name | what it does | cost | source |"
+    yield "| --- | --- | --- | --- |"
+    for name, method in table.items():
+        yield f"| `{name}` | {summary_of(method)} | {method.cost} | {method.paper} |"
+    yield ""
+    for name, method in table.items():
+        yield f"### {name}\n"
+        yield _words(method) + "\n"
+        section = {"name": name, **{k: v for k, v in method().to_dict().items() if v is not None}}
+        own = {k: v for k, v in section.items() if k == "name" or _is_own(method, table.base, k)}
+        yield f"```json\n{json.dumps({path.removeprefix('dat.'): own})[1:-1]}\n```\n"
+        if method.card:
+            yield method.card
+        if method.paper:
+            yield f"Source: {method.paper}.\n"
+
+
+def _is_own(method: type[Section], base: type[Section], key: str) -> bool:
+    return not _is_inherited(method, base, key)
 
 
 def _section(cls: type[Section], path: str) -> Iterator[str]:
