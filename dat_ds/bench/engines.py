@@ -15,7 +15,7 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.build import initialize
 from dat_ds.engine.launch import setup_ranks
-from dat_ds.optim import LayerwiseOptimizer
+from dat_ds.optim import TrustRatioOptimizer
 from dat_ds.ranks import Ranks
 
 
@@ -94,7 +94,7 @@ def layerwise_steps(
     run = adapt_to_device(run, ranks.device.type)
     engine, *_ = initialize(model=model, config=run, ranks=ranks)
     optimizer = hooks.basic_optimizer(engine.deepspeed)
-    assert isinstance(optimizer, LayerwiseOptimizer)
+    assert isinstance(optimizer, TrustRatioOptimizer)
     ratios = []
     for first in range(0, len(batches), ranks.count):
         x, y = batches[first + ranks.rank]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dat_ds.bench.records import write_record
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.errors import ConfigError
-from dat_ds.optim import OPTIMIZERS, Constant, LayerwiseOptimizer
+from dat_ds.optim import OPTIMIZERS, Constant, TrustRatioOptimizer
+from dat_ds.optim.trust_ratio import TrustRatioMethod
 
 if TYPE_CHECKING:
     from dat_ds.bench.engines import LayerwiseSteps
@@ -53,8 +54,10 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
     Raises:
         ConfigError: Without a layer-wise optimizer, or in another precision than float32.
     """
-    if run.dat.optimizer is None or not run.dat.optimizer.needs_layers:
-        names = ", ".join(n for n, method in OPTIMIZERS.items() if method.needs_layers)
+    if run.dat.optimizer is None or not isinstance(run.dat.optimizer, TrustRatioMethod):
+        names = ", ".join(
+            n for n, method in OPTIMIZERS.items() if issubclass(method, TrustRatioMethod)
+        )
         raise ConfigError(f"There are no trust ratios: write dat.optimizer.name, one of {names}.")
     if precision_of(run.deepspeed) != "float32":
         raise ConfigError("Errors are those of float32: remove bf16, fp16 or torch_autocast.")
@@ -92,7 +95,7 @@ def _plain_steps(
     """Trust ratios by step and final parameters of one process that takes all ranks' batches."""
     assert run.dat.optimizer is not None
     optimizer = run.dat.optimizer.build(model.train())
-    assert isinstance(optimizer, LayerwiseOptimizer)
+    assert isinstance(optimizer, TrustRatioOptimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     layers = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     clipping = float(run.deepspeed["gradient_clipping"])
@@ -130,8 +133,8 @@ def _errors(
 
 
 def _table(run: RunConfig, rows: Mapping[str, Mapping[str, float]], ranks: int) -> str:
-    assert run.dat.optimizer is not None
-    preset = getattr(run.dat.optimizer, "preset", "own")
+    assert isinstance(run.dat.optimizer, TrustRatioMethod)
+    preset = run.dat.optimizer.preset
     lines = [
         f"{run.dat.optimizer.name} ({preset}), {run.dat.model.name}, "
         f"{ranks} rank(s), {STEPS} steps: errors against whole layers in plain PyTorch.",

@@ -189,7 +189,10 @@ def _own_attack(attack: Attack | UserAttack, run: RunConfig, problems: list[str]
 def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:
     """The run's optimizer where it is ours; None where DeepSpeed builds it."""
     if run.dat.optimizer is not None:
-        return run.dat.optimizer.build(model)
+        try:
+            return run.dat.optimizer.build(model)
+        except ValueError as error:  # what only the model can tell
+            raise ConfigError(f"dat.optimizer: {error}") from None
     name = one_bit_name(run.deepspeed)
     if name is None:
         return None

@@ -319,7 +319,7 @@ def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> Non
     """Tell ``optimizer``, which ``engine`` drives, where the layers lie in what it is handed.
 
     ZeRO steps one group of its shards after another, and copies each to the model's parameters at
-    once; the trust ratios wait for the last one, and then the earlier groups are copied again.
+    once; what needs whole layers waits for the last, and then the earlier groups are copied again.
     """
     zero = engine.optimizer
     names = {id(p): name for name, p in engine.module.named_parameters()}
@@ -328,7 +328,8 @@ def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> Non
         masters = [p for group in zero.param_groups for p in group["params"]]
         parameters = masters if groups is None else [p for group in groups for p in group]
         whole = {p: Segments((p.numel(),), (layer,)) for layer, p in enumerate(masters)}
-        optimizer.attach(Layout(tuple(names[id(p)] for p in parameters), whole))
+        shapes = tuple(p.shape for p in masters)
+        optimizer.attach(Layout(tuple(names[id(p)] for p in parameters), whole, shapes=shapes))
         return
     groups = _flat_groups(zero)
     deferred = not isinstance(zero, BF16_Optimizer)
@@ -341,6 +342,7 @@ def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> Non
         process_group=zero.dp_process_group if dist.get_world_size() > 1 else None,
         device=accelerator_device(),
         deferred=deferred,
+        shapes=tuple(getattr(p, "ds_shape", p.shape) for g in groups for p in g.parameters),
     )
     optimizer.attach(layout)
     if deferred:

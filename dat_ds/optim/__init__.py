@@ -5,6 +5,7 @@ from dat_ds.optim.compressed import CompressedOptimizer
 from dat_ds.optim.ema import WeightEma
 from dat_ds.optim.lamb import Lamb
 from dat_ds.optim.lars import Lars
+from dat_ds.optim.layerwise import PADDING, LayerwiseOptimizer, Layout, Segments
 from dat_ds.optim.method import OptimizerMethod, parameter_groups
 from dat_ds.optim.one_bit_adam import OneBitAdam
 from dat_ds.optim.one_bit_lamb import OneBitLamb
@@ -19,7 +20,7 @@ from dat_ds.optim.schedule import (
     usual_scaling,
 )
 from dat_ds.optim.stability import VarianceStability
-from dat_ds.optim.trust_ratio import PADDING, LayerwiseOptimizer, Layout, Segments
+from dat_ds.optim.trust_ratio import TrustRatioOptimizer
 from dat_ds.optim.zero_one_adam import ZeroOneAdam
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ScheduleMethod",
     "Segments",
     "Step",
+    "TrustRatioOptimizer",
     "VarianceStability",
     "WeightEma",
     "ZeroOneAdam",

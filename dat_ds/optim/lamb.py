@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dat_ds.method import above, at_least
+from dat_ds.optim.layerwise import Groups
 from dat_ds.optim.method import betas_option, default_of
-from dat_ds.optim.trust_ratio import Groups, LayerwiseMethod, LayerwiseOptimizer, check_options
+from dat_ds.optim.trust_ratio import TrustRatioMethod, TrustRatioOptimizer, check_options
 
 
-class Lamb(LayerwiseOptimizer):
+class Lamb(TrustRatioOptimizer):
     """LAMB (You et al., ICLR 2020, Algorithm 2, arXiv 1904.00962), and DAT's LALR on it.
 
     With Adam's moments ``m`` and ``v`` of the gradient::
@@ -105,7 +106,7 @@ class Lamb(LayerwiseOptimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LambMethod(LayerwiseMethod):
+class LambMethod(TrustRatioMethod):
     """Adam's direction with layer-wise trust ratios, and DAT's LALR on it."""
 
     name: ClassVar[str] = "lamb"

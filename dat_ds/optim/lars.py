@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from dat_ds.method import above, at_least, fraction
+from dat_ds.optim.layerwise import Groups
 from dat_ds.optim.method import default_of
-from dat_ds.optim.trust_ratio import Groups, LayerwiseMethod, LayerwiseOptimizer, check_options
+from dat_ds.optim.trust_ratio import TrustRatioMethod, TrustRatioOptimizer, check_options
 
 Scaled = Literal["gradient", "momentum"]
 
 
-class Lars(LayerwiseOptimizer):
+class Lars(TrustRatioOptimizer):
     """LARS (You et al. 2017, arXiv 1708.03888), and DAT's LALR on momentum SGD.
 
     With ``g`` the gradient, ``d_l = g_l + weight_decay * theta_l`` and
@@ -120,7 +121,7 @@ class Lars(LayerwiseOptimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LarsMethod(LayerwiseMethod):
+class LarsMethod(TrustRatioMethod):
     """SGD's direction with layer-wise trust ratios, and DAT's LALR on it."""
 
     name: ClassVar[str] = "lars"

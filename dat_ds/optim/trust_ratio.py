@@ -1,18 +1,17 @@
 """Layer-wise adaptive learning rates on whole layers, or on the pieces of them that a rank holds.
 
 How the data flows: every optimizer here turns gradients into one direction ``u_l`` per layer, and
-scales it by a ratio of two norms, ``||theta_l||`` and that of the direction. On one process a layer
-is a tensor. Under ZeRO it lies in pieces, in flat tensors of several ranks, and DeepSpeed hands the
-optimizer one group of them at a time. So :meth:`LayerwiseOptimizer.step` only updates the moments
-and adds up squared norms piece by piece; :meth:`LayerwiseOptimizer.apply`, after the last group,
-sums those of all ranks in one all-reduce of two numbers per layer, and moves the weights.
+scales it by a ratio of two norms, ``||theta_l||`` and that of the direction. So
+:meth:`TrustRatioOptimizer.step` only updates the moments and adds up squared norms piece by piece;
+:meth:`TrustRatioOptimizer.apply`, after the last group, sums those of all ranks in one all-reduce
+of two numbers per layer, and moves the weights.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,50 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dat_ds.optim.layerwise import PADDING, Groups, LayerwiseOptimizer, Layout
 from dat_ds.optim.method import OptimizerMethod
 
 _BLOCK = 2**13
-PADDING = -1
-"""In the place of a layer's number: elements that belong to none."""
-
-Groups = Iterable[Tensor] | Iterable[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Consecutive pieces that make up one tensor.
-
-    Args:
-        sizes: Elements of each piece; they add up to the tensor's.
-        layers: The layer that each piece is of, or :data:`PADDING`. No layer occurs twice.
-    """
-
-    sizes: tuple[int, ...]
-    layers: tuple[int, ...]
-
-    def cut(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Views of the pieces of ``tensor``: itself, where it is one layer."""
-        return torch.split(tensor, list(self.sizes)) if len(self.sizes) > 1 else (tensor,)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the layers of a model lie in the tensors that an optimizer is given.
-
-    Args:
-        names: Layers in order; the same on every rank.
-        segments: The pieces of each tensor. Several tensors may be handed over one after another.
-        process_group: Ranks that together hold the layers; None where this one holds all of them.
-        device: Where that group's collectives take their tensors.
-        deferred: Whether the tensors come in several calls of ``step``, so that the caller has to
-            call ``apply`` after the last one.
-    """
-
-    names: tuple[str, ...]
-    segments: Mapping[Tensor, Segments]
-    process_group: dist.ProcessGroup | None = None
-    device: torch.device | None = None
-    deferred: bool = False
 
 
 @dataclass
@@ -76,21 +35,16 @@ class _Update:
     layers: Tensor | None  # of each piece of the directions; None: not adapted
 
 
-class LayerwiseOptimizer(torch.optim.Optimizer, ABC):
-    """An optimizer that scales each layer's direction by a trust ratio.
+class TrustRatioOptimizer(LayerwiseOptimizer):
+    """A layer-wise optimizer that scales each layer's direction by a trust ratio.
 
-    Without DeepSpeed it is an ordinary torch optimizer and every tensor is one layer. Under it,
-    :meth:`attach` says where the layers lie. A group with ``"adapt": False`` has the ratio 1.
+    A group with ``"adapt": False`` has the ratio 1.
 
     Subclasses say what the direction is, which of its norms counts, and how weights move.
     """
 
     def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
         """Take over parameter groups; ``defaults`` are the subclass's."""
-        self._layout: Layout | None = None
-        self._whole = Layout((), {})
-        self._awaits_layout = False
-        self._reset()
         super().__init__(params, {**defaults, "adapt": True})
 
     def _reset(self) -> None:
@@ -100,43 +54,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer, ABC):
         self._layer_indices: dict[tuple[int, ...], Tensor] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or a pickle, which like torch's own hold groups and state only."""
+        """As :meth:`LayerwiseOptimizer.__setstate__`."""
         super().__setstate__(state)
-        if "_whole" not in self.__dict__:
-            self._layout, self._whole, self._awaits_layout = None, Layout((), {}), False
-            self._reset()
-            for group in self.param_groups:
-                self._add_layers(group["params"])
         for group in self.param_groups:
             group.setdefault("adapt", True)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; each of the group's tensors is one more layer."""
-        super().add_param_group(param_group)
-        self._add_layers(self.param_groups[-1]["params"])
-
-    def _add_layers(self, params: Sequence[Tensor]) -> None:
-        segments = dict(self._whole.segments)
-        for p in params:
-            segments[p] = Segments((p.numel(),), (len(segments),))
-        self._whole = Layout(tuple(map(str, range(len(segments)))), segments)
-        self._reset()
-
-    # ---- under DeepSpeed
-
-    def await_layout(self) -> None:
-        """Ignore ``step`` until :meth:`attach`: DeepSpeed takes one while it sets itself up."""
-        self._awaits_layout = True
-
-    def attach(self, layout: Layout) -> None:
-        """Take layers from ``layout`` from now on."""
-        self._layout, self._awaits_layout = layout, False
-        self._reset()
-
-    @property
-    def layout(self) -> Layout:
-        """Where the layers lie: as attached, or each tensor one layer, named by its number."""
-        return self._whole if self._layout is None else self._layout
 
     @property
     def trust_ratios(self) -> dict[str, float]:
@@ -150,35 +71,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer, ABC):
 
     # ---- steps
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the tensors in the parameter groups that have a gradient.
-
-        Raises:
-            RuntimeError: If the tensors were replaced by others whose layers are unknown.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._awaits_layout:
-            return loss
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._collect(group, params)
-        if not self.layout.deferred:
-            self.apply()
-        return loss
-
     def _collect(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Compute a group's directions, and add its pieces to the squared norms of their layers."""
         layout = self.layout
-        if any(p not in layout.segments for p in params):
-            raise RuntimeError(
-                f"{type(self).__name__} was given other tensors than its own, as DeepSpeed does, "
-                "and cannot tell their layers: use dat_ds.initialize."
-            )
         measured, directions = self._directions(group, params)
         layers = None
         if group["adapt"]:
@@ -309,8 +204,8 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerwiseMethod(OptimizerMethod):
-    """An optimizer whose step goes by whole layers, also where ZeRO cuts them."""
+class TrustRatioMethod(OptimizerMethod):
+    """An optimizer whose step is scaled by ratios of whole layers, also where ZeRO cuts them."""
 
     needs_layers: ClassVar[bool] = True
 

@@ -196,10 +196,10 @@ def notes_on(config: Mapping[str, Any], dat: DatConfig) -> tuple[str, ...]:
 
 
 def check_layerwise(config: Mapping[str, Any], problems: list[str]) -> None:
-    """Refuse what cannot be combined with trust ratios of whole layers.
+    """Refuse what cannot be combined with an optimizer that needs whole layers.
 
     Args:
-        config: DeepSpeed's part of a config with an optimizer such as ours by the name of LAMB.
+        config: DeepSpeed's part of a config with such an optimizer: ours by the name of LAMB, say.
         problems: Receives one message per problem found.
     """
     zero = config["zero_optimization"]
@@ -216,7 +216,7 @@ def check_layerwise(config: Mapping[str, Any], problems: list[str]) -> None:
     if zero.get("zenflow"):
         found["zero_optimization.zenflow"] = "remove it"
     problems += [
-        f"{key} with a layer-wise optimizer: its trust ratios need all shards of a step before any "
-        f"is updated, but this moves them one by one. Instead, {remedy}."
+        f"{key} with a layer-wise optimizer: it needs all shards of a step before any is "
+        f"updated, but this moves them one by one. Instead, {remedy}."
         for key, remedy in found.items()
     ]
