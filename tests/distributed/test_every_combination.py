@@ -1,4 +1,7 @@
-"""Every attack with every objective under every ZeRO stage trains, and resumes exactly."""
+"""Every attack with every objective under every ZeRO stage trains, and resumes exactly.
+
+So does every other method, whose settings are those of ``tests/settings.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,13 @@ from dat_ds.config import load_config
 from dat_ds.data import UNLABELLED, pseudo_label
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import OBJECTIVES
+from dat_ds.optim import OPTIMIZERS
 from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
+from tests.settings import TABLES, settings_of
 
 RANKS, MICRO_BATCH = 2, 3
-OPTIONS: dict[str, dict[str, Any]] = {
-    "pgd": {"restarts": 2},
-    "multi_norm": {"other_norms": {"l2": 0.5, "l1": 2.0}, "combine": "average"},
-    "fat": {"extra_steps": 1},
-}
 STAGES = [0, 1, 2, 3]
-NAMES = [*ATTACKS, "free"]
 EXTRAS: dict[str, dict[str, Any]] = {
     "grad_align": {"attack": {"name": "fgsm"}, "objective": {"grad_align": 0.2}},
     "grad_align_split": {
@@ -77,23 +76,41 @@ REFUSED = {
     ("multi_norm", "contrastive"),
     ("free", "contrastive"),  # a perturbation of views that the next step does not see
     *itertools.product(["fgsm", "free"], ["fare"]),  # at the image itself, where the loss is flat
+    # They compare natural with adversarial images.
+    *itertools.product(["none"], [name for name, kind in OBJECTIVES.items() if kind.needs_attack]),
 }
-PAIRS = [pair for pair in itertools.product(NAMES, OBJECTIVES) if pair not in REFUSED]
+PAIRS = [pair for pair in itertools.product(ATTACKS, OBJECTIVES) if pair not in REFUSED]
 CASES = [(*pair, stage) for pair in PAIRS for stage in STAGES]
+OTHERS = [
+    (section, name, stage)
+    for section in ("optimizer", "compression", "schedule")
+    for name in TABLES[section]
+    for stage in (0, 3)
+    # Those that compress their momentum need every rank's gradient of the whole model.
+    if stage == 0 or not (section == "optimizer" and OPTIMIZERS[name].compresses)
+]
 
 
 def settings(attack: str, objective: str, stage: int, helper: str) -> dict[str, Any]:
-    options = {"name": attack, **OPTIONS.get(attack, {})}
+    options = settings_of("attack", attack)
     if not OBJECTIVES[objective].classifies:
         options.pop("restarts", None)
     if (attack, objective) == ("mim", "fare"):
         options["random_start"] = True
-    if attack not in ("fgsm", "fgsm_rs", "n_fgsm", "free"):
-        options["steps"] = 2
-    section: dict[str, Any] = {"name": objective}
-    if objective == "hat":
+    section = settings_of("objective", objective)
+    if "helper_model" in section:
         section["helper_model"] = helper
     return tiny.config(stage, dat={"attack": options, "objective": section})
+
+
+def other_settings(section: str, name: str, stage: int) -> dict[str, Any]:
+    dat = {"attack": settings_of("attack", "fgsm_rs"), section: settings_of(section, name)}
+    if section == "schedule":
+        dat["schedule"]["max_steps"] = 3
+    config = tiny.config(stage, dat=dat)
+    if section == "optimizer":
+        del config["optimizer"]
+    return config
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -154,6 +171,9 @@ def every_case(folder: str) -> dict[Any, Any]:
     for number, case in enumerate(CASES):
         place = Path(folder) / str(number)
         outcomes[case] = train_and_resume(settings(*case, helper), "vit", place)
+    for number, case in enumerate(OTHERS):
+        place = Path(folder) / f"other-{number}"
+        outcomes[case] = train_and_resume(other_settings(*case), "cnn", place)
     for case in itertools.product(EXTRAS, STAGES):
         dat = dict(EXTRAS[case[0]])
         accumulation = dat.pop("gradient_accumulation_steps", 1)
@@ -195,7 +215,15 @@ def outcomes() -> dict[Any, Any]:
 def test_it_trains_and_resumes_bit_for_bit(
     outcomes: dict[Any, Any], attack: str, objective: str, stage: int
 ) -> None:
-    check(outcomes[attack, objective, stage], OBJECTIVES[objective].classifies)
+    has_accuracy = OBJECTIVES[objective].classifies and attack != "none"
+    check(outcomes[attack, objective, stage], has_accuracy)
+
+
+@pytest.mark.parametrize(("section", "name", "stage"), OTHERS)
+def test_every_other_method_trains_and_resumes_bit_for_bit(
+    outcomes: dict[Any, Any], section: str, name: str, stage: int
+) -> None:
+    check(outcomes[section, name, stage], has_accuracy=True)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -241,7 +241,10 @@ def names_a_key(line: str) -> bool:
     """Whether a line of a refusal says which key, file or override it is about."""
     if re.search(r"\b(dat|" + "|".join(TOP_LEVEL_KEYS) + r")(\.\S|=| and | are |')", line):
         return True
-    return bool(re.match(r"(Unknown top-level key|Key|--set) |No optimizer: |.*\.json", line))
+    starts = (
+        r"(Unknown top-level key|Key|Keys given twice in the run config:|--set) |No optimizer: "
+    )
+    return bool(re.match(starts + r"|.*\.json|\S+='auto' ", line))
 
 
 def outcome(load: Callable[[], Any]) -> str:
@@ -281,7 +284,7 @@ def tried(configs: list[dict[str, Any]], seed: int, folder: Path) -> tuple[str, 
     rng = Random(seed)
     number = rng.randrange(len(configs))
     config = copy.deepcopy(configs[number])
-    steps = [rng.choice(MUTATIONS)(config, rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+    steps = [rng.choice(MUTATIONS)(config, rng) for _ in range(rng.choice([1, 1, 2, 3])) if config]
     story = f"seed {seed}: config {number}: {'; '.join(steps)}"
     route = rng.random()
     if route < 0.75:
