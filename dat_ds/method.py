@@ -65,7 +65,6 @@ class Trait(enum.Enum):
     GROUPS_MICRO_BATCHES = "attacks several micro-batches as one"
     HAS_NO_STRONGER = "has no stronger attack in the same ball"
     HAS_NO_UNLABELLED = "leaves no image unlabelled"
-    IS_THE_STEP = "is the training step itself"
     KNOWS_NO_CLASSES = "knows no classes"
     LACKS_LABELS = "leaves images without labels"
     LEARNS_NO_CLASSES = "learns no classes"
@@ -76,6 +75,7 @@ class Trait(enum.Enum):
     NEEDS_ADVERSARIAL = "needs adversarial images"
     NEEDS_GRADIENT_LENGTHS = "needs the length of input gradients"
     NEEDS_LABELS = "needs labels"
+    NEEDS_START = "compares outputs with those of where the attack started"
     NEEDS_TRUE_CLASS = "needs a true class"
     OWN_PRECISION = "gives the attack a precision of its own"
     RECORDS_THE_ATTACK = "records the attack and replays it"
@@ -87,6 +87,7 @@ class Trait(enum.Enum):
     STARTS_AT_THE_IMAGE = "starts at the image itself"
     SUPPORTS_CLASSES = "is for a model that learns classes"
     TAKES_GRADIENTS_APART = "takes gradients apart from the update's"
+    TELLS_NO_START = "does not tell where it started"
     UNDERFLOWS = "lets input gradients underflow"
 
 

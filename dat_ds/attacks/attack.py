@@ -52,6 +52,7 @@ class Attack(Method):
         norm_reason: Why it is not for the others.
         losses: Inner losses that it can maximise.
         step_share: Default of its step size as a share of eps; 0 where it has none.
+        tells_start: Whether its strategy says where it started from.
         threat: Allowed perturbations; None in a config, which has a section for them.
         inner_loss: Takes the place of the named loss: an objective's own.
     """
@@ -62,6 +63,7 @@ class Attack(Method):
     norm_reason: ClassVar[str] = ""
     losses: ClassVar[tuple[str, ...]] = tuple(INNER_LOSSES)
     step_share: ClassVar[float] = 0.25
+    tells_start: ClassVar[bool] = False
 
     threat: ThreatModel | None = option(None, is_key=False)
     inner_loss: InnerLoss | None = option(None, is_key=False)
@@ -127,6 +129,8 @@ class Attack(Method):
         if not self.starts_at_random:
             start = " without a random start" if "random_start" in self.known_keys() else ""
             yield Trait.STARTS_AT_THE_IMAGE, f"{path}.name={self.name!r}{start}"
+        if not self.tells_start:
+            yield Trait.TELLS_NO_START, f"{path}.name={self.name!r}"
         loss = getattr(self, "loss", None)
         for trait in LOSS_TRAITS.get(loss or "", ()):
             yield trait, f"{path}.loss={loss!r}"

@@ -157,7 +157,6 @@ class FreeAttack(Attack):
             Trait.ASKS_THE_HOST,
             Trait.CARRIES_PERTURBATIONS,
             Trait.HAS_NO_STRONGER,
-            Trait.IS_THE_STEP,
         }
     )
     step_share: ClassVar[float] = 1.0

@@ -64,7 +64,8 @@ RULES = (
     Rule(Trait.RECORDS_THE_ATTACK, Trait.GOES_BY_THE_BATCH),
     Rule(Trait.RECORDS_THE_ATTACK, Trait.ASKS_THE_HOST),
     Rule(Trait.RECORDS_THE_ATTACK, Trait.SAVES_RANDOM_STATES),
-    Rule(Trait.GROUPS_MICRO_BATCHES, Trait.IS_THE_STEP),
+    Rule(Trait.GROUPS_MICRO_BATCHES, Trait.CARRIES_PERTURBATIONS),
+    Rule(Trait.NEEDS_START, Trait.TELLS_NO_START, "Choose an attack that goes with it."),
     Rule(Trait.GROUPS_MICRO_BATCHES, Trait.GOES_BY_THE_BATCH),
     Rule(Trait.GROUPS_MICRO_BATCHES, Trait.COMPARES_SAMPLES),
 )

@@ -145,6 +145,7 @@ class Objective(Method):
             Trait.COMPARES_SAMPLES: self.compares_samples,
             Trait.NEEDS_ADVERSARIAL: self.needs_attack,
             Trait.NEEDS_LABELS: not self.uses_unlabelled,
+            Trait.NEEDS_START: self.needs_start_logits,
         }
         for trait, holds in declared.items():
             if holds:
