@@ -264,12 +264,14 @@ class Table(Mapping[str, type[M]]):
         base: Class of all of them.
         methods: By name.
         default: Name of the one that an empty section is.
+        names: Valid names in words, where they are not those of the methods.
     """
 
     kind: str
     base: type[M]
     methods: Mapping[str, type[M]]
     default: str
+    names: str = ""
 
     def __getitem__(self, name: str) -> type[M]:
         return self.methods[name]
@@ -373,8 +375,8 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
     method = table.find(values.get("name", table.default), path, problems)
     if method is None:
         return default()
-    given = {key: value for key, value in values.items() if key != "name"}
     known = method.known_keys()
+    given = {key: value for key, value in values.items() if key != "name" or key in known}
     takes = ", ".join(known) or "no keys"
     for key in [key for key in given if key not in known]:
         value = given.pop(key)

@@ -65,7 +65,10 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
     from dat_ds.training.twin import natural_twin_of
 
     run = natural_twin_of(run)
-    without_dropout = dataclasses.replace(run.dat.model, drop_rate=None, drop_path_rate=None)
+    model_section = run.dat.model
+    rates = {"drop_rate", "drop_path_rate"} & set(model_section.known_keys())
+    off: dict[str, Any] = dict.fromkeys(rates)
+    without_dropout = dataclasses.replace(model_section, **off)
     dat = dataclasses.replace(run.dat, model=without_dropout, schedule=Constant())
     run = dataclasses.replace(run, dat=dat)
     ranks, model, batches = model_and_batches(run, STEPS)

@@ -99,13 +99,17 @@ def _methods(table: Table[Any], path: str) -> Iterator[str]:
     about = _words(table.base).split(". ")[0].rstrip(".")
     yield f"{about}. A key that the chosen one does not take is refused.\n"
     names = ", ".join(f"`{name}`" for name in table)
-    yield f"`name` is one of {names}. Default: `{table.default}`.\n"
+    if table.names:
+        yield f"`name` is {table.names}.\n"
+    else:
+        yield f"`name` is one of {names}. Default: `{table.default}`.\n"
     if common:
         yield from _rows(table.base, common)
     for name, method in table.items():
         own = [key for key in method.known_keys() if not _is_inherited(method, table.base, key)]
         left_out = [key for key in common if key not in method.known_keys()]
-        yield f"### `{path}.name={json.dumps(name)}`\n"
+        heading = f"{path} of {name}" if table.names else f"{path}.name={json.dumps(name)}"
+        yield f"### `{heading}`\n"
         yield _words(method) + "\n"
         if left_out:
             yield f"It does not take {', '.join(f'`{key}`' for key in left_out)}.\n"

@@ -22,57 +22,11 @@ from dat_ds.method import (
     fraction,
     option,
 )
+from dat_ds.models.method import MODELS, ModelMethod
 from dat_ds.objectives import OBJECTIVES, Objective
 from dat_ds.optim import OPTIMIZERS, SCHEDULES, OptimizerMethod, ScheduleMethod
 
 Norm = Literal["linf", "l2", "l1"]
-Checkpointing = Literal["none", "non_reentrant", "reentrant"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
-    """Network: any timm model by name, or a Hugging Face image classifier as ``hf:PATH``.
-
-    Where no name is given, ``digits`` get a ViT of 4 blocks and width 64 that fits their 8 x 8
-    pixels.
-    """
-
-    name: str = "vit_tiny_patch16_224"
-    num_classes: int | None = above(1, None, traits={Trait.SUPPORTS_CLASSES: lambda v: True})
-    """Default: the number of classes of the data. Self-supervised objectives choose their own."""
-    img_size: int | None = above(0, None)
-    """Default: the size of the data's images."""
-    patch_size: int | None = above(0, None)
-    depth: int | None = above(0, None)
-    embed_dim: int | None = above(0, None)
-    num_heads: int | None = above(0, None)
-    drop_rate: float | None = fraction(None)
-    drop_path_rate: float | None = fraction(None)
-    stem: Literal["default", "cifar"] = "default"
-    pretrained: str | None = None
-    """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``), or of a run: the
-    best model of a pre-training run, with a fresh classifier."""
-    mean: list[float] | None = None
-    """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
-    std: list[float] | None = None
-    activation_checkpointing: Checkpointing = option(
-        "none",
-        traits={
-            Trait.SAVES_RANDOM_STATES: lambda v: v != "none",
-            Trait.CHANGES_THE_MODEL: lambda v: v == "reentrant",
-            Trait.REFUSES_PLAIN_GRADIENTS: lambda v: v == "reentrant",
-        },
-    )
-    """Recompute activations in the backward pass instead of keeping them."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the timm model."""
-
-    def problems(self) -> Iterator[str]:
-        """Half of the statistics, or a spread that is none."""
-        if (self.mean is None) != (self.std is None):
-            yield "mean and dat.model.std go together: give both or neither."
-        if self.std is not None and min(self.std, default=0) <= 0:
-            yield f"std={self.std} must hold positive numbers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +212,7 @@ class EngineConfig(Section):
 class DatConfig(Section):
     """The whole ``"dat"`` section."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelMethod = chosen_from(MODELS)
     data: DatasetMethod = chosen_from(DATASETS)
     threat_model: ThreatModelConfig = field(default_factory=ThreatModelConfig)
     attack: Attack = chosen_from(ATTACKS)

@@ -1,7 +1,36 @@
 """Models that take pixels in [0, 1] and give logits: building, normalising, saving, loading."""
 
-from dat_ds.models.build import build_model
-from dat_ds.models.load import load, save_weights
-from dat_ds.models.normalize import Normalize, PixelModel
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Normalize", "PixelModel", "build_model", "load", "save_weights"]
+from dat_ds.models.method import MODELS, ModelMethod
+
+if TYPE_CHECKING:
+    from dat_ds.models.build import build_model
+    from dat_ds.models.loading import load, save_weights
+    from dat_ds.models.normalize import Normalize, PixelModel
+
+__all__ = [
+    "MODELS",
+    "ModelMethod",
+    "Normalize",
+    "PixelModel",
+    "build_model",
+    "load",
+    "save_weights",
+]
+
+_HOMES = {
+    "Normalize": "normalize",
+    "PixelModel": "normalize",
+    "build_model": "build",
+    "load": "loading",
+    "save_weights": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import timm and transformers only where a model is built or loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

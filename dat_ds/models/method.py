@@ -1,0 +1,110 @@
+"""The sections that choose a model: where its network comes from, and that library's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from dat_ds.method import Method, Table, Trait, above, fraction, option
+
+HUGGING_FACE = "hf:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMethod(Method):
+    """A network, with normalisation inside: any timm model by name, or ``hf:PATH``.
+
+    Where no name is given, ``digits`` get a ViT of 4 blocks and width 64 that fits their 8 x 8
+    pixels.
+    """
+
+    kind: ClassVar[str] = "model"
+
+    name: str = "vit_tiny_patch16_224"  # type: ignore[misc]  # of the network, not of the class
+    """Of the network."""
+    num_classes: int | None = above(1, None, traits={Trait.SUPPORTS_CLASSES: lambda v: True})
+    """Default: the number of classes of the data. Self-supervised objectives choose their own."""
+    img_size: int | None = above(0, None)
+    """Default: the size of the data's images."""
+    pretrained: str | None = None
+    """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``), or of a run: the
+    best model of a pre-training run, with a fresh classifier."""
+    mean: list[float] | None = None
+    """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
+    std: list[float] | None = None
+    """Per channel, pixel units. Default: as of ``mean``."""
+    activation_checkpointing: Literal["none", "non_reentrant", "reentrant"] = option(
+        "none",
+        traits={
+            Trait.SAVES_RANDOM_STATES: lambda v: v != "none",
+            Trait.CHANGES_THE_MODEL: lambda v: v == "reentrant",
+            Trait.REFUSES_PLAIN_GRADIENTS: lambda v: v == "reentrant",
+        },
+    )
+    """Recompute activations in the backward pass instead of keeping them."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the timm model, or fields of the Hugging Face config."""
+
+    def problems(self) -> Iterator[str]:
+        """Half of the statistics, or a spread that is none."""
+        if (self.mean is None) != (self.std is None):
+            yield "mean and dat.model.std go together: give both or neither."
+        if self.std is not None and min(self.std, default=0) <= 0:
+            yield f"std={self.std} must hold positive numbers."
+
+    def overrides(self) -> dict[str, Any]:
+        """Arguments of :func:`dat_ds.models.build_model` that only this kind of network has."""
+        own = [key for key in self.known_keys() if key not in ModelMethod.known_keys()]
+        return {key: getattr(self, key) for key in own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmModel(ModelMethod):
+    """A network of timm, by its name there."""
+
+    paper: ClassVar[str] = "https://github.com/huggingface/pytorch-image-models"
+
+    patch_size: int | None = above(0, None)
+    """Side of a patch in pixels."""
+    depth: int | None = above(0, None)
+    """Number of blocks."""
+    embed_dim: int | None = above(0, None)
+    """Width of the tokens."""
+    num_heads: int | None = above(0, None)
+    """Number of attention heads, a divisor of the width."""
+    drop_rate: float | None = fraction(None)
+    """Dropout probability before the classifier."""
+    drop_path_rate: float | None = fraction(None)
+    """Largest stochastic-depth probability."""
+    stem: Literal["default", "cifar"] = "default"
+    """``cifar`` replaces the stem of a ResNet, for images of 32 pixels and less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceModel(ModelMethod):
+    """A Hugging Face image classifier: ``hf:`` and a local folder, or a hub id."""
+
+    paper: ClassVar[str] = "https://github.com/huggingface/transformers"
+
+    name: str = HUGGING_FACE  # type: ignore[misc]  # of the network, not of the class
+    """``hf:`` and where the network lies."""
+
+
+class ModelTable(Table[ModelMethod]):
+    """The kinds of networks, told apart by the beginning of a model's name."""
+
+    def find(self, name: Any, path: str, problems: list[str]) -> type[ModelMethod] | None:
+        """The kind of the network of that name."""
+        is_hugging_face = isinstance(name, str) and name.startswith(HUGGING_FACE)
+        return self["hf" if is_hugging_face else "timm"]
+
+
+MODELS = ModelTable(
+    "model",
+    ModelMethod,
+    {"timm": TimmModel, "hf": HuggingFaceModel},
+    "timm",
+    names="the name of any timm model, or `hf:` and a folder or hub id",
+)
+"""The kinds of networks that ``dat.model`` names: a new one is a class and a place in this list."""
