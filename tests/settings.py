@@ -30,7 +30,7 @@ METHODS = [(section, name) for section, table in TABLES.items() for name in tabl
 MAKE_NO_IMAGES = [
     name
     for name, attack in ATTACKS.items()
-    if attack.traits & {Trait.IS_THE_STEP, Trait.MAKES_NO_IMAGES}
+    if attack.traits & {Trait.CARRIES_PERTURBATIONS, Trait.MAKES_NO_IMAGES}
 ]
 """Attacks that are called by no training step."""
 IMAGE_ATTACKS = [name for name in ATTACKS if name not in MAKE_NO_IMAGES]

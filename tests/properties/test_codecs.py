@@ -25,6 +25,8 @@ from dat_ds.compression import (
     topk,
 )
 
+pytestmark = pytest.mark.fast
+
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in CODECS),
     ("int8", {"block_size": None}),

@@ -23,6 +23,8 @@ from dat_ds.attacks.noise import (
     stream_key,
 )
 
+pytestmark = pytest.mark.fast
+
 CPU = torch.device("cpu")
 DRAWS = [rand_like, randn_like]
 int64s = st.integers(-(2**63), 2**63 - 1)

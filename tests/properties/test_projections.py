@@ -21,6 +21,8 @@ from dat_ds.attacks import (
     project_linf,
 )
 
+pytestmark = pytest.mark.fast
+
 PROJECTIONS = {"linf": project_linf, "l2": project_l2, "l1": project_l1}
 ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
 DUALS = {"linf": 1, "l2": 2, "l1": math.inf}

@@ -14,6 +14,8 @@ from dat_ds.attacks import SampleGenerator, ThreatModel
 from dat_ds.objectives.grad_align import alignment_probes
 from tests.distributed import tiny
 
+pytestmark = pytest.mark.fast
+
 THREAT = ThreatModel("linf", 0.02)
 Y = torch.tensor([0, 1, 2, 1])
 

@@ -25,6 +25,8 @@ from tests.unit.attack_helpers import (
     model_in_training,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @functools.cache
 def blobs() -> tuple[nn.Module, Tensor, Tensor]:

@@ -39,6 +39,8 @@ from tests.unit.attack_helpers import (
     worst_direction,
 )
 
+pytestmark = pytest.mark.fast
+
 # ---- leave no trace
 
 

@@ -18,6 +18,8 @@ from dat_ds.optim import OPTIMIZERS
 from tests.settings import TABLES
 from tests.unit.config_helpers import ADAMW, ours
 
+pytestmark = pytest.mark.fast
+
 
 def test_a_table_knows_its_methods_by_their_own_names():
     for table in TABLES.values():

@@ -7,6 +7,8 @@ import pytest
 from dat_ds.config import Length, load_config, parse_evaluation_attack
 from tests.unit.config_helpers import ADAMW, ours
 
+pytestmark = pytest.mark.fast
+
 # ---- defaults that follow from other settings
 
 

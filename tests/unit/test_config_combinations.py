@@ -7,6 +7,8 @@ import pytest
 from dat_ds.config import load_config
 from tests.unit.config_helpers import ours, problems
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("sections", "message"),

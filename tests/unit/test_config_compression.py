@@ -10,6 +10,8 @@ from dat_ds.compression import COMPRESSIONS
 from dat_ds.config import load_config
 from tests.unit.config_helpers import ours, problems
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("compression", "message"),

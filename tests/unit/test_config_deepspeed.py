@@ -12,6 +12,8 @@ from dat_ds.config.deepspeed.keys import FP16_DEFAULTS, SCALAR_DEFAULTS, TOP_LEV
 from dat_ds.errors import ConfigError
 from tests.unit.config_helpers import ADAMW, deepspeed_config_module, problems
 
+pytestmark = pytest.mark.fast
+
 # ---- defaults
 
 

@@ -11,6 +11,8 @@ from dat_ds.config.deepspeed.resolve import _REFUSED_KEYS
 from dat_ds.errors import ConfigError, UserError
 from tests.unit.config_helpers import ADAMW, one_bit, ours, problems
 
+pytestmark = pytest.mark.fast
+
 NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 
 

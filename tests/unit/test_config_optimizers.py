@@ -20,6 +20,8 @@ from dat_ds.config.deepspeed.keys import ONE_BIT_OPTIMIZERS, OPTIMIZER_DEFAULTS,
 from dat_ds.optim import OPTIMIZERS
 from tests.unit.config_helpers import ADAMW, deepspeed_config_module, one_bit, problems
 
+pytestmark = pytest.mark.fast
+
 # ---- ours
 
 

@@ -24,6 +24,8 @@ from dat_ds.bench.prediction.cost_model import (
 )
 from dat_ds.compression import CODECS, build_codec
 
+pytestmark = pytest.mark.fast
+
 LINK = Link(alpha=1e-4, beta=8e-8)  # 100 us, 100 Mbit/s
 FAST = Link(alpha=1e-6, beta=1e-10)
 P, K, B = 10_000_000, 3, 16

@@ -18,6 +18,8 @@ from dat_ds.attacks import (
     targeted_dlr,
 )
 
+pytestmark = pytest.mark.fast
+
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 Y, TARGET = torch.tensor([0, 1, 2, 3, 4, 2]), torch.tensor([1, 0, 0, 4, 2, 3])
 

@@ -24,6 +24,8 @@ from tests.unit.attack_helpers import (
     worst_direction,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def small_net(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(2)

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from dat_ds.data import Augmented, DistributedLoader, Mixed, SampleKey, TensorImages
 
+pytestmark = pytest.mark.fast
+
 CLASSES = 5
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from dat_ds.models import PixelModel
 from tests.unit.model_helpers import pixels
+
+pytestmark = pytest.mark.fast
 
 
 class Recorder(nn.Module):

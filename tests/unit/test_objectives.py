@@ -18,6 +18,8 @@ from dat_ds.objectives import (
     helper_images,
 )
 
+pytestmark = pytest.mark.fast
+
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # float32 roundings of numbers near 10
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 Y = torch.tensor([0, 1, 2, 3, 0, 2])

@@ -21,6 +21,8 @@ from dat_ds.optim import (
     ZeroOneAdam,
 )
 
+pytestmark = pytest.mark.fast
+
 STEPS, LR, DECAY, BETAS, EPS = 12, 0.02, 0.1, (0.8, 0.95), 1e-6
 KINDS: dict[str, tuple[type[CompressedOptimizer], dict[str, Any]]] = {
     "one_bit_adam": (OneBitAdam, {"freeze_step": 4}),

@@ -27,6 +27,8 @@ from dat_ds.optim import (
     usual_scaling,
 )
 
+pytestmark = pytest.mark.fast
+
 # ---- schedules
 
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from dat_ds.data import DistributedBatchSampler, SampleKey, hold_out, plan_step, shard_evenly
 from dat_ds.errors import DataError
 
+pytestmark = pytest.mark.fast
+
 
 def sampler_of(size, micro_batch, accumulation, rank, ranks, seed=3):
     return DistributedBatchSampler(

@@ -20,6 +20,8 @@ from dat_ds.attacks import (
 )
 from dat_ds.objectives import build_objective, random_view, rotations
 
+pytestmark = pytest.mark.fast
+
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 VIEWS = {"crop_area": 0.2, "color_jitter": 0.5, "flip": 0.5}
 AS_IT_IS = {"crop_area": 1.0, "color_jitter": 0.0, "flip": 0.0}

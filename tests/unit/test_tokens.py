@@ -15,6 +15,8 @@ from transformers import (
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, build_attack, dropped_tokens, patch_tokens
 
+pytestmark = pytest.mark.fast
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
 SMALL |= {"patch_size": 4, "intermediate_size": 32}
 

@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from dat_ds.optim import OPTIMIZERS, PADDING, Lamb, Lars, LayerwiseOptimizer, Layout, Segments
 
+pytestmark = pytest.mark.fast
+
 SHAPES = [(8, 3, 3, 3), (8,), (5, 7), (1,), (64, 33)]
 KINDS = {"lamb": Lamb, "lars": Lars}
 
