@@ -115,7 +115,8 @@ class Strategy:
         """Images to train on.
 
         Args:
-            batch: Natural images, and their place in the run.
+            batch: Natural images, and their place in the run; where several micro-batches are
+                attacked as one, all of them, at the slot of the first.
             attack: The attack at this point of the run.
             run: Runs it on ``batch``.
         """

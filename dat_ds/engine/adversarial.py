@@ -22,7 +22,7 @@ from dat_ds.data import BatchPlan, DistributedLoader, classes_of
 from dat_ds.engine import hooks
 from dat_ds.engine.bare import BareModel, Model, graphs_of
 from dat_ds.engine.reductions import attach_compression
-from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
+from dat_ds.engine.steplog import StepLog
 from dat_ds.engine.validate import attack_problems
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Task, task_of
@@ -34,8 +34,6 @@ from dat_ds.minmax import (
     Moment,
     OuterForward,
     PerturbedWeights,
-    PhaseTimer,
-    StepMetrics,
     num_correct,
     refuse_sharded,
     weight_perturbation,
@@ -134,10 +132,14 @@ class AdversarialEngine:
         if perturbed.name != "none" and run.zero_stage == 3 and not self._bare.keeps_parameters:
             refuse_sharded(self.module)
         self.compression = attach_compression(engine, run, ranks)
-        self.traffic = Traffic()
-        listen(self.traffic)
-        self._pending = self._new_metrics()
-        self._last: StepMetrics | None = None
+        self._log = StepLog(
+            engine,
+            ranks,
+            compression=self.compression,
+            optimizer=averaging_optimizer,
+            count_gradients=self.inner.input_gradient,
+        )
+        self.traffic = self._log.traffic
 
     # ---- training
 
@@ -249,23 +251,22 @@ class AdversarialEngine:
             self.compression.start(self.global_steps * self.accumulation + self.micro_step)
         scale = hooks.missing_loss_scale(self.deepspeed)
         try:
-            with self._phase("backward"):
+            with self._log.phase("backward"):
                 self.deepspeed.backward(loss if scale == 1 else loss.float() * scale)
         finally:
             self._weights.restore()
         if self.compression is not None and self.micro_step == self.accumulation - 1:
             self.compression.check_done()
-        self.inner.after_backward(self._pending.gradient)
+        self.inner.after_backward(self._log.pending.gradient)
 
     def step(self) -> None:
         """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
         completes = self.micro_step == self.accumulation - 1
-        with self._phase("step"), hooks.named_loss_scale_error():
+        with self._log.phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
-        self._pending.timer.leave()
+        self._log.pending.timer.leave()
         if completes:
-            self._pending.bytes_sent, self._pending.collectives = self.traffic.take()
-            self._last, self._pending = self._pending, self._new_metrics()
+            self._log.complete()
 
     # ---- attack
 
@@ -297,7 +298,7 @@ class AdversarialEngine:
         moment = self._moment(self.micro_step, first_index, indices)
         batch = MicroBatch(x=x, y=y, moment=moment, num_images=len(x))
         gradient = self.inner.input_gradient() if gradient is None else gradient
-        with self._counting_gathers():
+        with self._log.attack():
             return self.inner.images(batch, gradient).images.detach()
 
     def frozen(
@@ -389,13 +390,13 @@ class AdversarialEngine:
         """
         # Decided alike on every rank: one that had no image has no natural logits either.
         has_natural = self._objective.needs_natural_logits or self.inner.is_natural
-        if self._last is None or has_natural or not self._objective.classifies:
+        if self._log.last is None or has_natural or not self._objective.classifies:
             return
         part = self._reader.read(x, y, self._moment(0, 0))
         with self.frozen() as model, torch.no_grad():
             logits = model(part.x)
         if part.num_images:
-            self._last.add_natural(*num_correct(logits, part.y, part.labelled))
+            self._log.last.add_natural(*num_correct(logits, part.y, part.labelled))
 
     # ---- metrics
 
@@ -408,32 +409,21 @@ class AdversarialEngine:
         ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
         ``skipped_steps``: how many steps were dropped so far for non-finite gradients.
         """
-        return {} if self._last is None else self._describe(self._last, self._last.sums(), 1)
+        return self._log.local()
 
     @property
     def collectives(self) -> dict[str, int]:
         """Collectives of the last optimizer step on this rank, by kind of traffic."""
-        return {} if self._last is None else dict(self._last.collectives)
+        last = self._log.last
+        return {} if last is None else dict(last.collectives)
 
     def reduced_metrics(self) -> dict[str, Any]:
         """:attr:`metrics` over all ranks, a collective; seconds and bytes stay this rank's."""
-        if self._last is None:
-            return {}
-        return self._describe(self._last, self.ranks.sum(self._last.sums()), self.ranks.count)
-
-    def _describe(self, metrics: StepMetrics, sums: Tensor, ranks: int) -> dict[str, Any]:
-        means = metrics.means(sums, ranks)
-        own_skips = 0 if self.averaging_optimizer is None else self.averaging_optimizer.num_skipped
-        return {
-            **means,
-            **metrics.local(),
-            "bytes_sent": dict(metrics.bytes_sent),
-            "skipped_steps": int(self.deepspeed.skipped_steps) + own_skips,
-        }
+        return self._log.reduced()
 
     def close(self) -> None:
         """Let go of the process group and of DeepSpeed's hooks on the module."""
-        stop_listening(self.traffic)
+        self._log.close()
         self.deepspeed.destroy()
 
     # ---- internals
@@ -458,14 +448,14 @@ class AdversarialEngine:
     ) -> list[tuple[MicroBatch, Adversarial]]:
         """The next micro-batches, attacked as one, with their adversarial images."""
         self._weights.restore()  # where an earlier loss never went backward
-        self._pending.timer.enter("attack")
+        self._log.pending.timer.enter("attack")
         group = [self.micro_batch(*batch, ahead=i) for i, batch in enumerate(batches)]
-        with self._counting_gathers():
-            return self.inner.maximise(group, self._pending.gradient)
+        with self._log.attack():
+            return self.inner.maximise(group, self._log.pending.gradient)
 
     def _outer_loss(self, part: MicroBatch, found: Adversarial) -> Tensor:
         """The outer loss of a micro-batch, with gradient."""
-        metrics = self._pending
+        metrics = self._log.pending
         metrics.timer.enter("attack")
         probes = self.inner.probes(part)
         self.inner.await_backward(part, found)
@@ -475,7 +465,7 @@ class AdversarialEngine:
         keep = preserved_buffers(self.module) if is_empty else contextlib.nullcontext()
         self._perturb_weights(part, found, probes)
         forward = functools.partial(self._bare.forward, self.deepspeed, training=True)
-        with self._phase("forward"), keep, self._weights.restored_on_error():
+        with self._log.phase("forward"), keep, self._weights.restored_on_error():
             outer = self._outer(forward, part, found, probes)
         metrics.add(
             outer,
@@ -498,36 +488,18 @@ class AdversarialEngine:
             forward = functools.partial(self._bare.forward, self.module, training=True)
             return self._outer(forward, part, found, probes).terms["loss"] * part.weight
 
-        with self._phase("backward"), self._bare.autocast():
+        with self._log.phase("backward"), self._bare.autocast():
             self._weights.apply(outer_loss, hooks.loss_scale(self.deepspeed))
 
-    @torch.no_grad()
     def _original_outputs(self, x: Tensor) -> Tensor:
         """Outputs of the model as it was at the start."""
         assert self.reference is not None
-        with self._bare.autocast():
-            return self._bare.forward(self.reference, x, training=False)
+        return self._bare.outputs_of(self.reference, x)
 
     @contextlib.contextmanager
     def _opened_to_attack(self, model_mode: ModelMode) -> Iterator[Model]:
-        with self._phase("forward"), self._bare.opened(model_mode, self._bare.compiled) as model:
+        with (
+            self._log.phase("forward"),
+            self._bare.opened(model_mode, self._bare.compiled) as model,
+        ):
             yield model
-
-    @contextlib.contextmanager
-    def _phase(self, phase: Phase) -> Iterator[None]:
-        """A part of training, whose traffic is counted, and compressed where it is asked for."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.traffic.counting(phase))
-            if self.compression is not None:
-                stack.enter_context(self.compression.training_pass())
-            yield
-
-    @contextlib.contextmanager
-    def _counting_gathers(self) -> Iterator[None]:
-        """Count gathers of parameters as the attack's."""
-        before = self.traffic.calls["parameters"]
-        yield
-        self._pending.attack_parameter_gathers += self.traffic.calls["parameters"] - before
-
-    def _new_metrics(self) -> StepMetrics:
-        return StepMetrics(PhaseTimer(self.ranks.device), self.inner.input_gradient())

@@ -100,6 +100,12 @@ class BareModel:
         filled = fill_up(x, self.module) if training else x
         return model(x) if filled is x else model(filled)[: len(x)]
 
+    @torch.no_grad()
+    def outputs_of(self, model: Model, x: Tensor) -> Tensor:
+        """Outputs of another model in evaluation mode, called as the module is."""
+        with self.autocast():
+            return self.forward(model, x, training=False)
+
 
 @dataclass(frozen=True)
 class _FrozenModel:

@@ -50,11 +50,13 @@ def joined(parts: Sequence[MicroBatch]) -> MicroBatch:
     """Micro-batches of one optimizer step as one, to be attacked: images in their order."""
     first = parts[0].moment
     indices = [part.moment.first_image + i for part in parts for i in range(len(part.x))]
+    samples = [part.samples for part in parts if part.samples is not None]
     return MicroBatch(
         x=torch.cat([part.x for part in parts]),
         y=torch.cat([part.y for part in parts]),
         moment=dataclasses.replace(first, indices=indices),
         num_images=sum(part.num_images for part in parts),
+        samples=[i for of_part in samples for i in of_part] if len(samples) == len(parts) else None,
     )
 
 
