@@ -12,7 +12,7 @@ from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import DatConfig, attack_of, threat_of
 from dat_ds.config.rules import resolve_dat
 from dat_ds.errors import ConfigError
-from dat_ds.method import parse_section
+from dat_ds.method import Trait, parse_section
 from dat_ds.minmax import WeightPerturbation, weight_perturbation
 from dat_ds.objectives import OBJECTIVES, Objective
 
@@ -239,6 +239,12 @@ def _problems(dat: DatConfig, attack: Any, unlabelled_weight: float) -> list[str
     given = attack if isinstance(attack, Attack) else dat.attack
     if given.strategy().replays > 1:
         problems.append(_FREE)
+    elif Trait.CARRIES_PERTURBATIONS in given.traits:
+        problems.append(
+            f"dat.attack.name={given.name!r} goes on with the perturbation of earlier steps, which "
+            "a Trainer's checkpoint does not hold: choose another attack, or train with "
+            "dat_ds.initialize."
+        )
     name = dat.objective.name
     if name in ("rotation", "contrastive"):
         problems.append(
