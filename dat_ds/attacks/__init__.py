@@ -25,7 +25,7 @@ from dat_ds.attacks.misfits import misfits
 from dat_ds.attacks.modes import MODEL_MODES, attack_mode, preserved_buffers
 from dat_ds.attacks.multi_norm import multi_norm, threat_like
 from dat_ds.attacks.n_fgsm import n_fgsm
-from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
+from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack, stream_of
 from dat_ds.attacks.noise import Generator, SampleGenerator, rand_like
 from dat_ds.attacks.passes.folding import folded_batch_norm
 from dat_ds.attacks.passes.graphs import AttackGraphs
@@ -101,6 +101,7 @@ __all__ = [
     "project_linf",
     "rand_like",
     "run_attack",
+    "stream_of",
     "targeted_dlr",
     "threat_like",
 ]

@@ -65,6 +65,17 @@ def parse_evaluation_attack(name: str) -> EvaluationAttack:
     return EvaluationAttack(name, match[1], int(match[2]), int(match[3] or 1))
 
 
+def stream_of(attack: EvaluationAttack, seed: int, first_index: int = 0) -> SampleGenerator:
+    """Random numbers of an evaluation attack: a function of the seed, its name, and each image.
+
+    Args:
+        attack: The attack.
+        seed: Of the run.
+        first_index: Index of the batch's first image within the data.
+    """
+    return SampleGenerator(seed, 0, first_index, stream=f"evaluation {attack.name}")
+
+
 def run_attack(
     model: Model,
     x: Tensor,

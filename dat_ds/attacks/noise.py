@@ -5,6 +5,7 @@ A counter-based source gives every sample its own stream, a pure function of
 neither on the number of ranks nor on the micro-batch nor on the device.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+START = "start"
 _MASK = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -52,6 +54,13 @@ def stream_key(*parts: int) -> int:
     return _absorbed(*parts) >> 1
 
 
+def _parts_of(stream: str) -> tuple[int, ...]:
+    """What a stream's name adds to the hash; nothing for an attack's random starts."""
+    if stream == START:
+        return ()
+    return (int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little"),)
+
+
 @dataclass
 class SampleGenerator:
     """Counter-based source of one batch's random numbers.
@@ -61,12 +70,15 @@ class SampleGenerator:
         step: Optimizer step, so that every step draws anew.
         first_index: Index, within the step's global batch, of the batch's first sample.
         indices: Those of all its samples, where they do not follow one another.
+        stream: Purpose of the numbers: draws of different streams have nothing in common, whatever
+            their seeds. ``"start"`` is an attack's random start.
     """
 
     seed: int
     step: int
     first_index: int = 0
     indices: Sequence[int] | None = None
+    stream: str = START
     _draws: int = field(default=0, init=False, repr=False)
 
     @property
@@ -80,7 +92,10 @@ class SampleGenerator:
         return _mix_tensor_(self._streams(batch, device).unsqueeze(1) + counter)
 
     def keys(self, batch: int) -> Tensor:
-        """Next draw's ``stream_key(seed, step, index, draw)`` of each sample: int64 ``(batch,)``.
+        """Next draw's key of each sample: int64 ``(batch,)``.
+
+        It is ``stream_key(seed, step, index, draw)``; of another stream than ``"start"`` a hash of
+        its name stands after ``step``.
 
         Raises:
             ValueError: For a draw of more samples than there are indices.
@@ -95,7 +110,7 @@ class SampleGenerator:
                 "image, several times if need be."
             )
         _mix_tensor_(keys.add_(_signed(_GOLDEN_GAMMA)))
-        keys.bitwise_xor_(_signed(_absorbed(self.seed, self.step)))
+        keys.bitwise_xor_(_signed(_absorbed(self.seed, self.step, *_parts_of(self.stream))))
         _mix_tensor_(keys).bitwise_xor_(_signed(_mix(self._draws + _GOLDEN_GAMMA)))
         self._draws += 1
         return (_mix_tensor_(keys) >> 1).bitwise_and_((1 << 63) - 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, attack_mode
-from dat_ds.attacks.named import run_attack
+from dat_ds.attacks.named import run_attack, stream_of
 from dat_ds.config import parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
@@ -154,12 +154,12 @@ def evaluate(
             if count == 0:  # this rank only keeps the others company
                 x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1)
             first_index = indices[0] if indices else 0
-            views = SampleGenerator(seed + 1, 0, first_index)
+            views = SampleGenerator(seed, 0, first_index, stream="evaluation views")
             x, y = task.inputs(x.to(device), y.to(device), views)
             natural = _judge(model, x, y, task.loss)
             found["natural"].append(natural[:count].cpu())
             for attack in parsed:
-                generator = SampleGenerator(seed, attack.steps, first_index * task.num_views)
+                generator = stream_of(attack, seed, first_index * task.num_views)
                 x_adv = run_attack(model, x, y, threat, attack, generator, task.loss)
                 robust = _judge(model, x_adv, y, task.loss)
                 robust = robust & natural if task.loss is None else robust

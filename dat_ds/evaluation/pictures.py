@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dat_ds.attacks import SampleGenerator, ThreatModel
-from dat_ds.attacks.named import run_attack
+from dat_ds.attacks import ThreatModel
+from dat_ds.attacks.named import run_attack, stream_of
 from dat_ds.config import parse_evaluation_attack
 
 
@@ -48,7 +48,7 @@ def draw_examples(
         return class_names[index] if class_names else str(index)
 
     for block, (model_name, model) in enumerate(models.items()):
-        x_adv = run_attack(model, x, y, threat, chosen, SampleGenerator(seed, chosen.steps))
+        x_adv = run_attack(model, x, y, threat, chosen, stream_of(chosen, seed))
         before, after = model(x).argmax(1).tolist(), model(x_adv).argmax(1).tolist()
         delta = x_adv - x
         scale = float(delta.abs().max().clamp_min(1e-12))

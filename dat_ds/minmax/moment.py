@@ -10,8 +10,6 @@ from dat_ds.attacks import SampleGenerator
 
 Stream = Literal["start", "probe", "views"]
 
-_SHIFTS: dict[Stream, int] = {"start": 0, "probe": 1, "views": 2}  # of the seed
-
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
@@ -40,6 +38,4 @@ class Moment:
             stream: ``"start"`` of an attack, GradAlign's ``"probe"``, or the ``"views"`` that an
                 objective makes of its images: draws that must not be one another's.
         """
-        return SampleGenerator(
-            self.seed + _SHIFTS[stream], self.step, self.first_image, self.indices
-        )
+        return SampleGenerator(self.seed, self.step, self.first_image, self.indices, stream)

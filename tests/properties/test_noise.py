@@ -217,3 +217,22 @@ def test_bits_of_all_64_positions_are_balanced():
     for position in range(64):
         share = ((bits >> position) & 1).double().mean().item()
         assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(bits.numel()), position
+
+
+def test_streams_have_nothing_in_common_whatever_the_seeds():
+    """Of 0.1, where streams were shifts of the seed, seed 0's views were seed 2's starts."""
+    streams = ("start", "probe", "views", "evaluation pgd-20")
+    keys = {
+        (stream, seed, step): tuple(SampleGenerator(seed, step, stream=stream).keys(4).tolist())
+        for stream in streams
+        for seed in range(5)
+        for step in range(5)
+    }
+    assert len(set(keys.values())) == len(keys)
+    everything = [key for found in keys.values() for key in found]
+    assert len(set(everything)) == len(everything)
+
+
+def test_starts_are_those_of_version_0_1():
+    keys = SampleGenerator(-3, 11).keys(2).tolist()
+    assert keys == [stream_key(-3, 11, index, 0) for index in range(2)]
