@@ -362,7 +362,8 @@ def test_a_combination_without_sense_is_refused_with_the_reason(sections, messag
     [
         (
             {"attack": {"name": "free"}},
-            "dat.attack.name='free' is the training step itself. Remove one of them.",
+            "dat.attack.name='free' goes on with the perturbation of earlier steps. Remove one of "
+            "them.",
         ),
         (
             {"attack": {"model_mode": "train"}},

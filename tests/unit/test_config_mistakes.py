@@ -112,8 +112,8 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             {"dat": {"optimizer": {"name": "lamb"}}, "zero_optimization": NVME},
-            "zero_optimization.offload_optimizer.device='nvme' with a layer-wise optimizer: its "
-            "trust ratios need all shards of a step before any is updated, but this moves them "
+            "zero_optimization.offload_optimizer.device='nvme' with a layer-wise optimizer: it "
+            "needs all shards of a step before any is updated, but this moves them "
             "one by one. Instead, write 'cpu'.",
         ),
         (
