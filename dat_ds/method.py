@@ -45,7 +45,7 @@ _ARTICLES = {
 
 
 class Trait(enum.Enum):
-    """What something in a run is or does, as a phrase that follows its key in a message."""
+    """Property of a part of a run, as a phrase that follows its key in a message."""
 
     ASKS_THE_HOST = "leaves decisions to the host"
     CARRIES_PERTURBATIONS = "goes on with the perturbation of earlier steps"
@@ -192,7 +192,7 @@ class Section:
         return {}
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between its own keys; each message starts with a key."""
+        """Contradictions between its own keys; each message starts with a key."""
         return iter(())
 
     def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
@@ -248,7 +248,7 @@ class Method(Section):
 
 
 def name_of(method: type[Method]) -> str:
-    """What chooses a method: its name, or where it is from outside the package, its place."""
+    """Value of ``name`` that selects a method: its name, or ``MODULE:CLASS`` from outside."""
     if method.__module__.split(".")[0] == __name__.split(".")[0]:
         return method.name
     return f"{method.__module__}:{method.__qualname__}"

@@ -102,7 +102,7 @@ def _unit_l1(gradient: Tensor) -> Tensor:
 
 
 def inner_target(model: Model, x: Tensor, y: Tensor, loss: str | InnerLoss) -> Tensor:
-    """What the inner loss compares logits with: ``y``, or the distribution at ``x`` ``(B, K)``."""
+    """Target of the inner loss: ``y``, or the predicted distribution at ``x`` ``(B, K)``."""
     if loss not in REFERENCE_LOSSES:
         return y
     with torch.no_grad():

@@ -38,7 +38,7 @@ _COMMON = ("hardware", "versions", "commit")
 
 @dataclass(frozen=True)
 class Task:
-    """What an entry has to reach, on what.
+    """Task of the leaderboard: data, threat model and thresholds of robust accuracy.
 
     Attributes:
         data: Name of the dataset.
@@ -228,7 +228,7 @@ def _table(entries: Mapping[str, Mapping[str, Any]], task: str) -> list[str]:
 
 
 def describe_entry(entry: Mapping[str, Any]) -> str:
-    """What an entry takes and reaches, and whether it counts."""
+    """Time and accuracy of an entry, and whether it counts."""
     task, robust = TASKS[entry["task"]], _mean(entry, JUDGE)
     passed = [f"{t:.0%}" for t in task.thresholds if robust >= t]
     words = (

@@ -118,7 +118,7 @@ def gather_shares(
 
 
 class Feedback:
-    """What encoding lost, added to what is encoded next (Karimireddy et al., ICML 2019).
+    """Error feedback: adds the encoding error to the next input (Karimireddy et al., ICML 2019).
 
     A non-finite loss is forgotten: it would come back for ever.
 
@@ -343,7 +343,7 @@ class CompressedAllReduce(_Exchange):
         return finish_together([self.parts(tensor, step)])[0]
 
     def parts(self, tensor: Tensor, step: int) -> Generator[None, None, Tensor]:
-        """What a call does, in parts for :func:`finish_together`; yields while bytes travel."""
+        """A call in parts, for :func:`finish_together`; yields while bytes travel."""
         flat = tensor.detach().to(torch.float32)
         if self.ranks == 1 or not self.numel:
             return flat.clone()

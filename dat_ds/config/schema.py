@@ -136,7 +136,7 @@ class GuardConfig(Section):
             (Trait.COMPARES_ACCURACIES, Trait.COMPARES_WITH_STRONGER), lambda v: v != "none"
         ),
     )
-    """What to do when it fires: end the run, return to the last checkpoint and go on with more
+    """Action when it fires: end the run, return to the last checkpoint and go on with more
     attack steps, or go on with more attack steps from here. Default: ``rollback`` for the
     single-step attacks, else ``none``."""
     every_steps: int = above(0, 50)
@@ -220,7 +220,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section):
-    """What a run shows and writes while it trains."""
+    """Output of a run while it trains."""
 
     every_steps: int = above(0, 10)
     progress: bool = True
@@ -245,7 +245,7 @@ class EngineConfig(Section):
             Trait.COMPILES_THE_UPDATE: lambda v: v == "all",
         },
     )
-    """What ``torch.compile`` compiles: the attack's passes, or the update's as well."""
+    """Passes that ``torch.compile`` compiles: the attack's, or the update's as well."""
     cuda_graphs: bool = option(False, traits={Trait.RECORDS_THE_ATTACK: bool})
     """Record the whole attack, all of its steps, as a CUDA graph and replay it: one launch in the
     place of one per kernel. What it needs for activations stays reserved. Worth it for batches of

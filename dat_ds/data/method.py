@@ -1,4 +1,4 @@
-"""What every dataset section of a run config is: how images are read, split, mixed and loaded."""
+"""Base of the dataset sections of a run config: reading, splits, mixing and loading of images."""
 
 from __future__ import annotations
 

@@ -336,12 +336,12 @@ class AdversarialEngine:
     def micro_batch(
         self, x: Tensor, y: Tensor, plan: BatchPlan | None = None, *, ahead: int = 0
     ) -> MicroBatch:
-        """What is attacked and trained on in the place of a batch, on the device.
+        """The micro-batch that is attacked and trained on in the place of a batch, on the device.
 
         Args:
-            x: As of :meth:`__call__`.
-            y: As of :meth:`__call__`.
-            plan: As of :meth:`__call__`, but without a default.
+            x: This rank's images ``(B, C, H, W)``, as for :meth:`__call__`.
+            y: Their labels, as for :meth:`__call__`.
+            plan: As for :meth:`__call__`, but without a default.
             ahead: In how many micro-steps its turn is.
         """
         slot, first_image = self.micro_step + ahead, None
@@ -357,7 +357,7 @@ class AdversarialEngine:
 
     @property
     def task(self) -> Task | None:
-        """What the model in training is judged by; None where it classifies images."""
+        """Evaluation task of the model in training; None where it classifies images."""
         return task_of(self._objective, self._original_outputs)
 
     def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:

@@ -103,7 +103,7 @@ class BareModel:
 
 @dataclass(frozen=True)
 class _FrozenModel:
-    """What :meth:`BareModel.opened` gives: the module, called as the engine calls it."""
+    """The model that :meth:`BareModel.opened` yields, called as the engine calls the module."""
 
     module: nn.Module
     called: Model
@@ -115,7 +115,7 @@ class _FrozenModel:
 
 
 def graphs_of(run: RunConfig, module: nn.Module, ranks: Ranks) -> AttackGraphs | None:
-    """What replays attacks as CUDA graphs, where it is asked for and there is a CUDA device."""
+    """The cache of CUDA graphs of attacks; None where they are off or there is no CUDA device."""
     if not run.dat.engine.cuda_graphs:
         return None
     if ranks.device.type == "cuda":

@@ -28,7 +28,7 @@ from dat_ds.ranks import Ranks, rows_of_others
 
 @dataclass(frozen=True)
 class OuterTerms:
-    """What an objective made of the outer forward.
+    """Loss terms of an objective, from the outer forward.
 
     Attributes:
         terms: ``loss``, with gradient, and detached terms.

@@ -1,4 +1,4 @@
-"""What every robust objective is, and what they share.
+"""Base class of the robust objectives, and the functions that they share.
 
 Shapes: ``B`` batch, ``K`` classes.
 """
@@ -26,7 +26,7 @@ Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What the outer forward put out, in float32 (float64 where the model does).
+    """Outputs of the outer forward, in float32 (float64 where the model's are).
 
     Attributes:
         objective: Whose outputs they are, for messages.
@@ -156,7 +156,7 @@ class Objective(Method):
 
     @property
     def inner_loss(self) -> InnerLoss | None:
-        """What an attack has to maximise; None leaves the choice to ``dat.attack.loss``."""
+        """Inner loss that attacks have to maximise; None leaves it to ``dat.attack.loss``."""
         return None
 
     def inputs(
@@ -167,7 +167,7 @@ class Objective(Method):
         generator: Generator,
         reference: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is attacked and trained on in the place of a batch; by default the batch itself.
+        """Images and targets to attack and train on in the place of a batch; by default the batch.
 
         Args:
             x: Images ``(B, C, H, W)``, pixel units, float32; not modified.

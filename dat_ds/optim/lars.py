@@ -157,7 +157,7 @@ class LarsMethod(TrustRatioMethod):
     upper: float | None = above(0, default_of(Lars, "upper"))
     """Upper bound of it. Default: none, of ``paper`` 10."""
     scaled: Scaled = default_of(Lars, "scaled")
-    """What the trust ratio scales. Of ``paper`` ``momentum``."""
+    """Quantity that the trust ratio scales. The preset ``paper`` uses ``momentum``."""
 
     def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """:class:`Lars`."""

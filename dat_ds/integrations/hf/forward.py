@@ -76,7 +76,7 @@ class PixelView:
         return self._pixels.to_values(x).to(next(dtypes, torch.float32))
 
     def output_of(self, outputs: Any) -> Tensor:
-        """What the objective compares.
+        """Output that the objective compares.
 
         Raises:
             ConfigError: Where the model does not put it out.

@@ -1,4 +1,4 @@
-"""What a Trainer's labels may be, checked on the first batch."""
+"""Check of a Trainer's labels on the first batch."""
 
 from __future__ import annotations
 

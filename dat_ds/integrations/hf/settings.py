@@ -1,4 +1,4 @@
-"""What the callback was asked for, read and checked by the rules of a run config."""
+"""Settings of the callback, read and checked by the rules of a run config."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ _FREE = (
 
 
 def _problems(dat: DatConfig, attack: Any, unlabelled_weight: float) -> list[str]:
-    """What the Trainer cannot do, in words.
+    """Problems of settings that the Trainer cannot serve.
 
     Args:
         dat: The resolved section.
