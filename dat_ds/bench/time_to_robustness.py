@@ -37,7 +37,7 @@ _COMMON = ("hardware", "versions", "commit")
 
 
 @dataclass(frozen=True)
-class Task:
+class RobustnessTask:
     """Task of the leaderboard: data, threat model and thresholds of robust accuracy.
 
     Attributes:
@@ -56,8 +56,8 @@ class Task:
 
 
 TASKS = {
-    "digits": Task("digits", 359, "2/16", (0.8,), "cpu"),
-    "cifar10": Task("cifar10", 10_000, "8/255", (0.45, 0.5), "cuda"),
+    "digits": RobustnessTask("digits", 359, "2/16", (0.8,), "cpu"),
+    "cifar10": RobustnessTask("cifar10", 10_000, "8/255", (0.45, 0.5), "cuda"),
 }
 
 

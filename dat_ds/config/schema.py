@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dat_ds.attacks import ATTACKS, Attack, ThreatModel, parse_evaluation_attack
+from dat_ds.attacks.threat import Norm
 from dat_ds.compression import COMPRESSIONS, Compression
 from dat_ds.data import DATASETS, DatasetMethod
+from dat_ds.kinds import Checkpointing
 from dat_ds.length import Length
 from dat_ds.method import (
     Section,
@@ -24,9 +26,6 @@ from dat_ds.method import (
 )
 from dat_ds.objectives import OBJECTIVES, Objective
 from dat_ds.optim import OPTIMIZERS, SCHEDULES, OptimizerMethod, ScheduleMethod
-
-Norm = Literal["linf", "l2", "l1"]
-Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,8 @@ class GuardConfig(Section):
     """Watches single-step training for catastrophic overfitting.
 
     Every so many steps, images of the batch are attacked by the training attack and by a multi-step
-    probe. The guard fires where accuracy under the first exceeds that under the second too far.
+    probe. The guard fires when accuracy under the training attack exceeds accuracy under the probe
+    by more than ``largest_gap`` (a sign of catastrophic overfitting).
     """
 
     action: Literal["none", "stop", "rollback", "strengthen"] | None = option(
@@ -140,13 +140,14 @@ class GuardConfig(Section):
     attack steps, or go on with more attack steps from here. Default: ``rollback`` for the
     single-step attacks, else ``none``."""
     every_steps: int = above(0, 50)
-    """Optimizer steps between two looks."""
+    """Optimizer steps between two checks."""
     probe_steps: int = above(0, 10)
     """PGD steps of the probe."""
     num_images: int = above(0, 64)
-    """Images per rank and look."""
+    """Images per rank and check."""
     largest_gap: float = fraction(0.3)
-    """Allowed excess of accuracy under the training attack, as a fraction."""
+    """Largest allowed excess of accuracy under the training attack over that under the probe, as a
+    fraction (0.3: 30 points)."""
     stronger_steps: int = above(1, 7)
     """PGD steps of the training attack after ``rollback`` or ``strengthen``."""
 

@@ -24,7 +24,9 @@ from dat_ds.data.transforms import Sample, fetch_sample
 from dat_ds.errors import CheckpointError, DataError
 
 Batch = tuple[Tensor, Tensor]
+"""Images and labels."""
 PlannedBatch = tuple[Tensor, Tensor, BatchPlan | None]
+"""Images, labels and, where it is known, their place in the global batch."""
 """Images, labels, and their place in the global batch; None for batches that are not a loader's."""
 _GRACE_SECONDS = 20  # the deepspeed launcher waits 30 before it kills
 

@@ -31,7 +31,7 @@ class DatasetMethod(Method):
     cutmix: float = at_least(0, 0.0, traits=_MIXES)
     """Alpha of CutMix; with ``mixup`` too, each image gets one of them."""
     labelled_fraction: float = positive_share(1.0)
-    """Part of the training images that keep their labels; the others count as unlabelled."""
+    """Fraction of the training images that keep their labels; the others count as unlabelled."""
     drop_unlabelled: bool = False
     """Leave those others out."""
     unlabelled_path: str | None = None

@@ -15,12 +15,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dat_ds.attacks import Attack, InputGradient, preserved_buffers
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.strategy import Adversarial
 from dat_ds.config import RunConfig, threat_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
+from dat_ds.data.loader import Batch, PlannedBatch
 from dat_ds.engine import hooks
-from dat_ds.engine.bare import BareModel, Model, graphs_of
+from dat_ds.engine.bare import BareModel, graphs_of
 from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.traffic import Phase, Traffic, listen, stop_listening
 from dat_ds.engine.validate import attack_problems
@@ -43,9 +45,6 @@ from dat_ds.minmax import (
 from dat_ds.objectives import AlignmentProbes, Objective
 from dat_ds.optim import CompressedOptimizer
 from dat_ds.ranks import Ranks
-
-Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BatchPlan | None]
-"""Images, labels and, where it is known, their place in the global batch."""
 
 
 class AdversarialEngine:
@@ -204,7 +203,7 @@ class AdversarialEngine:
         ((part, found),) = self._maximise([(x, y, plan)])
         return self._outer_loss(part, found)
 
-    def train_step(self, batches: Sequence[Batch]) -> Tensor:
+    def train_step(self, batches: Sequence[Batch | PlannedBatch]) -> Tensor:
         """One optimizer step: attack, forward, backward and step for each micro-batch.
 
         Args:

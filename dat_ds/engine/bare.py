@@ -12,6 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dat_ds.attacks import AttackGraphs, attack_mode
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.engine import hooks
@@ -20,8 +21,6 @@ from dat_ds.models import PixelModel
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
-
-Model = Callable[[Tensor], Tensor]
 
 
 class BareModel:

@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, attack_mode
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.named import run_attack
 from dat_ds.config import parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
 from dat_ds.evaluation.task import Task
 
-Model = Callable[[Tensor], Tensor]
 
-
-class Gather(Protocol):
+class GatherObjects(Protocol):
     """Collects one picklable object per rank, in order of rank."""
 
     def __call__(self, value: object) -> list[object]:
@@ -98,7 +97,7 @@ def evaluate(
     device: torch.device | str | None = None,
     rank: int = 0,
     ranks: int = 1,
-    gather: Gather = _alone,
+    gather: GatherObjects = _alone,
     num_workers: int = 0,
     task: Task | None = None,
 ) -> Record:

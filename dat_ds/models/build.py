@@ -15,6 +15,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import nn
 
 from dat_ds.errors import ModelError
+from dat_ds.kinds import Checkpointing, Head
 from dat_ds.models.families import huggingface
 from dat_ds.models.families.huggingface import build_huggingface
 from dat_ds.models.families.projection import use_projection_head
@@ -25,10 +26,8 @@ from dat_ds.models.pretrained import load_pretrained
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
 
 logger = logging.getLogger("dat_ds")
-CheckpointingKind = Literal["none", "non_reentrant", "reentrant"]
-Head = Literal["classes", "rotation", "projection", "features"]
 _HEADS = get_args(Head)
-_CHECKPOINTING_KINDS = ("none", "non_reentrant", "reentrant")
+_CHECKPOINTING_KINDS = get_args(Checkpointing)
 _STEMS = ("default", "cifar")
 # Keyword arguments and config fields that would defeat the arguments of build_model.
 _RESERVED = frozenset(
@@ -69,7 +68,7 @@ def build_model(
     head: Head = "classes",
     pretrained: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-    activation_checkpointing: CheckpointingKind = "none",
+    activation_checkpointing: Checkpointing = "none",
     seed: int | None = None,
 ) -> PixelModel:
     """Build a classifier that takes pixels in [0, 1].

@@ -35,9 +35,9 @@ def load_pretrained(
 
     Args:
         model: The network, without normalisation.
-        path: A ``.pt``, ``.pth``, ``.bin`` (read with ``weights_only=True``) or ``.safetensors``
-            file that holds a state dict, possibly under 'state_dict', 'model' or 'module', possibly one
-            saved by dat_ds.
+        path: A ``.pt``, ``.pth``, ``.bin`` (read with ``weights_only=True``) or
+            ``.safetensors`` file that holds a state dict, possibly under 'state_dict', 'model' or
+            'module', possibly one saved by dat_ds.
         head: Names of the modules that make up the classifier.
         skips_head: Leave the file's classifier out whatever its shape: it was trained for
             something else.

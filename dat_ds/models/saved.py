@@ -17,8 +17,8 @@ def find_saved(path: Path) -> Path:
     """The folder of the saved model that ``path`` stands for.
 
     Args:
-        path: A folder of ``save_weights``, the ``model.safetensors`` in it, or the folder of a run. Of
-            a run, ``checkpoints/best`` is taken if it has a model, else the checkpoint that
+        path: A folder of ``save_weights``, the ``model.safetensors`` in it, or the folder of a run.
+            Of a run, ``checkpoints/best`` is taken if it has a model, else the checkpoint that
             ``checkpoints/latest`` names.
 
     Raises:

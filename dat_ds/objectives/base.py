@@ -15,10 +15,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dat_ds.attacks import Generator, InnerLoss
+from dat_ds.kinds import Head
 from dat_ds.method import Method, Trait, at_least, option
-
-Head = Literal["classes", "rotation", "projection", "features"]
-
 
 Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """This rank's features and ``y`` to those of all other ranks, differentiable."""
@@ -236,7 +234,7 @@ def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
     return values.mean() if weights is None else (values * weights).mean()
 
 
-def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def smoothed_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each sample ``(B,)``; 0 for unlabelled ones.
 
     Args:
@@ -250,7 +248,7 @@ def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Te
     )
 
 
-def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+def prediction_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """``KL(softmax(logits_p) || softmax(logits_q))`` of each sample ``(B,)``.
 
     Both arguments carry gradients. Finite for saturated logits: it is computed from logarithms.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dat_ds.method import above, at_least, fraction
-from dat_ds.optim.layerwise import Groups
+from dat_ds.optim.layerwise import ParameterGroups
 from dat_ds.optim.method import default_of
 from dat_ds.optim.trust_ratio import TrustRatioMethod, TrustRatioOptimizer, check_options
 
@@ -52,7 +52,7 @@ class Lars(TrustRatioOptimizer):
 
     def __init__(
         self,
-        params: Groups,
+        params: ParameterGroups,
         lr: float = 1.0,
         weight_decay: float = 5e-4,
         momentum: float = 0.9,

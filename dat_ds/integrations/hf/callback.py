@@ -17,7 +17,7 @@ from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.evaluation import robust_metrics
 from dat_ds.integrations.hf.forward import AdversarialForward, PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
-from dat_ds.integrations.hf.settings import Request, Section, Settings
+from dat_ds.integrations.hf.settings import CallbackArguments, Section, Settings
 from dat_ds.minmax import Moment, frozen_copy, settle
 from dat_ds.models import load
 from dat_ds.objectives import Objective
@@ -81,7 +81,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         weight_perturbation: Section | None = None,
         resident_parameters_gib: float | None = None,
     ) -> None:
-        self.request = Request(
+        self.request = CallbackArguments(
             threat_model=threat_model,
             attack=attack,
             objective=objective,

@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class CallbackArguments:
     """Arguments of the callback, before the DeepSpeed file's ``"dat"`` section is known.
 
     Attributes are those of :class:`dat_ds.integrations.hf.AdversarialTrainingCallback`, and
