@@ -170,8 +170,8 @@ replay to replay, from batch to batch, and through checkpoints. An epoch has `re
 optimizer steps, so divide `dat.schedule.epochs` by it for natural training's cost. The perturbation
 climbs the whole outer loss, which for `trades` is its divergence; it starts in a random place,
 where the paper starts at zero. The built-in loader repeats each batch for you. If you iterate over
-your own loader, train on the batches of each optimizer step `replays` times. Like FGSM it can suffer
-catastrophic overfitting, though later; large steps and few replays make it more likely.
+your own loader, train on the batches of each optimizer step `replays` times. Like FGSM it can
+suffer catastrophic overfitting, though later; large steps and few replays make it more likely.
 """
 
     step_size: Length | None = at_least(0, None)

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         (
             "compression",
             _bench_compression,
-            "error and cost of codecs, and the bytes that ranks send",
+            "error and cost of codecs, and the bytes sent",
         ),
     ):
         table = add_command(tables, name, run, summary)
