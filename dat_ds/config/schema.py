@@ -37,23 +37,34 @@ class ModelConfig(Section):
     """
 
     name: str = "vit_tiny_patch16_224"
+    """A timm model name, or ``hf:`` and a local folder or hub id."""
     num_classes: int | None = above(1, None, traits={Trait.SUPPORTS_CLASSES: lambda v: True})
     """Default: the number of classes of the data. Self-supervised objectives choose their own."""
     img_size: int | None = above(0, None)
-    """Default: the size of the data's images."""
+    """Side of the square images that the model sees. Default: the size of the data's images."""
     patch_size: int | None = above(0, None)
+    """Side of a patch in pixels. Default of this and the next keys: the architecture's own."""
     depth: int | None = above(0, None)
+    """Number of transformer blocks."""
     embed_dim: int | None = above(0, None)
+    """Width of the tokens."""
     num_heads: int | None = above(0, None)
+    """Attention heads; a divisor of the width."""
     drop_rate: float | None = fraction(None)
+    """Dropout probability before the classifier."""
     drop_path_rate: float | None = fraction(None)
+    """Largest stochastic-depth probability."""
     stem: Literal["default", "cifar"] = "default"
+    """``cifar`` replaces the stem of a ResNet, for images of 32 pixels and less."""
     pretrained: str | None = None
     """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``), or of a run: the
     best model of a pre-training run, with a fresh classifier."""
     mean: list[float] | None = None
-    """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
+    """Mean per channel that the model subtracts, in pixel units. Default: the data's; for
+    ``pretrained`` and ``hf:`` models, the one saved with the model."""
     std: list[float] | None = None
+    """Standard deviation per channel that the model divides by, in pixel units. Default: as for
+    ``mean``."""
     activation_checkpointing: Checkpointing = option(
         "none",
         traits={
@@ -79,6 +90,7 @@ class ThreatModelConfig(Section):
     """Allowed perturbations; lengths are pixel units in [0, 1]."""
 
     norm: Norm = "linf"
+    """Norm of the ball."""
     eps: Length = at_least(0, Length("8/255"))
     """Radius of the ball."""
     lower: float = 0.0
@@ -176,8 +188,11 @@ class EvaluationConfig(Section):
     batch_size: int = above(0, 256)
     """Per rank."""
     validation_attack: str = "pgd-10"
+    """Attack on the validation split during training; its result chooses the best model."""
     validation_every_epochs: float = above(0, 5.0)
+    """Epochs between two validations."""
     validation_examples: int | None = above(0, None)
+    """First images of the validation split. Default: all."""
     natural_twin: bool = option(False, traits={Trait.SUPPORTS_CLASSES: bool})
     """Train a natural twin (same config, no attack) and evaluate it beside the robust model."""
     pictures: int = at_least(0, 8)
@@ -213,6 +228,7 @@ class CheckpointConfig(Section):
     """When the resumable state is written."""
 
     every_epochs: float = above(0, 5.0)
+    """Epochs between two checkpoints."""
     every_steps: int | None = above(0, None)
     """Takes precedence over ``every_epochs``."""
     keep: int = at_least(1, 1)
@@ -224,8 +240,11 @@ class LoggingConfig(Section):
     """Output of a run while it trains."""
 
     every_steps: int = above(0, 10)
+    """Optimizer steps between two lines of metrics."""
     progress: bool = True
+    """Show a progress bar on a terminal."""
     tensorboard: bool = True
+    """Write TensorBoard files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +294,7 @@ class DatConfig(Section):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = at_least(0, 0)
+    """Seed of weights, data order, augmentation and attacks."""
     output_dir: str | None = None
     """Default: ``runs/<data>-<model>-<attack>-zero<stage>``, with a number where that is taken."""
 
