@@ -97,7 +97,7 @@ class Rule:
     Args:
         first: A trait.
         second: Another one.
-        remedy: What to write instead.
+        remedy: Advice that ends the message.
     """
 
     first: Trait
@@ -138,9 +138,9 @@ def option(
     Args:
         default: Its default; a list or dict is copied for every instance. None where it depends on
             other sections, or where there is none.
-        valid: What is valid, in words; None says it by the type.
+        valid: The valid values, in words; None: described by the type.
         check: Decides; not asked about None.
-        traits: What a value that is not the default may bring to the run.
+        traits: Traits that a value may bring to the run.
         is_key: Whether it is a key of the JSON.
     """
     metadata = {"valid": valid, "check": check, "traits": traits or {}, "is_key": is_key}
@@ -216,10 +216,10 @@ class Method(Section):
     summary of tables and help pages.
 
     Attributes:
-        kind: What it is, in words: ``"attack"``.
-        name: What the section's ``name`` says.
-        traits: What it brings to every run.
-        cost: What it costs in a training step, in forwards ``F`` of the micro-batch, where it has a
+        kind: Kind of method, in words: ``"attack"``.
+        name: Value of the section's ``name``.
+        traits: Traits that it brings to every run.
+        cost: Cost in a training step, in forwards ``F`` of the micro-batch, where it has a
             cost of its own.
         paper: Where it is from.
         required: Keys that a run must give, and what they are to hold.
@@ -259,7 +259,7 @@ class Table(Mapping[str, type[M]]):
     """The methods among which a section chooses, by name.
 
     Args:
-        kind: What they are, in words.
+        kind: Kind of the methods, in words.
         base: Class of all of them.
         methods: By name.
         default: Name of the one that an empty section is.

@@ -57,7 +57,7 @@ def apgd(
         threat: Allowed perturbations.
         steps: Gradient steps of a run, at least 1; 2 is the training attack of Singh et al.,
             NeurIPS 2023, arXiv 2303.01870.
-        loss: What to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` but ``"kl"``, a
+        loss: Inner loss to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` but ``"kl"``, a
             callable ``(logits, y) -> (B,)``, or ``"dlr-targeted"``, which runs towards each of the
             likeliest wrong classes.
         restarts: Independent runs.

@@ -29,7 +29,7 @@ class Ascent:
         threat: Allowed perturbations.
         steps: Gradient steps, at least 0.
         step_size: Length of a step in pixel units, for all samples or for each ``(B,)``.
-        loss: What is maximised.
+        loss: Inner loss.
         momentum: Decay of the accumulated direction; 0 for none.
         random_start: Start from a draw from the ball instead of from the image.
         targeted: Minimise the loss instead.
@@ -56,7 +56,7 @@ class Ascent:
         Args:
             model: Frozen, in the mode of the attack.
             x: Images ``(B, C, H, W)``, float32, not modified.
-            y: What the loss compares logits with.
+            y: Targets of the inner loss.
             source: Of the random start.
             take_gradient: Takes and counts input gradients.
         """

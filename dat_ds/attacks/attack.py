@@ -194,10 +194,10 @@ class Attack(Method):
         Args:
             model: Pixels to outputs ``(B, K)``.
             x: Images, float32; not modified.
-            y: What the inner loss compares outputs with.
+            y: Targets of the inner loss.
             generator: Source of random numbers. None: a fresh, unpredictable one.
             gradient: How input gradients are taken and counted.
-            carried: What its strategy carries from step to step, by name.
+            carried: State that its strategy carries from step to step, by name.
 
         Raises:
             ValueError: Without a threat model.

@@ -119,7 +119,7 @@ def feature_distance(features: Tensor, y: Tensor) -> Tensor:
 
     Args:
         features: The model's outputs ``(B, D)``.
-        y: What they are to stay close to ``(B, D)``.
+        y: Features that they are to stay close to ``(B, D)``.
 
     Returns:
         Shape ``(B,)``; its gradient is zero where both are equal.

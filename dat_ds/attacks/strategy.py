@@ -30,7 +30,7 @@ class Place(Protocol):
         ...
 
 
-class Batch(Protocol):
+class AttackedBatch(Protocol):
     """A micro-batch: natural images ``x`` and what outputs are compared with, ``y``."""
 
     @property
@@ -111,7 +111,7 @@ class Strategy:
     moves_in_backward: ClassVar[bool] = False
     replays: int = 1
 
-    def images(self, batch: Batch, attack: InUse, run: RunAttack) -> Adversarial:
+    def images(self, batch: AttackedBatch, attack: InUse, run: RunAttack) -> Adversarial:
         """Images to train on.
 
         Args:
@@ -122,14 +122,14 @@ class Strategy:
         return Adversarial(run())
 
     def after_backward(
-        self, batch: Batch, found: Adversarial, attack: InUse, gradient: InputGradient
+        self, batch: AttackedBatch, found: Adversarial, attack: InUse, gradient: InputGradient
     ) -> None:
         """Move on what is carried along, after the backward of the outer loss.
 
         Args:
-            batch: As in :meth:`images`.
-            found: What that returned for it.
-            attack: As in :meth:`images`.
+            batch: Natural images, as in :meth:`images`.
+            found: Result of :meth:`images` for it.
+            attack: The attack at this point of the run, as in :meth:`images`.
             gradient: Counts gradients.
         """
 

@@ -54,7 +54,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     """Time the engine's step, its parts and what others do in turn; a collective.
 
     Args:
-        run: What to time; its data gives the size of the images, which are random.
+        run: Run to time; its data gives the size of the images, which are random.
         repetitions: Timed rounds; each times every part once, so that a drifting machine
             slows all of them alike.
         output: JSON file for the numbers, written by rank 0.

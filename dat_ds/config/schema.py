@@ -304,10 +304,10 @@ class RunConfig:
     """One run: a DeepSpeed config and our section, resolved and checked.
 
     Args:
-        deepspeed: What ``deepspeed.initialize`` receives, with every default that changes results
-            written out; batch sizes are resolved only once the number of ranks is known.
+        deepspeed: Config that ``deepspeed.initialize`` receives, with every default that changes
+            results written out; batch sizes are resolved only once the number of ranks is known.
         dat: Our section.
-        notes: What was changed on the user's behalf, to be said once.
+        notes: Changes made on the user's behalf, to be logged once.
     """
 
     deepspeed: dict[str, Any]

@@ -50,7 +50,7 @@ class DataSplits:
         std: Per channel, pixel units, of the same data; at least one grey level (1/255).
         name: Name the splits were built by.
         class_names: Names in label order, or None where the data has none.
-        mixture: What ``train`` is made of where it has unlabelled images, else None.
+        mixture: Composition of ``train`` where it has unlabelled images, else None.
     """
 
     train: Dataset[Any]

@@ -284,7 +284,7 @@ class AdversarialEngine:
 
         Args:
             x: Images in pixel units [0, 1], float32, on the engine's device.
-            y: What the inner loss compares outputs with, on the engine's device.
+            y: Targets of the inner loss, on the engine's device.
             first_index: Index of the first image within the step's global batch.
             indices: Those of all images, where they do not follow one another.
             gradient: Counts of the attack's gradients go here.

@@ -36,7 +36,7 @@ class BareModel:
 
     Attributes:
         module: Pixels in [0, 1] to logits.
-        compiled: What the training attack calls: the module, compiled where that is asked for.
+        compiled: Model that the training attack calls: the module, compiled if so configured.
         keeps_parameters: Whether ZeRO-3 parameters stay on the device once gathered.
         overflows: Whether it computes in float16.
     """

@@ -121,7 +121,7 @@ def evaluate(
         ranks: Number of processes.
         gather: Collects every rank's outcomes; called once, by all ranks.
         num_workers: Worker processes that read the images.
-        task: What the model does with the images; None: it classifies them. A loss that compares
+        task: Evaluation task of the model; None: it classifies the images. A loss that compares
             the images of a batch depends on ``batch_size`` and ``ranks``.
 
     Returns:
@@ -184,7 +184,7 @@ class _Batches:
     """Batches that end in empty ones where reading fails, so that all ranks stay in step.
 
     Attributes:
-        error: What reading met; None where all went well.
+        error: Error of reading; None where there was none.
     """
 
     def __init__(self, batches: EvaluationBatches) -> None:

@@ -69,7 +69,7 @@ class InnerMaximisation:
 
     Attributes:
         precision: Of the attack's passes; None for the model's; ``"auto"`` until the first attack.
-        strategy: What the attack carries from step to step.
+        strategy: State that the attack carries from step to step.
         graphs: As given.
     """
 

@@ -141,7 +141,7 @@ class StepMetrics:
 
         Args:
             sums: The sums.
-            count: What the sums of terms are divided by: the number of ranks, where factors add up
+            count: Divisor of the sums of terms: the number of ranks, where factors add up
                 to 1 on each.
 
         Returns:

@@ -73,7 +73,7 @@ class OuterBatch:
 
         Args:
             outputs: Shape ``(sum of sizes, K)``.
-            y: What natural images are compared with ``(B,)`` or ``(B, K)``.
+            y: Targets of natural images ``(B,)`` or ``(B, K)``.
             weights: Weight of each sample ``(B,)``; None for 1.
             helper: HAT's naturally trained model, pixels to logits.
             gather: Brings in other ranks' features, where the objective compares samples.

@@ -93,7 +93,7 @@ def build_model(
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Largest stochastic-depth probability.
         stem: 'cifar' replaces the stem of a ResNet, for images of 32 pixels and less.
-        head: What the outputs are. 'projection' puts two layers in the place of the classifier;
+        head: Kind of outputs. 'projection' puts two layers in the place of the classifier;
             the others tell whether the classifier of a saved model serves the same purpose.
         pretrained: A local checkpoint file, see ``load_pretrained``, or a saved model of ours, see
             ``dat_ds.models.load``, whose head is taken over if it has the same purpose.

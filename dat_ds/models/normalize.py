@@ -77,7 +77,7 @@ class PixelModel(nn.Module):
         num_classes: Number of classes K.
         mean: C values in pixel units.
         std: C positive values in pixel units.
-        spec: What the model was built with, JSON-serialisable, kept for saving and reloading.
+        spec: Arguments that the model was built with, JSON-serialisable, for saving and reloading.
 
     Attributes:
         body: The network.

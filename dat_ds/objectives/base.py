@@ -80,7 +80,7 @@ class Objective(Method):
         needs_helper_logits: Whether the forward pass must hold helper images; see
             :class:`dat_ds.objectives.Hat`.
         uses_unlabelled: Whether a sample without a label adds to the loss.
-        head: What the model puts out: logits of ``"classes"`` or of the four ``"rotation"`` s, a
+        head: Outputs of the model: logits of ``"classes"`` or of the four ``"rotation"`` s, a
             ``"projection"`` of its features, or the ``"features"`` themselves.
         classifies: Whether these are logits of what ``y`` names, so that accuracy has a meaning.
         num_views: Images that :meth:`inputs` makes of each image.

@@ -107,7 +107,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         params: Parameters or groups.
         defaults: Options of the groups: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         bias_correction: Divide momentum and variance by ``1 - beta^t``, as Adam does.
-        preconditioned: What is compressed is ``m / (sqrt(v) + eps)``: as the root is the same on
+        preconditioned: Compress ``m / (sqrt(v) + eps)``: as the root is the same on
             all ranks, its mean is that of ``m``, but what is lost is then of each coordinate's own
             size. False compresses ``m``, as the papers do: a coordinate whose variance is much
             smaller than its block's is then thrown about by the scale of the others.
@@ -117,7 +117,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
 
     Attributes:
         num_steps: Steps so far, skipped ones included.
-        events: What happened to the variance, in order, JSON-serialisable.
+        events: Events of the variance, in order, JSON-serialisable.
         is_frozen: Whether the variance is no longer measured.
     """
 

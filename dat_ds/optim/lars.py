@@ -44,7 +44,7 @@ class Lars(TrustRatioOptimizer):
         eps: Added to the norm in the denominator.
         lower: Lower bound ``c_l`` of the weights' norm.
         upper: Upper bound ``c_u``; None: no bound.
-        scaled: What the ratio scales, and whose norm it has: the gradient, or the momentum.
+        scaled: Vector that the ratio scales and whose norm it has: the gradient, or the momentum.
 
     Raises:
         ValueError: For a value out of range.

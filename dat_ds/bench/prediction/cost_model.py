@@ -130,8 +130,8 @@ def non_negative_fit(
     """Coefficients ``c``, none negative, of least ``|(rows c - targets) / scales|^2``.
 
     Args:
-        rows: What each coefficient is multiplied by, for every target.
-        targets: What the sums should be.
+        rows: Factor of each coefficient, for every target.
+        targets: Values that the sums should have.
         scales: Positive: what errors are relative to.
 
     Returns:
@@ -397,7 +397,7 @@ def crossing_mbit(
         gpus: Ranks of a machine.
         inside: Links inside machines.
         alpha: Latency between machines, in seconds.
-        factor: What is close enough.
+        factor: Ratio that counts as close enough.
 
     Returns:
         Megabits a second; 0 where any bandwidth will do, None where none does.

@@ -66,7 +66,7 @@ def points_of(run: RunConfig, plan: Plan, launched: int | None = None) -> list[P
 
     Args:
         run: Gives the batch.
-        plan: What to measure.
+        plan: Points to measure.
         launched: Number of ranks that a launcher started; None without one.
 
     Raises:

@@ -126,7 +126,7 @@ class AdversarialForward:
 
         Args:
             module: The bare model.
-            settings: What to train.
+            settings: Settings of the callback.
             pixels: Scale of its ``pixel_values``.
             ranks: The processes of the run.
             micro_batch: Images of a rank in a micro-step.

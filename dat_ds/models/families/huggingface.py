@@ -107,7 +107,7 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
     says so.
 
     Args:
-        source: What to build.
+        source: Model to build.
 
     Returns:
         The model in training mode, float32, on the CPU.
