@@ -1,4 +1,4 @@
-"""What a run is put together from, by its config: data, model, loader, schedule, codec."""
+"""Builds the parts of a run from its config: data, model, loader, schedule, codec."""
 
 from __future__ import annotations
 

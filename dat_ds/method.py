@@ -45,7 +45,7 @@ _ARTICLES = {
 
 
 class Trait(enum.Enum):
-    """What something in a run is or does, as a phrase that follows its key in a message."""
+    """Property of a part of a run, as a phrase that follows its key in a message."""
 
     ASKS_THE_HOST = "leaves decisions to the host"
     CARRIES_PERTURBATIONS = "goes on with the perturbation of earlier steps"
@@ -98,7 +98,7 @@ class Rule:
     Args:
         first: A trait.
         second: Another one.
-        remedy: What to write instead.
+        remedy: Advice that ends the message.
     """
 
     first: Trait
@@ -139,9 +139,9 @@ def option(
     Args:
         default: Its default; a list or dict is copied for every instance. None where it depends on
             other sections, or where there is none.
-        valid: What is valid, in words; None says it by the type.
+        valid: The valid values, in words; None: described by the type.
         check: Decides; not asked about None.
-        traits: What a value that is not the default may bring to the run.
+        traits: Traits that a value may bring to the run.
         is_key: Whether it is a key of the JSON.
     """
     metadata = {"valid": valid, "check": check, "traits": traits or {}, "is_key": is_key}
@@ -193,7 +193,7 @@ class Section:
         return {}
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between its own keys; each message starts with a key."""
+        """Contradictions between its own keys; each message starts with a key."""
         return iter(())
 
     def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
@@ -217,10 +217,10 @@ class Method(Section):
     summary of tables and help pages.
 
     Attributes:
-        kind: What it is, in words: ``"attack"``.
-        name: What the section's ``name`` says.
-        traits: What it brings to every run.
-        cost: What it costs in a training step, in forwards ``F`` of the micro-batch, where it has a
+        kind: Kind of method, in words: ``"attack"``.
+        name: Value of the section's ``name``.
+        traits: Traits that it brings to every run.
+        cost: Cost in a training step, in forwards ``F`` of the micro-batch, where it has a
             cost of its own.
         paper: Where it is from.
         required: Keys that a run must give, and what they are to hold.
@@ -249,7 +249,7 @@ class Method(Section):
 
 
 def name_of(method: type[Method]) -> str:
-    """What chooses a method: its name, or where it is from outside the package, its place."""
+    """Value of ``name`` that selects a method: its name, or ``MODULE:CLASS`` from outside."""
     if method.__module__.split(".")[0] == __name__.split(".")[0]:
         return method.name
     return f"{method.__module__}:{method.__qualname__}"
@@ -260,7 +260,7 @@ class Table(Mapping[str, type[M]]):
     """The methods among which a section chooses, by name.
 
     Args:
-        kind: What they are, in words.
+        kind: Kind of the methods, in words.
         base: Class of all of them.
         methods: By name.
         default: Name of the one that an empty section is.

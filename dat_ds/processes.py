@@ -42,7 +42,7 @@ def start_ranks(
     Args:
         function: Of a module; joins the process group by :func:`dat_ds.initialize`, or otherwise.
         ranks: Number of processes.
-        arguments: What can be pickled.
+        arguments: Picklable arguments.
         environment: Further variables of every rank.
     """
     from torch.multiprocessing.spawn import spawn  # here: ending a process needs no torch

@@ -1,4 +1,4 @@
-"""What the bytes of a collective are for; the engine counts them by this name."""
+"""Purpose of a collective's bytes; the engine counts them by this name."""
 
 from __future__ import annotations
 

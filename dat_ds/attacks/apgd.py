@@ -24,7 +24,7 @@ from dat_ds.method import Trait, at_least
 _MOMENTUM = 0.75  # alpha
 _RHO = 0.75
 _FIRST_CHECK, _CHECK_DECREASE, _SHORTEST_CHECK = 0.22, 0.03, 0.06  # as shares of the steps
-_L1_CHECK = 0.04  # likewise
+_L1_CHECK = 0.04  # as a share of the steps
 _L1_FIRST_SHARE = 0.2  # of the pixels
 _L1_SPARSER, _L1_SHRINK, _L1_SMALLEST_STEP = 0.95, 1.5, 0.1
 
@@ -57,7 +57,7 @@ def apgd(
         threat: Allowed perturbations.
         steps: Gradient steps of a run, at least 1; 2 is the training attack of Singh et al.,
             NeurIPS 2023, arXiv 2303.01870.
-        loss: What to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` but ``"kl"``, a
+        loss: Inner loss to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` but ``"kl"``, a
             callable ``(logits, y) -> (B,)``, or ``"dlr-targeted"``, which runs towards each of the
             likeliest wrong classes.
         restarts: Independent runs.
@@ -267,7 +267,7 @@ evaluation.
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     loss: str | None = None
-    """What is maximised. Default ``ce``."""
+    """Inner loss to maximise. Default ``ce``."""
     num_targets: int = at_least(1, 9)
     """With the loss ``dlr-targeted``: wrong classes to try."""
     random_start: bool = True

@@ -29,7 +29,7 @@ class Ascent:
         threat: Allowed perturbations.
         steps: Gradient steps, at least 0.
         step_size: Length of a step in pixel units, for all samples or for each ``(B,)``.
-        loss: What is maximised.
+        loss: Inner loss.
         momentum: Decay of the accumulated direction; 0 for none.
         random_start: Start from a draw from the ball instead of from the image.
         targeted: Minimise the loss instead.
@@ -56,7 +56,7 @@ class Ascent:
         Args:
             model: Frozen, in the mode of the attack.
             x: Images ``(B, C, H, W)``, float32, not modified.
-            y: What the loss compares logits with.
+            y: Targets of the inner loss.
             source: Of the random start.
             take_gradient: Takes and counts input gradients.
         """
@@ -102,7 +102,7 @@ def _unit_l1(gradient: Tensor) -> Tensor:
 
 
 def inner_target(model: Model, x: Tensor, y: Tensor, loss: str | InnerLoss) -> Tensor:
-    """What the inner loss compares logits with: ``y``, or the distribution at ``x`` ``(B, K)``."""
+    """Target of the inner loss: ``y``, or the predicted distribution at ``x`` ``(B, K)``."""
     if loss not in REFERENCE_LOSSES:
         return y
     with torch.no_grad():

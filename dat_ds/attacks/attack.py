@@ -1,4 +1,4 @@
-"""What every training attack is: a section of the run config that can be called.
+"""Base class of the training attacks: a section of the run config that can be called.
 
 Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 """
@@ -152,7 +152,7 @@ class Attack(Method):
             )
 
     def norm_problems(self, norm: str) -> Iterator[str]:
-        """What is wrong with it in a ball of this norm; each message starts with a key."""
+        """Problems of the attack in a ball of this norm; each message starts with a key."""
         if norm not in self.norms:
             yield (
                 f"name={self.name!r} is defined for the norms {', '.join(self.norms)}, not "
@@ -198,10 +198,10 @@ class Attack(Method):
         Args:
             model: Pixels to outputs ``(B, K)``.
             x: Images, float32; not modified.
-            y: What the inner loss compares outputs with.
+            y: Targets of the inner loss.
             generator: Source of random numbers. None: a fresh, unpredictable one.
             gradient: How input gradients are taken and counted.
-            carried: What its strategy carries from step to step, by name.
+            carried: State that its strategy carries from step to step, by name.
 
         Raises:
             ValueError: Without a threat model.
@@ -268,7 +268,7 @@ class Attack(Method):
     # ---- along the run
 
     def strategy(self) -> Strategy:
-        """What it carries from one step of training to the next: nothing."""
+        """State carried from one training step to the next: none."""
         return Strategy()
 
     @property

@@ -36,7 +36,7 @@ ATTACKS = table_of(
         NoAttack,
     ],
 )
-"""What ``dat.attack`` chooses from: a new attack is a file and a place in this list."""
+"""The choices of ``dat.attack``: a new attack is a file and a place in this list."""
 
 
 def build_attack(config: Mapping[str, Any]) -> Attack:

@@ -46,14 +46,14 @@ def fat(
     Cost: at most ``steps`` forwards and input-gradient backwards.
 
     Args:
-        model: As in :func:`pgd`.
-        x: As in :func:`pgd`.
+        model: Pixels ``(B, C, H, W)`` to logits ``(B, K)``, as in :func:`pgd`.
+        x: Original images ``(B, C, H, W)``, as in :func:`pgd`.
         y: Class indices ``(B,)``, or probabilities ``(B, K)``.
         threat: Allowed perturbations.
         steps: Largest number of gradient steps.
-        step_size: As in :func:`pgd`.
+        step_size: Pixel units, as in :func:`pgd`.
         extra_steps: The paper's ``tau``: steps a sample still takes while it is misclassified.
-        loss: As in :func:`pgd`.
+        loss: Name or callable, as in :func:`pgd`.
         random_start: As in :func:`pgd`.
         generator: As in :func:`pgd`.
         model_mode: As in :func:`pgd`.
@@ -108,6 +108,6 @@ a step. Cheaper and kinder to clean accuracy; weaker under strong attacks at sma
     random_start: bool = True
     """Start from a draw from the ball."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     extra_steps: int = at_least(0, 0)
     """Steps a sample still takes once it is misclassified."""

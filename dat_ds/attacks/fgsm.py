@@ -90,7 +90,7 @@ that and is on by default for it.
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
 
     @property
     def default_step_share(self) -> float:
@@ -119,7 +119,7 @@ later.
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
 
     @property
     def starts_at_random(self) -> bool:

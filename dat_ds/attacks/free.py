@@ -20,7 +20,7 @@ from torch import Tensor
 from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.gradient import InputGradient, Model, finite_samples
 from dat_ds.attacks.noise import Generator
-from dat_ds.attacks.strategy import Adversarial, Batch, InUse, RunAttack, Strategy
+from dat_ds.attacks.strategy import Adversarial, AttackedBatch, InUse, RunAttack, Strategy
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
 from dat_ds.method import Trait, at_least, option
@@ -66,12 +66,12 @@ class FreePerturbation:
         """Move the perturbation of ``slot`` a step up ``gradient``.
 
         Args:
-            x: As in :meth:`images`, which came before.
-            x_adv: What it returned.
+            x: Natural images ``(B, C, H, W)``, as in :meth:`images`, which came before.
+            x_adv: Result of :meth:`images` ``(B, C, H, W)``.
             gradient: Gradient of the outer loss at ``x_adv``, up to a positive factor per sample;
                 a sample whose gradient is zero stands still. Overwritten.
             slot: As in :meth:`images`.
-            threat: As in :meth:`images`.
+            threat: Allowed perturbations.
             step_size: Length of the step in pixel units, in the threat model's norm.
         """
         moved = x_adv.detach().add(threat.steepest(gradient, x_adv.detach()), alpha=step_size)
@@ -113,7 +113,7 @@ class FreeTraining(Strategy):
         self.replays = replays
         self._perturbation = FreePerturbation()
 
-    def images(self, batch: Batch, attack: InUse, run: RunAttack) -> Adversarial:
+    def images(self, batch: AttackedBatch, attack: InUse, run: RunAttack) -> Adversarial:
         """Images under the slot's perturbation; the model is not asked."""
         moment = batch.moment
         generator = moment.generator("start")
@@ -122,7 +122,7 @@ class FreeTraining(Strategy):
 
     @torch.no_grad()
     def after_backward(
-        self, batch: Batch, found: Adversarial, attack: InUse, gradient: InputGradient
+        self, batch: AttackedBatch, found: Adversarial, attack: InUse, gradient: InputGradient
     ) -> None:
         """Move the slot's perturbation up the gradient that the backward left at the images.
 
@@ -169,8 +169,8 @@ replay to replay, from batch to batch, and through checkpoints. An epoch has `re
 optimizer steps, so divide `dat.schedule.epochs` by it for natural training's cost. The perturbation
 climbs the whole outer loss, which for `trades` is its divergence; it starts in a random place,
 where the paper starts at zero. The built-in loader repeats each batch for you. If you iterate over
-your own loader, call the engine `replays` times per batch. Like FGSM it can suffer catastrophic
-overfitting, though later; large steps and few replays make it more likely.
+your own loader, train on the batches of each optimizer step `replays` times. Like FGSM it can
+suffer catastrophic overfitting, though later; large steps and few replays make it more likely.
 """
 
     step_size: Length | None = at_least(0, None)

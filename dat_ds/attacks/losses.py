@@ -119,7 +119,7 @@ def feature_distance(features: Tensor, y: Tensor) -> Tensor:
 
     Args:
         features: The model's outputs ``(B, D)``.
-        y: What they are to stay close to ``(B, D)``.
+        y: Features that they are to stay close to ``(B, D)``.
 
     Returns:
         Shape ``(B,)``; its gradient is zero where both are equal.
@@ -186,7 +186,7 @@ LOSS_TRAITS: dict[str, tuple[Trait, ...]] = {
     "feature_distance": (Trait.NEEDS_LABELS,),
     "nt_xent": (Trait.NEEDS_LABELS,),
 }
-"""What an inner loss brings to a run."""
+"""Traits that an inner loss adds to a run."""
 MIN_CLASSES: dict[str, int] = {"dlr": 3, "dlr-targeted": 4}
 """Fewest classes of the losses that need more than two."""
 

@@ -75,6 +75,6 @@ Transfers better between models than PGD; on the model itself it is rarely stron
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     momentum: float = at_least(0, 1.0)
     """Decay of the accumulated direction."""

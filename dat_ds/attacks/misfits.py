@@ -1,4 +1,4 @@
-"""What an attack asks of a model that it has not."""
+"""Requirements of an attack that a model does not meet."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from dat_ds.attacks.passes.tokens import patch_tokens
 
 
 def misfits(attack: Attack, model: nn.Module) -> list[str]:
-    """What an attack asks of a model that it has not, in words for whoever wrote the config."""
+    """Requirements of an attack that a model does not meet, as messages to the user."""
     spec = getattr(model, "spec", None)
     kind = spec.get("name") if isinstance(spec, Mapping) else type(model).__name__
     problems = []

@@ -45,16 +45,16 @@ def multi_norm(
     Cost: that of one :func:`pgd` per norm, plus one forward per norm for ``"worst"``.
 
     Args:
-        model: As in :func:`pgd`.
-        x: As in :func:`pgd`.
-        y: As in :func:`pgd`.
+        model: Pixels ``(B, C, H, W)`` to logits ``(B, K)``, as in :func:`pgd`.
+        x: Original images ``(B, C, H, W)``, as in :func:`pgd`.
+        y: Labels ``(B,)`` or probabilities ``(B, K)``, as in :func:`pgd`.
         threat: First ball.
         steps: Gradient steps in each ball.
         step_size: Length of a step in the first ball; other balls take the same share of their eps.
         other_norms: Radius in pixel units of each further ball, by norm.
         combine: ``"worst"`` keeps each sample's worst image over the balls (max strategy),
             ``"average"`` returns all of them, ball after ball (average strategy).
-        loss: As in :func:`pgd`.
+        loss: Name or callable, as in :func:`pgd`.
         random_start: As in :func:`pgd`.
         generator: As in :func:`pgd`.
         model_mode: As in :func:`pgd`.
@@ -129,7 +129,7 @@ is weaker than training for it alone.
     random_start: bool = True
     """Start from a draw from the ball."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     other_norms: dict[str, Any] = option({}, "an object such as {'l2': 0.5, 'l1': 12}")
     """Radius of each further ball by norm, such as ``{"l2": 0.5, "l1": 12}``."""
     combine: Combine = option(

@@ -40,13 +40,13 @@ def n_fgsm(
     collapsing, and why it is a training attack only.
 
     Args:
-        model: As in :func:`pgd`.
-        x: As in :func:`pgd`.
-        y: As in :func:`pgd`.
+        model: Pixels ``(B, C, H, W)`` to logits ``(B, K)``, as in :func:`pgd`.
+        x: Original images ``(B, C, H, W)``, as in :func:`pgd`.
+        y: Labels ``(B,)`` or probabilities ``(B, K)``, as in :func:`pgd`.
         threat: l-infinity only.
-        step_size: As in :func:`pgd`. None: eps, as in the paper.
+        step_size: Pixel units, as in :func:`pgd`. None: eps, as in the paper.
         noise_scale: Half width of the noise in units of eps; the paper's ``k`` is 2.
-        loss: As in :func:`pgd`.
+        loss: Name or callable, as in :func:`pgd`.
         generator: As in :func:`pgd`.
         model_mode: As in :func:`pgd`.
         gradient: As in :func:`pgd`.
@@ -96,7 +96,7 @@ accuracy pays. A training attack only; never evaluate with it.
     noise_scale: float = at_least(0, 2.0)
     """Half width of the noise in units of eps."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
 
     @property
     def starts_at_random(self) -> bool:

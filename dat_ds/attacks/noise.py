@@ -55,7 +55,7 @@ def stream_key(*parts: int) -> int:
 
 
 def _parts_of(stream: str) -> tuple[int, ...]:
-    """What a stream's name adds to the hash; nothing for an attack's random starts."""
+    """Parts of the hash from a stream's name; none for an attack's random starts."""
     if stream == START:
         return ()
     return (int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little"),)

@@ -53,7 +53,7 @@ def pgd(
         steps: Gradient steps, at least 0.
         step_size: Length of a step in pixel units, in the threat model's norm; one for all samples,
             or one for each ``(B,)``.
-        loss: What to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` or a callable
+        loss: Inner loss to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` or a callable
             ``(logits, y) -> (B,)``. ``"kl"`` moves away from the model's own distribution at ``x``
             (the inner problem of TRADES); its gradient at ``x`` is zero, so start at random.
         momentum: Decay ``mu`` of the accumulated direction
@@ -125,6 +125,6 @@ share of the input-gradient entries was exactly zero.
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     loss: str | None = None
-    """What is maximised. Default: the objective's, where it fits; else ``ce``."""
+    """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     momentum: float = at_least(0, 0.0)
     """Decay of the accumulated direction; 0 is plain PGD."""

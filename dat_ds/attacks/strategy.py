@@ -1,4 +1,4 @@
-"""What an attack carries from one step of training to the next: by default nothing.
+"""State that an attack carries from one training step to the next: by default none.
 
 Shapes: ``n`` images of a micro-batch, ``V`` adversarial images for each; images ``(n, C, H, W)``.
 """
@@ -30,7 +30,7 @@ class Place(Protocol):
         ...
 
 
-class Batch(Protocol):
+class AttackedBatch(Protocol):
     """A micro-batch: natural images ``x`` and what outputs are compared with, ``y``."""
 
     @property
@@ -40,7 +40,7 @@ class Batch(Protocol):
 
     @property
     def y(self) -> Tensor:
-        """What the inner loss compares outputs with."""
+        """Target of the inner loss."""
         ...
 
     @property
@@ -74,7 +74,7 @@ RunAttack = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Adversarial:
-    """What an inner maximisation found.
+    """Result of an inner maximisation.
 
     Attributes:
         images: Adversarial images ``(V n, C, H, W)``, those of one view after the other.
@@ -85,7 +85,7 @@ class Adversarial:
     start: Tensor | None = None
 
     def split(self, sizes: Sequence[int]) -> list[Adversarial]:
-        """What was found for each part of a batch that was attacked as one."""
+        """The result for each part of a batch that was attacked as one."""
         by_view = self.images.view(-1, sum(sizes), *self.images.shape[1:])
         views = torch.split(by_view, list(sizes), dim=1)
         starts: Sequence[Tensor | None] = [None] * len(sizes)
@@ -111,7 +111,7 @@ class Strategy:
     moves_in_backward: ClassVar[bool] = False
     replays: int = 1
 
-    def images(self, batch: Batch, attack: InUse, run: RunAttack) -> Adversarial:
+    def images(self, batch: AttackedBatch, attack: InUse, run: RunAttack) -> Adversarial:
         """Images to train on.
 
         Args:
@@ -123,19 +123,19 @@ class Strategy:
         return Adversarial(run())
 
     def after_backward(
-        self, batch: Batch, found: Adversarial, attack: InUse, gradient: InputGradient
+        self, batch: AttackedBatch, found: Adversarial, attack: InUse, gradient: InputGradient
     ) -> None:
         """Move on what is carried along, after the backward of the outer loss.
 
         Args:
-            batch: As in :meth:`images`.
-            found: What that returned for it.
-            attack: As in :meth:`images`.
+            batch: Natural images, as in :meth:`images`.
+            found: Result of :meth:`images` for it.
+            attack: The attack at this point of the run, as in :meth:`images`.
             gradient: Counts gradients.
         """
 
     def state_dict(self) -> dict[Any, Tensor]:
-        """What is carried along, on the CPU."""
+        """State to save, on the CPU."""
         return {}
 
     def load_state_dict(self, state: Mapping[Any, Tensor]) -> None:

@@ -58,10 +58,10 @@ def apgd_table(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, s
     """Robust accuracy in percent under our APGD and AutoAttack's own, one random start each.
 
     Args:
-        model: As in :func:`pgd_table`.
-        x: As in :func:`pgd_table`.
-        y: As in :func:`pgd_table`.
-        threat: As in :func:`pgd_table`.
+        model: Pixels ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, in eval mode.
+        x: Images.
+        y: Class indices ``(B,)``.
+        threat: Allowed perturbations.
         steps: Gradient steps.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What codecs lose, take and cost, and what ranks send with each of them under each ZeRO stage."""
+"""Error, size and cost of codecs, and the bytes that ranks send under each ZeRO stage."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def training_loader(run: RunConfig, ranks: Ranks) -> DistributedLoader:
 
 @dataclass(frozen=True)
 class LayerwiseSteps:
-    """What a few steps of an engine with a layer-wise optimizer came to.
+    """Result of a few steps of an engine with a layer-wise optimizer.
 
     Attributes:
         ratios: Trust ratio of every layer, by step.

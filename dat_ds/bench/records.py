@@ -19,7 +19,7 @@ def read_record(path: str, command: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        command: What writes such a one, for the message.
+        command: Command that writes such a record, for the message.
 
     Raises:
         ConfigError: If it cannot be read, or holds something else than an object.
@@ -38,7 +38,7 @@ def write_record(output: str | None, values: Mapping[str, Any], device: torch.de
 
     Args:
         output: File; None writes nothing.
-        values: What can be written as JSON.
+        values: JSON-serialisable values.
         device: Where it was measured.
 
     Raises:

@@ -54,7 +54,7 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
     """Time the engine's step, its parts and what others do in turn; a collective.
 
     Args:
-        run: What to time; its data gives the size of the images, which are random.
+        run: Run to time; its data gives the size of the images, which are random.
         repetitions: Timed rounds; each times every part once, so that a drifting machine
             slows all of them alike.
         output: JSON file for the numbers, written by rank 0.
@@ -185,7 +185,7 @@ class PlainSteps:
         self.optimizer.step()
 
     def reduced(self, is_last: bool) -> contextlib.AbstractContextManager[object]:
-        """What sums gradients over ranks in the last micro-step alone; here nothing does."""
+        """Context that sums gradients over ranks in the last micro-step alone; here a no-op."""
         return contextlib.nullcontext()
 
     @torch.no_grad()
@@ -218,10 +218,10 @@ class OtherSteps(PlainSteps):
 
     Args:
         model: Copied.
-        run: As for :class:`PlainSteps`.
+        run: The run's config, as for :class:`PlainSteps`.
         x: Images ``(B, C, H, W)``.
         y: Labels ``(B,)``.
-        accumulation: As there.
+        accumulation: Micro-steps per optimizer step.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ _COMMON = ("hardware", "versions", "commit")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What an entry has to reach, on what.
+class RobustnessTask:
+    """Task of the leaderboard: data, threat model and thresholds of robust accuracy.
 
     Attributes:
         data: Name of the dataset.
@@ -56,8 +56,8 @@ class Task:
 
 
 TASKS = {
-    "digits": Task("digits", 359, "2/16", (0.8,), "cpu"),
-    "cifar10": Task("cifar10", 10_000, "8/255", (0.45, 0.5), "cuda"),
+    "digits": RobustnessTask("digits", 359, "2/16", (0.8,), "cpu"),
+    "cifar10": RobustnessTask("cifar10", 10_000, "8/255", (0.45, 0.5), "cuda"),
 }
 
 
@@ -228,7 +228,7 @@ def _table(entries: Mapping[str, Mapping[str, Any]], task: str) -> list[str]:
 
 
 def describe_entry(entry: Mapping[str, Any]) -> str:
-    """What an entry takes and reaches, and whether it counts."""
+    """Time and accuracy of an entry, and whether it counts."""
     task, robust = TASKS[entry["task"]], _mean(entry, JUDGE)
     passed = [f"{t:.0%}" for t in task.thresholds if robust >= t]
     words = (

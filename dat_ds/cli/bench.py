@@ -17,8 +17,12 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("bench", help=summary, description=summary)
     tables = parser.add_subparsers(required=True, metavar="TABLE")
     for name, run, summary in (
-        ("attack", _bench_attack, "time of a step against its parts"),
-        ("compression", _bench_compression, "codecs, and the bytes that ranks send"),
+        ("attack", _bench_attack, "time of an adversarial training step, and of its parts"),
+        (
+            "compression",
+            _bench_compression,
+            "error and cost of codecs, and the bytes sent",
+        ),
     ):
         table = add_command(tables, name, run, summary)
         add_config(table)
@@ -45,21 +49,27 @@ def _add_scaling(tables: Any) -> None:
         help="none, codecs of dat.compression, one_bit_adam, one_bit_lamb (under ZeRO-0)",
     )
     table.add_argument(
-        "--mode", nargs="+", default=["weak"], help="weak (batch per rank fixed), strong (in all)"
+        "--mode",
+        nargs="+",
+        default=["weak"],
+        help="weak (fixed batch per rank), strong (fixed global batch)",
     )
     table.add_argument(
-        "--global_batch", type=int, help="images of a step in strong scaling (default: one rank's)"
+        "--global_batch", type=int, help="images per step in strong scaling (default: one rank's)"
     )
     table.add_argument(
         "--mbit",
         type=float,
         nargs="+",
         default=[],
-        help="shape every rank's link to so many megabits a second (as root, with iproute2)",
+        help="limit every rank's link to this bandwidth in Mbit/s (needs root and iproute2)",
     )
-    table.add_argument("--repetitions", type=int, default=5, help="timed steps of each (>= 5)")
+    table.add_argument("--repetitions", type=int, default=5, help="timed steps per point (>= 5)")
     table.add_argument(
-        "--merge", nargs="+", metavar="FILE", help="measure nothing; one table of these files"
+        "--merge",
+        nargs="+",
+        metavar="FILE",
+        help="merge these records into one table; nothing is measured",
     )
     add_output(table)
     table.add_argument("--csv", metavar="FILE", help="write the table as CSV")
@@ -75,23 +85,23 @@ def _add_predict(tables: Any) -> None:
     table.add_argument("--attack", metavar="FILE", help="a record of 'bench attack'")
     table.add_argument("--compression", metavar="FILE", help="a record of 'bench compression'")
     table.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
-    table.add_argument("--gpus", type=int, default=1, help="ranks of a machine")
+    table.add_argument("--gpus", type=int, default=1, help="ranks (GPUs) per machine")
     table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
     table.add_argument("--codecs", nargs="+", default=["none", "int8", "one_bit_adam"])
     for name, summary in (
-        ("num_parameters", "of the model"),
-        ("attack_steps", "K"),
-        ("micro_batch", "images of a GPU"),
-        ("forward_ms", "one forward of one image"),
-        ("codec_ns", "encoding, and also decoding, an entry"),
-        ("optimizer_ns", "updating an entry"),
-        ("mbit", "bandwidth of a machine's link"),
-        ("latency_us", "of a message between machines"),
-        ("inside_mbit", "bandwidth of a GPU's link inside a machine"),
-        ("inside_latency_us", "of a message inside a machine"),
+        ("num_parameters", "parameters of the model"),
+        ("attack_steps", "attack steps K; 0 is natural training"),
+        ("micro_batch", "images per GPU and micro-step"),
+        ("forward_ms", "forward of one image (ms)"),
+        ("codec_ns", "encoding an entry, and also decoding it (ns)"),
+        ("optimizer_ns", "optimizer's update of an entry (ns)"),
+        ("mbit", "bandwidth of a machine's link (Mbit/s)"),
+        ("latency_us", "latency of a message between machines (us)"),
+        ("inside_mbit", "bandwidth of a GPU's link inside a machine (Mbit/s)"),
+        ("inside_latency_us", "latency of a message inside a machine (us)"),
     ):
         kind = int if name in ("num_parameters", "attack_steps", "micro_batch") else float
-        table.add_argument(f"--{name}", type=kind, help=f"what is predicted: {summary}")
+        table.add_argument(f"--{name}", type=kind, help=f"{summary}, used for the prediction")
     add_output(table)
     table.add_argument("--plot", metavar="FILE", help="draw the check and the predictions (PNG)")
 

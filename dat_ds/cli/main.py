@@ -25,7 +25,7 @@ def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None 
 
     Args:
         words: Words before the process's own, such as the command that a recipe stands for.
-        defaults: As for :func:`main`.
+        defaults: Config values for keys that the JSON leaves out, as for :func:`main`.
     """
     end_process(main([*words, *sys.argv[1:]], defaults=defaults))
 

@@ -33,7 +33,7 @@ _CACHED_ENTRIES = 2**18
 
 @dataclass(frozen=True)
 class Payload:
-    """What a codec made of a tensor.
+    """An encoded tensor.
 
     Args:
         data: The bytes that travel, ``uint8``, one dimension.
@@ -46,7 +46,7 @@ class Payload:
 
 @dataclass(frozen=True, kw_only=True)
 class Compression(Method):
-    """What ``dat.compression`` may be: a codec, or none."""
+    """Section ``dat.compression``: a codec, or none."""
 
     kind: ClassVar[str] = "codec"
 

@@ -26,7 +26,7 @@ CODECS: Table[Codec] = table_of(
 )
 """The codecs: a new one is a file and a place in this list."""
 COMPRESSIONS: Table[Compression] = table_of("codec", Compression, [NoCompression, *CODECS.values()])
-"""What ``dat.compression`` chooses from."""
+"""The choices of ``dat.compression``."""
 
 
 def build_codec(name: str, **options: Any) -> Codec:

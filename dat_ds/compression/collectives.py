@@ -39,7 +39,7 @@ def check_agreement(what: str, group: dist.ProcessGroup | None = None) -> None:
     """Compare a description over the ranks of a group; a collective.
 
     Args:
-        what: What has to be the same everywhere, in words.
+        what: Description that has to be the same on all ranks.
         group: Default: all ranks.
 
     Raises:
@@ -96,7 +96,7 @@ def gather_shares(
         shares: Entries of the largest share of each tensor, the same on every rank.
         codec: Encodes them, with blocks of a given size and without random numbers.
         group: Ranks; default all.
-        kind: What the bytes count as.
+        kind: Kind of traffic that the bytes are counted as.
 
     Returns:
         ``(ranks * share,)`` float32 of each tensor, zero where a piece was too short.
@@ -118,7 +118,7 @@ def gather_shares(
 
 
 class Feedback:
-    """What encoding lost, added to what is encoded next (Karimireddy et al., ICML 2019).
+    """Error feedback: adds the encoding error to the next input (Karimireddy et al., ICML 2019).
 
     A non-finite loss is forgotten: it would come back for ever.
 
@@ -148,13 +148,13 @@ class _Exchange:
 
     Args:
         layout: Describes the rows to the other ranks.
-        codec: What encodes the rows.
+        codec: Encodes the rows.
         padding: ``(n, m)`` bool, true at padding; None without padding.
         group: Ranks; default all.
         error_feedback: Default: for biased codecs.
         seed: Of the random rounding.
         bucket: Tells apart exchanges of one step.
-        kind: What the bytes count as.
+        kind: Kind of traffic that the bytes are counted as.
 
     Raises:
         ValueError: For a biased codec without error feedback; on every rank, if they disagree.
@@ -210,7 +210,7 @@ class _Exchange:
         zero, which loses what one step's encoding does, and a warning says so.
 
         Args:
-            state: What was saved.
+            state: The saved state.
             device: Where the tensors to exchange are.
         """
         if state["ranks"] != self.ranks:
@@ -292,7 +292,7 @@ class CompressedAllReduce(_Exchange):
             Default, and needed: for biased codecs.
         seed: Results are a function of (seed, bucket, step) and the tensors.
         bucket: Tells apart tensors that are averaged in one step.
-        kind: What the bytes count as: ``gradients``, ``momentum``.
+        kind: Kind of traffic that the bytes are counted as: ``gradients``, ``momentum``.
         device: Where the tensors are.
 
     Raises:
@@ -343,7 +343,7 @@ class CompressedAllReduce(_Exchange):
         return finish_together([self.parts(tensor, step)])[0]
 
     def parts(self, tensor: Tensor, step: int) -> Generator[None, None, Tensor]:
-        """What a call does, in parts for :func:`finish_together`; yields while bytes travel."""
+        """A call in parts, for :func:`finish_together`; yields while bytes travel."""
         flat = tensor.detach().to(torch.float32)
         if self.ranks == 1 or not self.numel:
             return flat.clone()
@@ -364,10 +364,10 @@ class CompressedReduceScatter(_Exchange):
         sizes: Entries of each tensor.
         codec: Encodes what travels.
         group: Ranks; default all.
-        error_feedback: As for :class:`CompressedAllReduce`, on the sending side.
-        seed: As for :class:`CompressedAllReduce`.
-        bucket: As for :class:`CompressedAllReduce`.
-        kind: What the bytes count as.
+        error_feedback: Whether the encoding error is added to the next tensor, on the sending side.
+        seed: Results are a function of (seed, bucket, step) and the tensors.
+        bucket: Tells apart tensors that are averaged in one step.
+        kind: Kind of traffic that the bytes are counted as.
         device: Where the tensors are.
 
     Raises:

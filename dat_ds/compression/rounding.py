@@ -84,7 +84,7 @@ class StochasticRounding(BlockCodec):
         return _rounding_noise(blocks, generator)
 
     def _length(self, blocks: Tensor, peak: Tensor) -> Tensor:
-        """What the largest level stands for, ``(n, b)``."""
+        """Magnitude of the largest level ``(n, b)``."""
         if self.norm == "max":
             return peak
         return l2_norm(blocks, peak)

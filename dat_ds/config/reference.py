@@ -93,7 +93,7 @@ def _section(cls: type[Section], path: str) -> Iterator[str]:
 
 
 def _methods(table: Table[Any], path: str) -> Iterator[str]:
-    """What a section chooses from: the keys of all, then those of each."""
+    """Reference of a section's methods: the keys of all, then those of each."""
     common = list(table.base.known_keys())
     yield f"## `{path}`\n"
     about = _words(table.base).split(". ")[0].rstrip(".")

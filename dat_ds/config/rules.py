@@ -1,4 +1,4 @@
-"""What does not go together in a run, by traits, and defaults that depend on other sections."""
+"""Rules for combinations in a run, by traits, and defaults that depend on other sections."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def check_run(
         config: DeepSpeed's part; may be empty.
         problems: Receives one message per problem that is not there yet.
         attack: An attack in the place of the section's.
-        objective: Likewise.
+        objective: An objective in the place of the section's.
         accumulation: Micro-steps per optimizer step; anything but an integer is not known yet.
     """
     if attack is not None or objective is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dat_ds.attacks import ATTACKS, Attack, ThreatModel, parse_evaluation_attack
+from dat_ds.attacks.threat import Norm
 from dat_ds.compression import COMPRESSIONS, Compression
 from dat_ds.data import DATASETS, DatasetMethod
 from dat_ds.length import Length
@@ -26,14 +27,13 @@ from dat_ds.models.method import MODELS, ModelMethod
 from dat_ds.objectives import OBJECTIVES, Objective
 from dat_ds.optim import OPTIMIZERS, SCHEDULES, OptimizerMethod, ScheduleMethod
 
-Norm = Literal["linf", "l2", "l1"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModelConfig(Section):
     """Allowed perturbations; lengths are pixel units in [0, 1]."""
 
     norm: Norm = "linf"
+    """Norm of the ball."""
     eps: Length = at_least(0, Length("8/255"))
     """Radius of the ball."""
     lower: float = 0.0
@@ -81,7 +81,8 @@ class GuardConfig(Section):
     """Watches single-step training for catastrophic overfitting.
 
     Every so many steps, images of the batch are attacked by the training attack and by a multi-step
-    probe. The guard fires where accuracy under the first exceeds that under the second too far.
+    probe. The guard fires when accuracy under the training attack exceeds accuracy under the probe
+    by more than ``largest_gap`` (a sign of catastrophic overfitting).
     """
 
     action: Literal["none", "stop", "rollback", "strengthen"] | None = option(
@@ -90,17 +91,18 @@ class GuardConfig(Section):
             (Trait.COMPARES_ACCURACIES, Trait.COMPARES_WITH_STRONGER), lambda v: v != "none"
         ),
     )
-    """What to do when it fires: end the run, return to the last checkpoint and go on with more
+    """Action when it fires: end the run, return to the last checkpoint and go on with more
     attack steps, or go on with more attack steps from here. Default: ``rollback`` for the
     single-step attacks, else ``none``."""
     every_steps: int = above(0, 50)
-    """Optimizer steps between two looks."""
+    """Optimizer steps between two checks."""
     probe_steps: int = above(0, 10)
     """PGD steps of the probe."""
     num_images: int = above(0, 64)
-    """Images per rank and look."""
+    """Images per rank and check."""
     largest_gap: float = fraction(0.3)
-    """Allowed excess of accuracy under the training attack, as a fraction."""
+    """Largest allowed excess of accuracy under the training attack over that under the probe, as a
+    fraction (0.3: 30 points)."""
     stronger_steps: int = above(1, 7)
     """PGD steps of the training attack after ``rollback`` or ``strengthen``."""
 
@@ -129,8 +131,11 @@ class EvaluationConfig(Section):
     batch_size: int = above(0, 256)
     """Per rank."""
     validation_attack: str = "pgd-10"
+    """Attack on the validation split during training; its result chooses the best model."""
     validation_every_epochs: float = above(0, 5.0)
+    """Epochs between two validations."""
     validation_examples: int | None = above(0, None)
+    """First images of the validation split. Default: all."""
     natural_twin: bool = option(False, traits={Trait.SUPPORTS_CLASSES: bool})
     """Train a natural twin (same config, no attack) and evaluate it beside the robust model."""
     pictures: int = at_least(0, 8)
@@ -166,6 +171,7 @@ class CheckpointConfig(Section):
     """When the resumable state is written."""
 
     every_epochs: float = above(0, 5.0)
+    """Epochs between two checkpoints."""
     every_steps: int | None = above(0, None)
     """Takes precedence over ``every_epochs``."""
     keep: int = at_least(1, 1)
@@ -174,11 +180,14 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section):
-    """What a run shows and writes while it trains."""
+    """Output of a run while it trains."""
 
     every_steps: int = above(0, 10)
+    """Optimizer steps between two lines of metrics."""
     progress: bool = True
+    """Show a progress bar on a terminal."""
     tensorboard: bool = True
+    """Write TensorBoard files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +208,7 @@ class EngineConfig(Section):
             Trait.COMPILES_THE_UPDATE: lambda v: v == "all",
         },
     )
-    """What ``torch.compile`` compiles: the attack's passes, or the update's as well."""
+    """Passes that ``torch.compile`` compiles: the attack's, or the update's as well."""
     cuda_graphs: bool = option(False, traits={Trait.RECORDS_THE_ATTACK: bool})
     """Record the whole attack, all of its steps, as a CUDA graph and replay it: one launch in the
     place of one per kernel. What it needs for activations stays reserved. Worth it for batches of
@@ -228,6 +237,7 @@ class DatConfig(Section):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = at_least(0, 0)
+    """Seed of weights, data order, augmentation and attacks."""
     output_dir: str | None = None
     """Default: ``runs/<data>-<model>-<attack>-zero<stage>``, with a number where that is taken."""
 
@@ -237,10 +247,10 @@ class RunConfig:
     """One run: a DeepSpeed config and our section, resolved and checked.
 
     Args:
-        deepspeed: What ``deepspeed.initialize`` receives, with every default that changes results
-            written out; batch sizes are resolved only once the number of ranks is known.
+        deepspeed: Config that ``deepspeed.initialize`` receives, with every default that changes
+            results written out; batch sizes are resolved only once the number of ranks is known.
         dat: Our section.
-        notes: What was changed on the user's behalf, to be said once.
+        notes: Changes made on the user's behalf, to be logged once.
     """
 
     deepspeed: dict[str, Any]

@@ -47,10 +47,10 @@ class DataSplits:
         image_shape: ``(C, H, W)``.
         mean: Per channel, pixel units, of the training data (with the validation part, so that the
             constants do not depend on the split's seed).
-        std: Likewise, at least one grey level (1/255).
+        std: Per channel, pixel units, of the same data; at least one grey level (1/255).
         name: Name the splits were built by.
         class_names: Names in label order, or None where the data has none.
-        mixture: What ``train`` is made of where it has unlabelled images, else None.
+        mixture: Composition of ``train`` where it has unlabelled images, else None.
     """
 
     train: Dataset[Any]
@@ -74,7 +74,7 @@ def build_data(name: str, *, seed: int = 0, **options: Any) -> DataSplits:
         options: The keys of ``dat.data``; one that is None has its default.
 
     Returns:
-        The splits. ``train`` says of each label what is known: see `PartlyLabelled`.
+        The splits. ``train`` says of each label what is known: see ``PartlyLabelled``.
 
     Raises:
         DataError: Anything wrong with the arguments or the data; what can be seen together is
@@ -185,7 +185,7 @@ def _read_unlabelled(
 
 
 def _check_labels(source: Source, num_classes: int | None) -> int:
-    """Return the largest label plus 1; refuse empty parts and labels outside ``0 .. num - 1``."""
+    """Largest label plus 1; refuse empty parts and labels outside ``0 .. num - 1``."""
     parts = {"train": source.train.labels, "test": source.test.labels}
     raise_all(f"The {part} part has no images." for part, y in parts.items() if len(y) == 0)
     ranges = {part: (int(y.min()), int(y.max())) for part, y in parts.items()}

@@ -33,18 +33,18 @@ class TensorImages(Dataset[Sample]):
         self.image_shape: ImageShape = (channels, img_size or height, img_size or width)
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Number of images."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return ``(x, y)`` with ``x`` float32 of `image_shape` in [0, 1]."""
+        """``(x, y)`` with ``x`` float32 of ``image_shape`` in [0, 1]."""
         x = to_unit(self.images[index])
         if self.img_size is not None:
             x = resize_square(x, self.img_size).clamp(0, 1)
         return x, int(self.labels[index])
 
     def raw(self, index: int) -> Sample:
-        """Return the stored image before any resizing, and its label."""
+        """Stored image before any resizing, and its label."""
         return self.images[index], int(self.labels[index])
 
 
@@ -64,11 +64,11 @@ class FolderImages(Dataset[Sample]):
         self.image_shape: ImageShape = (3, img_size, img_size)
 
     def __len__(self) -> int:
-        """Return the number of files."""
+        """Number of files."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return ``(x, y)`` with ``x`` float32 of `image_shape` in [0, 1].
+        """``(x, y)`` with ``x`` float32 of ``image_shape`` in [0, 1].
 
         Raises:
             DataError: The file cannot be decoded.
@@ -77,7 +77,7 @@ class FolderImages(Dataset[Sample]):
         return to_unit(resize_center_crop(image, self.img_size)), y
 
     def raw(self, index: int) -> Sample:
-        """Return the whole image, uint8 ``(3, H, W)`` of the file's own size, and its label.
+        """Whole image, uint8 ``(3, H, W)`` of the file's own size, and its label.
 
         Raises:
             DataError: The file cannot be decoded.

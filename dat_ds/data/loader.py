@@ -24,7 +24,9 @@ from dat_ds.data.transforms import Sample, fetch_sample
 from dat_ds.errors import CheckpointError, DataError
 
 Batch = tuple[Tensor, Tensor]
+"""Images and labels."""
 PlannedBatch = tuple[Tensor, Tensor, BatchPlan | None]
+"""Images, labels and, where it is known, their place in the global batch."""
 """Images, labels, and their place in the global batch; None for batches that are not a loader's."""
 _GRACE_SECONDS = 20  # the deepspeed launcher waits 30 before it kills
 
@@ -41,7 +43,7 @@ class DistributedLoader:
     ``B`` may be smaller, even 0, and ``plan.weight`` is the batch's weight.
 
     Args:
-        dataset: Map-style dataset of ``(x, y)``; an `Augmented` one also gets the epoch.
+        dataset: Map-style dataset of ``(x, y)``; an ``Augmented`` one also gets the epoch.
         micro_batch: Samples per rank per micro-step.
         accumulation: Micro-steps per optimizer step.
         rank: This process, ``0 .. ranks - 1``.
@@ -107,7 +109,7 @@ class DistributedLoader:
         return self.sampler.steps_per_epoch
 
     def __len__(self) -> int:
-        """Return the number of micro-batches a rank sees in a full epoch."""
+        """Number of micro-batches a rank sees in a full epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -160,7 +162,7 @@ class DistributedLoader:
         self._iteration += 1
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position and what it is relative to; plain integers.
+        """Position and what it is relative to; plain integers.
 
         ``step`` counts the optimizer steps of ``epoch`` handed out completely. The end of an epoch
         is step 0 of the next one.
@@ -168,7 +170,7 @@ class DistributedLoader:
         return {"epoch": self.sampler.epoch, "step": self.sampler.step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where `state_dict` was taken; ranks, accumulation and workers may have changed.
+        """Continue where ``state_dict`` was taken; ranks, accumulation and workers may differ.
 
         Raises:
             CheckpointError: The state is incomplete, or its seed, number of samples or global batch
@@ -213,7 +215,7 @@ class EvaluationBatches:
         self._dataset, self._shard, self._num_workers = dataset, shard, num_workers
 
     def __len__(self) -> int:
-        """Return the number of batches, the same on every rank."""
+        """Number of batches, the same on every rank."""
         return len(self._shard)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
@@ -314,7 +316,7 @@ def _outlive_sigterm(_worker: int) -> None:
 class _Samples(Dataset[Any]):
     """Reads the samples of one batch of keys.
 
-    A `DataError` is returned and not raised: torch would re-raise it in the main process with the
+    A ``DataError`` is returned and not raised: torch would re-raise it in the main process with the
     worker's whole traceback as its message.
     """
 

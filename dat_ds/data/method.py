@@ -1,4 +1,4 @@
-"""What every dataset section of a run config is: how images are read, split, mixed and loaded."""
+"""Base of the dataset sections of a run config: reading, splits, mixing and loading of images."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class DatasetMethod(Method):
     kind: ClassVar[str] = "dataset"
 
     augment: Literal["none", "crop", "crop_flip", "resized_crop_flip"] = "none"
-    """Of the training images."""
+    """Augmentation of the training images."""
     mixup: float = at_least(0, 0.0, traits=_MIXES)
     """Alpha of mixup: labels become probabilities. 0 for none."""
     cutmix: float = at_least(0, 0.0, traits=_MIXES)
     """Alpha of CutMix; with ``mixup`` too, each image gets one of them."""
     labelled_fraction: float = positive_share(1.0)
-    """Part of the training images that keep their labels; the others count as unlabelled."""
+    """Fraction of the training images that keep their labels; the others count as unlabelled."""
     drop_unlabelled: bool = False
-    """Leave those others out."""
+    """Leave the images without a label out of training."""
     unlabelled_path: str | None = None
     """Further unlabelled training images: a folder of image files, or an npz file with
     ``images``."""

@@ -45,11 +45,11 @@ class Mixed(KeyedDataset[tuple[Tensor, Tensor]]):
         self.seed = seed
 
     def __len__(self) -> int:
-        """Return the number of samples."""
+        """Number of samples."""
         return len(cast(Any, self.dataset))
 
     def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, Tensor]:
-        """Return ``(x, y)``: float32 CHW in [0, 1] and float32 probabilities ``(K,)``."""
+        """``(x, y)``: float32 CHW in [0, 1] and float32 probabilities ``(K,)``."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key)
         random = np.random.default_rng(derive_seed("mix", self.seed, key.epoch, key.index))

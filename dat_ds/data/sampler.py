@@ -22,7 +22,7 @@ from dat_ds.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class SampleKey:
-    """What a worker needs to produce one sample: the epoch (for augmentation) and the index."""
+    """Key of a sample for a worker: the epoch (for augmentation) and the index."""
 
     epoch: int
     index: int
@@ -63,7 +63,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seeded_generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator seeded by ``derive_seed(*parts)``, apart from the global one."""
+    """A CPU generator seeded by ``derive_seed(*parts)``, apart from the global one."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
@@ -168,11 +168,11 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         self.epoch = epoch + done
 
     def __len__(self) -> int:
-        """Return the number of micro-batches this rank sees in a full epoch."""
+        """Number of micro-batches this rank sees in a full epoch."""
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Iterate over the sample keys of each plan, in the order of `plans`."""
+        """Iterate over the sample keys of each plan, in the order of ``plans``."""
         plans = self.plans()
         return ([SampleKey(plan.epoch, i) for i in plan.indices] for plan in plans)
 

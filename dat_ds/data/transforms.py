@@ -4,7 +4,7 @@ Shapes: ``C`` channels, ``H`` height, ``W`` width, ``S`` side of a square image.
 
 Why the epoch travels with the index: worker processes hold a *copy* of the dataset, so an epoch set
 on the parent's dataset would not reach running workers. The sampler therefore hands out
-`SampleKey(epoch, index)`, and the dataset keeps no state at all.
+``SampleKey(epoch, index)``, and the dataset keeps no state at all.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def random_resized_crop(image: Tensor, size: tuple[int, int], generator: torch.G
 
 
 class KeyedDataset(Dataset[T]):
-    """A dataset whose items depend on the epoch: it takes a `SampleKey`."""
+    """A dataset whose items depend on the epoch: it takes a ``SampleKey``."""
 
 
 class Augmented(KeyedDataset[Sample]):
@@ -99,15 +99,15 @@ class Augmented(KeyedDataset[Sample]):
 
     Args:
         dataset: Yields ``(x, y)`` with ``x`` float32 CHW in [0, 1]. If it (or the dataset under a
-            `Subset`) has a method ``raw(index) -> (image, y)``, ``resized_crop_flip`` cuts from
+            ``Subset``) has a method ``raw(index) -> (image, y)``, ``resized_crop_flip`` cuts from
             that full-size image and not from the evaluation crop.
-        augment: One of `AUGMENTATIONS`: ``"none"``, ``"crop"`` (digits: a mirrored digit is no
+        augment: One of ``AUGMENTATIONS``: ``"none"``, ``"crop"`` (digits: a mirrored digit is no
             digit), ``"crop_flip"``, ``"resized_crop_flip"``.
         seed: Any integer.
         size: ``(H, W)`` of the images out of ``resized_crop_flip``; None takes that of item 0.
 
     Raises:
-        ValueError: ``augment`` is not one of `AUGMENTATIONS`.
+        ValueError: ``augment`` is not one of ``AUGMENTATIONS``.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class Augmented(KeyedDataset[Sample]):
         self.size = size
 
     def __len__(self) -> int:
-        """Return the number of samples."""
+        """Number of samples."""
         return len(cast(Any, self.dataset))
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
-        """Return ``(x, y)``: float32 CHW in [0, 1] and an int; ``key`` may be a plain index."""
+        """``(x, y)``: float32 CHW in [0, 1] and an int; ``key`` may be a plain index."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key)
         if self.augment == "none":
@@ -148,10 +148,10 @@ class Augmented(KeyedDataset[Sample]):
 
 
 def fetch_sample(dataset: Dataset[Any], key: SampleKey) -> Sample:
-    """Return item ``key``, carrying its epoch through `Subset` to a `KeyedDataset` below.
+    """Item ``key``, carrying its epoch through ``Subset`` to a ``KeyedDataset`` below.
 
-    `Subset` cannot look up a `SampleKey`; dropping the epoch there would repeat the same crops in
-    every epoch without a word.
+    ``Subset`` cannot look up a ``SampleKey``; dropping the epoch there would silently repeat the
+    same crops in every epoch.
     """
     if isinstance(dataset, Subset):
         return fetch_sample(dataset.dataset, SampleKey(key.epoch, dataset.indices[key.index]))
@@ -160,7 +160,7 @@ def fetch_sample(dataset: Dataset[Any], key: SampleKey) -> Sample:
 
 
 def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
-    """Return the stored image of item ``index`` before any resizing, and its label.
+    """Stored image of item ``index`` before any resizing, and its label.
 
     A dataset without a method ``raw`` gives the item itself.
     """

@@ -53,11 +53,11 @@ class PartlyLabelled(Dataset[Sample]):
         self._labels = pseudo_label(classes)
 
     def __len__(self) -> int:
-        """Return the number of samples, repeats counted."""
+        """Number of samples, repeats counted."""
         return self.num_labelled + self.num_unlabelled
 
     def __getitem__(self, index: int) -> Sample:
-        """Return ``(x, y)``: ``x`` float32 CHW in [0, 1], ``y`` an int as this module says."""
+        """``(x, y)``: ``x`` float32 CHW in [0, 1], ``y`` an int as this module says."""
         if index < self.num_labelled:
             sample: Sample = self.labelled[index % len(cast(Any, self.labelled))]
             return sample
@@ -65,7 +65,7 @@ class PartlyLabelled(Dataset[Sample]):
         return self.unlabelled[position][0], int(self._labels[position])
 
     def raw(self, index: int) -> Sample:
-        """Return the stored image before any resizing, and its label."""
+        """Stored image before any resizing, and its label."""
         if index < self.num_labelled:
             return fetch_raw(self.labelled, index % len(cast(Any, self.labelled)))
         position = index - self.num_labelled

@@ -15,12 +15,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dat_ds.attacks import Attack, InputGradient, preserved_buffers
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.strategy import Adversarial
 from dat_ds.config import RunConfig, threat_of
 from dat_ds.data import BatchPlan, DistributedLoader, classes_of
+from dat_ds.data.loader import Batch, PlannedBatch
 from dat_ds.engine import hooks
-from dat_ds.engine.bare import BareModel, Model, graphs_of
+from dat_ds.engine.bare import BareModel, graphs_of
 from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.steplog import StepLog
 from dat_ds.engine.validate import attack_problems
@@ -41,9 +43,6 @@ from dat_ds.minmax import (
 from dat_ds.objectives import AlignmentProbes, Objective
 from dat_ds.optim import CompressedOptimizer
 from dat_ds.ranks import Ranks
-
-Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BatchPlan | None]
-"""Images, labels and, where it is known, their place in the global batch."""
 
 
 class AdversarialEngine:
@@ -206,7 +205,7 @@ class AdversarialEngine:
         ((part, found),) = self._maximise([(x, y, plan)])
         return self._outer_loss(part, found)
 
-    def train_step(self, batches: Sequence[Batch]) -> Tensor:
+    def train_step(self, batches: Sequence[Batch | PlannedBatch]) -> Tensor:
         """One optimizer step: attack, forward, backward and step for each micro-batch.
 
         Args:
@@ -286,7 +285,7 @@ class AdversarialEngine:
 
         Args:
             x: Images in pixel units [0, 1], float32, on the engine's device.
-            y: What the inner loss compares outputs with, on the engine's device.
+            y: Targets of the inner loss, on the engine's device.
             first_index: Index of the first image within the step's global batch.
             indices: Those of all images, where they do not follow one another.
             gradient: Counts of the attack's gradients go here.
@@ -337,12 +336,12 @@ class AdversarialEngine:
     def micro_batch(
         self, x: Tensor, y: Tensor, plan: BatchPlan | None = None, *, ahead: int = 0
     ) -> MicroBatch:
-        """What is attacked and trained on in the place of a batch, on the device.
+        """The micro-batch that is attacked and trained on in the place of a batch, on the device.
 
         Args:
-            x: As of :meth:`__call__`.
-            y: As of :meth:`__call__`.
-            plan: As of :meth:`__call__`, but without a default.
+            x: This rank's images ``(B, C, H, W)``, as for :meth:`__call__`.
+            y: Their labels, as for :meth:`__call__`.
+            plan: As for :meth:`__call__`, but without a default.
             ahead: In how many micro-steps its turn is.
         """
         slot, first_image = self.micro_step + ahead, None
@@ -358,7 +357,7 @@ class AdversarialEngine:
 
     @property
     def task(self) -> Task | None:
-        """What the model in training is judged by; None where it classifies images."""
+        """Evaluation task of the model in training; None where it classifies images."""
         return task_of(self._objective, self._original_outputs)
 
     def accuracy_under(self, attack: Attack, x: Tensor, y: Tensor) -> float:

@@ -12,6 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dat_ds.attacks import AttackGraphs, attack_mode
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.engine import hooks
@@ -20,8 +21,6 @@ from dat_ds.models import PixelModel
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
-
-Model = Callable[[Tensor], Tensor]
 
 
 class BareModel:
@@ -37,7 +36,7 @@ class BareModel:
 
     Attributes:
         module: Pixels in [0, 1] to logits.
-        compiled: What the training attack calls: the module, compiled where that is asked for.
+        compiled: Model that the training attack calls: the module, compiled if so configured.
         keeps_parameters: Whether ZeRO-3 parameters stay on the device once gathered.
         overflows: Whether it computes in float16.
     """
@@ -109,7 +108,7 @@ class BareModel:
 
 @dataclass(frozen=True)
 class _FrozenModel:
-    """What :meth:`BareModel.opened` gives: the module, called as the engine calls it."""
+    """The model that :meth:`BareModel.opened` yields, called as the engine calls the module."""
 
     module: nn.Module
     called: Model
@@ -121,7 +120,7 @@ class _FrozenModel:
 
 
 def graphs_of(run: RunConfig, module: nn.Module, ranks: Ranks) -> AttackGraphs | None:
-    """What replays attacks as CUDA graphs, where it is asked for and there is a CUDA device."""
+    """The cache of CUDA graphs of attacks; None where they are off or there is no CUDA device."""
     if not run.dat.engine.cuda_graphs:
         return None
     if ranks.device.type == "cuda":

@@ -77,7 +77,7 @@ def loss_scale(engine: DeepSpeedEngine) -> float:
 
 
 def missing_loss_scale(engine: DeepSpeedEngine) -> float:
-    """What to multiply a loss by, because ``backward`` does not although ``step`` divides by it.
+    """Factor for the loss that ``backward`` leaves out although ``step`` divides by it.
 
     DeepSpeed 0.19.8 scales float16 losses under ZeRO 1 to 3, and forgets to at ZeRO-0.
     """
@@ -140,7 +140,7 @@ def replace_gradient_averaging(
         engine: With ``reduce_scatter`` off at ZeRO stages 1 and 2, and on at stage 3.
         average: Stages 0 to 2: a name of the bucket, and its flat gradients in any dtype, to their
             mean. The name stands for the parameters in it (at stage 0 for their number).
-        scatter: Stage 3: likewise a name and the gradients of some parameters, to this rank's
+        scatter: Stage 3: a name of the bucket, and the gradients of its parameters, to this rank's
             share of the mean of each, ``ceil(numel / ranks)`` entries.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an engine's optimizer steps did: losses, accuracies, seconds, and what was sent."""
+"""Log of an engine's optimizer steps: losses, accuracies, seconds, and what was sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only DeepSpeed, the device or the model can say of a run config."""
+"""Checks of a run config that need DeepSpeed, the device or the model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from dat_ds.objectives import Objective
 def attack_problems(
     attack: Attack, objective: Objective, run: RunConfig, accumulation: int
 ) -> list[str]:
-    """What of the rest of a run an attack cannot go along with, in words for who wrote both.
+    """Conflicts between an attack and the rest of a run, as messages to the user.
 
     Args:
         attack: From the config, or of the user's own.
-        objective: Likewise.
+        objective: From the config, or of the user's own.
         run: The run.
         accumulation: Micro-steps per optimizer step.
     """
@@ -75,7 +75,7 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
 
 
 def _optimizer_problems(name: str, params: Mapping[str, Any]) -> list[str]:
-    """What is wrong with an optimizer that DeepSpeed takes from torch, by name."""
+    """Problems of an optimizer that DeepSpeed takes from torch, by name."""
     if name.lower() in DEEPSPEED_OPTIMIZERS and name.lower() not in ADAM_NAMES:
         return []  # its own implementation, with parameters of its own
     torch_name = {"adam": "Adam", "adamw": "AdamW"}.get(name.lower(), name)
@@ -95,7 +95,7 @@ def _optimizer_problems(name: str, params: Mapping[str, Any]) -> list[str]:
 
 
 def _value_problems(kind: type[torch.optim.Optimizer], params: Mapping[str, Any]) -> list[str]:
-    """What the optimizer itself says of its values, tried on one parameter."""
+    """The optimizer's own errors about its values, found by building it for one parameter."""
     signature = inspect.signature(kind).parameters
     try:
         kind([nn.Parameter(torch.zeros(1))], **{k: v for k, v in params.items() if k in signature})

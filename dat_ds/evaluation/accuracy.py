@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, attack_mode
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.named import run_attack, stream_of
 from dat_ds.config import parse_evaluation_attack
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
 from dat_ds.evaluation.task import Task
 
-Model = Callable[[Tensor], Tensor]
 
-
-class Gather(Protocol):
+class GatherObjects(Protocol):
     """Collects one picklable object per rank, in order of rank."""
 
     def __call__(self, value: object) -> list[object]:
@@ -98,7 +97,7 @@ def evaluate(
     device: torch.device | str | None = None,
     rank: int = 0,
     ranks: int = 1,
-    gather: Gather = _alone,
+    gather: GatherObjects = _alone,
     num_workers: int = 0,
     task: Task | None = None,
 ) -> Record:
@@ -122,7 +121,7 @@ def evaluate(
         ranks: Number of processes.
         gather: Collects every rank's outcomes; called once, by all ranks.
         num_workers: Worker processes that read the images.
-        task: What the model does with the images; None: it classifies them. A loss that compares
+        task: Evaluation task of the model; None: it classifies the images. A loss that compares
             the images of a batch depends on ``batch_size`` and ``ranks``.
 
     Returns:
@@ -185,7 +184,7 @@ class _Batches:
     """Batches that end in empty ones where reading fails, so that all ranks stay in step.
 
     Attributes:
-        error: What reading met; None where all went well.
+        error: Error of reading; None where there was none.
     """
 
     def __init__(self, batches: EvaluationBatches) -> None:

@@ -9,7 +9,7 @@ _NEXT_STEP = "For classes, fine-tune it: --set dat.model.pretrained=RUN, with an
 
 
 def describe(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
-    """What a model withstands, in one or two sentences, and what a natural one does.
+    """Clean and robust accuracy of a run and of its natural twin, in one or two sentences.
 
     Args:
         record: ``record.json`` of a run.

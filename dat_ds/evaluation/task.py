@@ -1,4 +1,4 @@
-"""What the model of an objective is judged by."""
+"""Evaluation tasks of models whose objective is not classification."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def task_of(objective: Objective, reference: Callable[[Tensor], Tensor] | None) 
 
 @dataclass(frozen=True)
 class Task:
-    """What a self-supervised model is judged by.
+    """Evaluation task of a self-supervised model.
 
     Attributes:
         inputs: Images, labels and a source of random numbers to the images that the model is shown,

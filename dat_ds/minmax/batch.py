@@ -27,7 +27,7 @@ class MicroBatch:
 
     Attributes:
         x: Images ``(n, C, H, W)``, pixel units, float32.
-        y: What the inner and the outer loss compare the model's outputs with.
+        y: Targets of the inner and the outer loss.
         moment: Its place in the run; ``first_image`` counts views.
         num_images: How many images count; 0 where one fills in for none.
         labelled: Which labels are true ``(n,)``; None for all.

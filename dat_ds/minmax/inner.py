@@ -26,6 +26,7 @@ from dat_ds.attacks import (
     gradient_speedup,
     product_speedup,
 )
+from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.strategy import Adversarial, Strategy
 from dat_ds.minmax.batch import MicroBatch, joined
@@ -36,8 +37,6 @@ logger = logging.getLogger("dat_ds")
 
 _WORTHWHILE = 1.1
 """Speedup of the attack from which on ``auto`` takes a shorter float."""
-
-Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class InnerMaximisation:
 
     Attributes:
         precision: Of the attack's passes; None for the model's; ``"auto"`` until the first attack.
-        strategy: What the attack carries from step to step.
+        strategy: State that the attack carries from step to step.
         graphs: As given.
     """
 

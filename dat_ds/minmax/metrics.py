@@ -1,4 +1,4 @@
-"""What one optimizer step did: sums kept on the device, read by the host only when asked."""
+"""Metrics of an optimizer step: sums kept on the device, read by the host only when asked."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PhaseTimer:
 
 @dataclass
 class StepMetrics:
-    """What training did on this rank, over the micro-steps of an optimizer step, or of several.
+    """Metrics of this rank, over the micro-steps of one or several optimizer steps.
 
     Losses are weighted as the gradient is (see :class:`dat_ds.data.BatchPlan`), so the mean over
     ranks of :attr:`terms` is the mean over the global batch.
@@ -141,7 +141,7 @@ class StepMetrics:
 
         Args:
             sums: The sums.
-            count: What the sums of terms are divided by: the number of ranks, where factors add up
+            count: Divisor of the sums of terms: the number of ranks, where factors add up
                 to 1 on each.
 
         Returns:

@@ -28,7 +28,7 @@ from dat_ds.ranks import Ranks, rows_of_others
 
 @dataclass(frozen=True)
 class OuterTerms:
-    """What an objective made of the outer forward.
+    """Loss terms of an objective, from the outer forward.
 
     Attributes:
         terms: ``loss``, with gradient, and detached terms.
@@ -73,7 +73,7 @@ class OuterBatch:
 
         Args:
             outputs: Shape ``(sum of sizes, K)``.
-            y: What natural images are compared with ``(B,)`` or ``(B, K)``.
+            y: Targets of natural images ``(B,)`` or ``(B, K)``.
             weights: Weight of each sample ``(B,)``; None for 1.
             helper: HAT's naturally trained model, pixels to logits.
             gather: Brings in other ranks' features, where the objective compares samples.

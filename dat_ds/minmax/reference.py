@@ -17,7 +17,7 @@ def frozen_copy(model: nn.Module, objective: str, *, remedy: str) -> nn.Module:
     Args:
         model: Its parameters are whole.
         objective: Name of the objective that asks for it.
-        remedy: What to do where DeepSpeed has sharded its parameters already.
+        remedy: Advice for the case that DeepSpeed has sharded its parameters already.
 
     Raises:
         ConfigError: If it has.

@@ -144,7 +144,7 @@ class PerturbedWeights:
     """Applies a perturbation before an outer forward, until its loss has gone backward.
 
     Args:
-        perturbation: What to apply; None leaves weights alone.
+        perturbation: Perturbation to apply; None leaves weights alone.
         module: The bare model.
         ranks: The processes of the run.
         start: Share of the run after which weights are perturbed.

@@ -15,6 +15,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import nn
 
 from dat_ds.errors import ModelError
+from dat_ds.kinds import Checkpointing, Head
 from dat_ds.models.families import huggingface
 from dat_ds.models.families.huggingface import build_huggingface
 from dat_ds.models.families.projection import use_projection_head
@@ -24,11 +25,9 @@ from dat_ds.models.normalize import PixelModel
 from dat_ds.models.pretrained import load_pretrained
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
 
-_LOG = logging.getLogger("dat_ds")
-CheckpointingKind = Literal["none", "non_reentrant", "reentrant"]
-Head = Literal["classes", "rotation", "projection", "features"]
+logger = logging.getLogger("dat_ds")
 _HEADS = get_args(Head)
-_CHECKPOINTING_KINDS = ("none", "non_reentrant", "reentrant")
+_CHECKPOINTING_KINDS = get_args(Checkpointing)
 _STEMS = ("default", "cifar")
 # Keyword arguments and config fields that would defeat the arguments of build_model.
 _RESERVED = frozenset(
@@ -69,22 +68,22 @@ def build_model(
     head: Head = "classes",
     pretrained: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-    activation_checkpointing: CheckpointingKind = "none",
+    activation_checkpointing: Checkpointing = "none",
     seed: int | None = None,
 ) -> PixelModel:
     """Build a classifier that takes pixels in [0, 1].
 
-    None leaves the architecture's own value. The overrides from `patch_size` to `drop_path_rate`
-    are for timm; the fields of a Hugging Face config are set with `options`.
+    None leaves the architecture's own value. The overrides from ``patch_size`` to
+    ``drop_path_rate`` are for timm; the fields of a Hugging Face config are set with ``options``.
 
     Args:
         name: A timm model name, or 'hf:' and a local folder (or hub id) of a Hugging Face image
             classifier.
         num_classes: Number of outputs K; 0 for the features themselves.
         in_chans: Number of image channels C.
-        mean: C values in pixel units; None takes the ones saved with `pretrained`, else those
+        mean: C values in pixel units; None takes the ones saved with ``pretrained``, else those
             published with the model if they are for C channels (timm: 3), else 0.5.
-        std: C positive values in pixel units; None as for `mean`.
+        std: C positive values in pixel units; None as for ``mean``.
         img_size: Height and width of the images in pixels, one number if square. Models that
             take any size, such as CNNs, do not have this argument and it is dropped for them.
         patch_size: Side of a patch in pixels.
@@ -94,21 +93,21 @@ def build_model(
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Largest stochastic-depth probability.
         stem: 'cifar' replaces the stem of a ResNet, for images of 32 pixels and less.
-        head: What the outputs are. 'projection' puts two layers in the place of the classifier;
+        head: Kind of outputs. 'projection' puts two layers in the place of the classifier;
             the others tell whether the classifier of a saved model serves the same purpose.
-        pretrained: A local checkpoint file, see `load_pretrained`, or a saved model of ours, see
-            `dat_ds.models.load`, whose head is taken over if it has the same purpose.
+        pretrained: A local checkpoint file, see ``load_pretrained``, or a saved model of ours, see
+            ``dat_ds.models.load``, whose head is taken over if it has the same purpose.
         options: Further keyword arguments of the timm model, or fields of the Hugging Face
             config; JSON-serialisable.
         activation_checkpointing: Recompute activations in the backward pass. 'reentrant' works
-            with `backward()` only: `torch.autograd.grad` raises. timm models checkpoint in both
+            with ``backward()`` only: ``torch.autograd.grad`` raises. timm models checkpoint in both
             modes, Hugging Face models in training mode only.
         seed: If given, the weights depend on it alone (the same on every rank) and the global
             random state is left as it was.
 
     Returns:
-        The model in training mode, float32; its `spec` holds the arguments, with `mean` and
-        `std` filled in.
+        The model in training mode, float32; its ``spec`` holds the arguments, with ``mean`` and
+        ``std`` filled in.
 
     Raises:
         ModelError: An argument does not fit the model, or files are missing or do not match.
@@ -179,7 +178,7 @@ def _check_choices(spec: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights from `seed` on the CPU, without touching any global random state."""
+    """Draw initial weights from ``seed`` on the CPU, without touching any global random state."""
     # torch.manual_seed would reseed the CUDA generators as well; initialising on the CPU needs
     # none of them and gives the same weights on every machine.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -188,7 +187,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _saved_folder(pretrained: str | None) -> Path | None:
-    """Return the folder of the saved model of ours that `pretrained` names, if it does."""
+    """Folder of the saved model of ours that ``pretrained`` names, if it does."""
     if pretrained is None:
         return None
     path = Path(pretrained).expanduser()
@@ -241,7 +240,7 @@ def _select_kind(reentrant: bool, module: nn.Module, args: tuple[Any, ...]) -> N
 def _default_statistics(
     body: nn.Module, name: str, in_chans: int, saved_spec: Mapping[str, Any]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and standard deviation saved or published with the model, else 0.5."""
+    """Mean and standard deviation saved or published with the model, else 0.5."""
     published: tuple[Sequence[float], Sequence[float]] | None
     if saved_spec:
         published = (saved_spec["mean"], saved_spec["std"])
@@ -252,12 +251,12 @@ def _default_statistics(
         published = (config.get("mean", ()), config.get("std", ()))
     if published is not None and len(published[0]) == len(published[1]) == in_chans:
         return published
-    _LOG.info("dat.model.name='%s' comes with no mean and std for its channels: 0.5.", name)
+    logger.info("dat.model.name='%s' comes with no mean and std for its channels: 0.5.", name)
     return [0.5] * in_chans, [0.5] * in_chans
 
 
 def _checked(key: str, values: Sequence[float], in_chans: int) -> list[float]:
-    """Return `values` as floats; raise a ModelError unless there is one valid value per channel."""
+    """``values`` as floats; raise a ModelError unless there is one valid value per channel."""
     result = [float(value) for value in values]
     if len(result) != in_chans:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""The saved model: a folder with `model.safetensors` (weights) and `model.json` (what they fit).
+"""The saved model: a folder with ``model.safetensors`` (weights) and ``model.json`` (spec).
 
 Nothing in it is executed on loading, and a model can be loaded without the files, the network or
 the config that it was built from.
@@ -36,9 +36,9 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], spec: Mapping[str
 
     Args:
         path: Folder to write into; made if need be.
-        state_dict: State dict of a `PixelModel`, on any device, in any floating dtype, complete
+        state_dict: State dict of a ``PixelModel``, on any device, in any floating dtype, complete
             (gathered, under ZeRO-3). Tied tensors are written as separate copies.
-        spec: `PixelModel.spec`.
+        spec: ``PixelModel.spec``.
 
     Raises:
         CheckpointError: A file cannot be written.
@@ -71,11 +71,11 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> nn.Mo
     """Load a saved model.
 
     Args:
-        path: Of what `save_weights` wrote, or of a run; see `dat_ds.models.saved.find_saved`.
+        path: Of what ``save_weights`` wrote, or of a run; see ``dat_ds.models.saved.find_saved``.
         map_location: Device to put the model on.
 
     Returns:
-        The `PixelModel` in eval mode, float32: pixels in [0, 1] (B, C, H, W) to logits (B, K).
+        The ``PixelModel`` in eval mode, float32: pixels in [0, 1] (B, C, H, W) to logits (B, K).
         Activation checkpointing is off.
 
     Raises:
@@ -97,7 +97,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> nn.Mo
 
 
 def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous CPU tensors of which no two share memory, as safetensors requires."""
+    """Contiguous CPU tensors of which no two share memory, as safetensors requires."""
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in state_dict.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from dat_ds.kinds import Checkpointing
 from dat_ds.method import Method, Table, Trait, above, fraction, option
 
 HUGGING_FACE = "hf:"
@@ -34,7 +35,7 @@ class ModelMethod(Method):
     """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
     std: list[float] | None = None
     """Per channel, pixel units. Default: as of ``mean``."""
-    activation_checkpointing: Literal["none", "non_reentrant", "reentrant"] = option(
+    activation_checkpointing: Checkpointing = option(
         "none",
         traits={
             Trait.SAVES_RANDOM_STATES: lambda v: v != "none",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    """Return `values` as a float32 tensor of shape (1, C, 1, 1)."""
+    """``values`` as a float32 tensor of shape (1, C, 1, 1)."""
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
@@ -67,9 +67,9 @@ class PixelModel(nn.Module):
 
     The cast to the body's dtype comes after normalisation and inside the model because bfloat16
     values near 1 are 0.0039 apart: pixels rounded to bfloat16 would leave the epsilon ball.
-    Under `torch.autocast` the parameters, and so the body's input, stay float32.
+    Under ``torch.autocast`` the parameters, and so the body's input, stay float32.
 
-    Only `body.__call__` is used and parameters are asked for their dtype alone, so the model runs
+    Only ``body.__call__`` is used and parameters are asked for their dtype alone, so the model runs
     under ZeRO-3, where a parameter has no elements outside of its own module's call.
 
     Args:
@@ -77,7 +77,7 @@ class PixelModel(nn.Module):
         num_classes: Number of classes K.
         mean: C values in pixel units.
         std: C positive values in pixel units.
-        spec: What the model was built with, JSON-serialisable, kept for saving and reloading.
+        spec: Arguments that the model was built with, JSON-serialisable, for saving and reloading.
 
     Attributes:
         body: The network.
@@ -116,6 +116,6 @@ class PixelModel(nn.Module):
         return logits
 
     def _body_dtype(self) -> torch.dtype:
-        """Return the dtype of the body's first floating-point parameter, else float32."""
+        """Dtype of the body's first floating-point parameter, else float32."""
         dtypes = (p.dtype for p in self.body.parameters() if p.dtype.is_floating_point)
         return next(dtypes, torch.float32)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dat_ds.errors import ModelError
 
-_LOG = logging.getLogger("dat_ds")
+logger = logging.getLogger("dat_ds")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # Where training scripts put the state dict, and what wrappers put before its keys.
 _CONTAINERS = ("state_dict", "model", "module")
@@ -26,7 +26,7 @@ _LISTED = 8
 def load_pretrained(
     model: nn.Module, path: str | Path, head: tuple[str, ...], *, skips_head: bool = False
 ) -> None:
-    """Load a checkpoint file into `model`, in place.
+    """Load a checkpoint file into ``model``, in place.
 
     A classifier of another shape, or none, is allowed: the model keeps its fresh one, and a
     warning says so and what was left out. Where timm knows how to convert the file (another
@@ -35,9 +35,9 @@ def load_pretrained(
 
     Args:
         model: The network, without normalisation.
-        path: A `.pt`, `.pth`, `.bin` (read with `weights_only=True`) or `.safetensors` file that
-            holds a state dict, possibly under 'state_dict', 'model' or 'module', possibly one
-            saved by dat_ds.
+        path: A ``.pt``, ``.pth``, ``.bin`` (read with ``weights_only=True``) or
+            ``.safetensors`` file that holds a state dict, possibly under 'state_dict', 'model' or
+            'module', possibly one saved by dat_ds.
         head: Names of the modules that make up the classifier.
         skips_head: Leave the file's classifier out whatever its shape: it was trained for
             something else.
@@ -65,14 +65,14 @@ def load_pretrained(
     fresh = sorted(k for k in target if k not in kept and _in_head(k, head))
     left_out = sorted(k for k in weights if k not in kept and _in_head(k, head))
     if fresh:
-        _LOG.warning(
+        logger.warning(
             "dat.model.pretrained='%s': the classifier does not have the shape of this model's, or "
             "another purpose; freshly initialised instead: %s",
             path,
             ", ".join(fresh),
         )
     if left_out:
-        _LOG.warning("dat.model.pretrained='%s': left out %s", path, ", ".join(left_out))
+        logger.warning("dat.model.pretrained='%s': left out %s", path, ", ".join(left_out))
     model.load_state_dict(kept, strict=False)
 
 
@@ -80,7 +80,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a file, on the CPU, without executing anything the file contains.
 
     Args:
-        path: A `.pt`, `.pth`, `.bin` or `.safetensors` file.
+        path: A ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file.
 
     Raises:
         ModelError: The file is missing, has another suffix, or does not hold a state dict.
@@ -126,7 +126,7 @@ def _unwrapped(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict
 
 
 def _converted(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """Return the weights as converted by the model's own timm module, unchanged if it cannot."""
+    """Weights as converted by the model's own timm module, unchanged if it cannot."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return weights
@@ -135,7 +135,7 @@ def _converted(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, ValueError):
         # Not a file that timm knows: the list of mismatches tells more than its error would.
         return weights
-    _LOG.warning(
+    logger.warning(
         "dat.model.pretrained='%s' was saved for another format or image size; timm converted it "
         "(position embeddings are interpolated).",
         path,

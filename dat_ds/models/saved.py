@@ -14,12 +14,12 @@ FORMAT = 1
 
 
 def find_saved(path: Path) -> Path:
-    """The folder of the saved model that `path` stands for.
+    """The folder of the saved model that ``path`` stands for.
 
     Args:
-        path: A folder of `save_weights`, the `model.safetensors` in it, or the folder of a run, of
-            which `checkpoints/best` is taken if it has a model, else the checkpoint that
-            `checkpoints/latest` names.
+        path: A folder of ``save_weights``, the ``model.safetensors`` in it, or the folder of a run.
+            Of a run, ``checkpoints/best`` is taken if it has a model, else the checkpoint that
+            ``checkpoints/latest`` names.
 
     Raises:
         ModelError: There is none, with the places looked at.

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dat_ds.method import at_least, fraction
-from dat_ds.objectives.base import Objective, Outputs, cross_entropy
+from dat_ds.objectives.base import Objective, Outputs, smoothed_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Alp(Objective):
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The loss, ``natural_loss``, ``robust_loss`` and ``consistency_loss`` (no ``beta``)."""
         z, z_adv = outputs.needed("natural"), outputs.adversarial
-        natural = outputs.mean(cross_entropy(z, outputs.y, self.label_smoothing))
-        robust = outputs.mean(cross_entropy(z_adv, outputs.y, self.label_smoothing))
+        natural = outputs.mean(smoothed_cross_entropy(z, outputs.y, self.label_smoothing))
+        robust = outputs.mean(smoothed_cross_entropy(z_adv, outputs.y, self.label_smoothing))
         pairing = outputs.mean((z - z_adv).square().mean(dim=1))
         return {
             "loss": 0.5 * (natural + robust) + self.beta * pairing,

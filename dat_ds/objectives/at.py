@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dat_ds.method import at_least, fraction
-from dat_ds.objectives.base import Objective, Outputs, cross_entropy
+from dat_ds.objectives.base import Objective, Outputs, smoothed_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,13 @@ class AdversarialTraining(Objective):
 
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The loss, ``robust_loss``, and ``natural_loss`` where it has a weight."""
-        robust = outputs.mean(cross_entropy(outputs.adversarial, outputs.y, self.label_smoothing))
+        robust = outputs.mean(
+            smoothed_cross_entropy(outputs.adversarial, outputs.y, self.label_smoothing)
+        )
         if not self.needs_natural_logits:
             return {"loss": robust, "robust_loss": robust.detach()}
         natural = outputs.mean(
-            cross_entropy(outputs.needed("natural"), outputs.y, self.label_smoothing)
+            smoothed_cross_entropy(outputs.needed("natural"), outputs.y, self.label_smoothing)
         )
         return {
             "loss": self.natural_weight * natural + robust,

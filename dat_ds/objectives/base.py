@@ -1,4 +1,4 @@
-"""What every robust objective is, and what they share.
+"""Base class of the robust objectives, and the functions that they share.
 
 Shapes: ``B`` batch, ``K`` classes.
 """
@@ -15,10 +15,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dat_ds.attacks import Generator, InnerLoss
+from dat_ds.kinds import Head
 from dat_ds.method import Method, Trait, at_least, option
-
-Head = Literal["classes", "rotation", "projection", "features"]
-
 
 Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """This rank's features and ``y`` to those of all other ranks, differentiable."""
@@ -26,7 +24,7 @@ Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What the outer forward put out, in float32 (float64 where the model does).
+    """Outputs of the outer forward, in float32 (float64 where the model's are).
 
     Attributes:
         objective: Whose outputs they are, for messages.
@@ -82,7 +80,7 @@ class Objective(Method):
         needs_helper_logits: Whether the forward pass must hold helper images; see
             :class:`dat_ds.objectives.Hat`.
         uses_unlabelled: Whether a sample without a label adds to the loss.
-        head: What the model puts out: logits of ``"classes"`` or of the four ``"rotation"`` s, a
+        head: Outputs of the model: logits of ``"classes"`` or of the four ``"rotation"`` s, a
             ``"projection"`` of its features, or the ``"features"`` themselves.
         classifies: Whether these are logits of what ``y`` names, so that accuracy has a meaning.
         num_views: Images that :meth:`inputs` makes of each image.
@@ -157,7 +155,7 @@ class Objective(Method):
 
     @property
     def inner_loss(self) -> InnerLoss | None:
-        """What an attack has to maximise; None leaves the choice to ``dat.attack.loss``."""
+        """Inner loss that attacks have to maximise; None leaves it to ``dat.attack.loss``."""
         return None
 
     def inputs(
@@ -168,7 +166,7 @@ class Objective(Method):
         generator: Generator,
         reference: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is attacked and trained on in the place of a batch; by default the batch itself.
+        """Images and targets to attack and train on in the place of a batch; by default the batch.
 
         Args:
             x: Images ``(B, C, H, W)``, pixel units, float32; not modified.
@@ -237,7 +235,7 @@ def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
     return values.mean() if weights is None else (values * weights).mean()
 
 
-def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def smoothed_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each sample ``(B,)``; 0 for unlabelled ones.
 
     Args:
@@ -251,7 +249,7 @@ def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Te
     )
 
 
-def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+def prediction_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """``KL(softmax(logits_p) || softmax(logits_q))`` of each sample ``(B,)``.
 
     Both arguments carry gradients. Finite for saturated logits: it is computed from logarithms.

@@ -30,7 +30,7 @@ OBJECTIVES = table_of(
         Fare,
     ],
 )
-"""What ``dat.objective`` chooses from: a new objective is a file and a place in this list."""
+"""The choices of ``dat.objective``: a new objective is a file and a place in this list."""
 
 
 def build_objective(config: Mapping[str, Any]) -> Objective:

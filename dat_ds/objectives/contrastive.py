@@ -16,8 +16,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dat_ds.attacks import Generator, InnerLoss, nt_xent
+from dat_ds.kinds import Head
 from dat_ds.method import Trait, above, at_least, positive_share, share
-from dat_ds.objectives.base import Gather, Head, Objective, Outputs
+from dat_ds.objectives.base import Gather, Objective, Outputs
 from dat_ds.objectives.views import random_view
 
 

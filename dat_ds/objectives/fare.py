@@ -12,8 +12,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from dat_ds.attacks import Generator, InnerLoss, feature_distance
+from dat_ds.kinds import Head
 from dat_ds.method import Trait
-from dat_ds.objectives.base import Head, Objective, Outputs, accurate
+from dat_ds.objectives.base import Objective, Outputs, accurate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from dat_ds.method import at_least, fraction
 from dat_ds.objectives.base import (
     Objective,
     Outputs,
-    cross_entropy,
-    kl_divergence,
+    prediction_divergence,
+    smoothed_cross_entropy,
 )
 
 
@@ -53,9 +53,9 @@ class Hat(Objective):
         """The loss, ``natural_loss``, ``consistency_loss`` and ``helper_loss`` (no weights)."""
         z, z_adv = outputs.needed("natural"), outputs.adversarial
         z_helper = outputs.needed("helper")
-        natural = outputs.mean(cross_entropy(z, outputs.y, self.label_smoothing))
-        consistency = outputs.mean(kl_divergence(z, z_adv))
-        helper = outputs.mean(cross_entropy(z_helper, outputs.needed("y_helper")))
+        natural = outputs.mean(smoothed_cross_entropy(z, outputs.y, self.label_smoothing))
+        consistency = outputs.mean(prediction_divergence(z, z_adv))
+        helper = outputs.mean(smoothed_cross_entropy(z_helper, outputs.needed("y_helper")))
         return {
             "loss": natural + self.beta * consistency + self.gamma * helper,
             "natural_loss": natural.detach(),

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dat_ds.method import Trait, at_least
-from dat_ds.objectives.base import Objective, Outputs, kl_divergence
+from dat_ds.objectives.base import Objective, Outputs, prediction_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Mart(Objective):
         boosted = -log_p_adv.gather(1, index).squeeze(1) - log_rest + z_adv.logsumexp(dim=1)
         robust = outputs.mean(boosted.where(labelled, 0.0))
         missing = 1 - z.softmax(dim=1).gather(1, index).squeeze(1)
-        consistency = outputs.mean((kl_divergence(z, z_adv) * missing).where(labelled, 0.0))
+        consistency = outputs.mean((prediction_divergence(z, z_adv) * missing).where(labelled, 0.0))
         return {
             "loss": robust + self.beta * consistency,
             "robust_loss": robust.detach(),

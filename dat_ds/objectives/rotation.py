@@ -12,8 +12,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from dat_ds.attacks import Generator
+from dat_ds.kinds import Head
 from dat_ds.objectives.at import AdversarialTraining
-from dat_ds.objectives.base import Head
 from dat_ds.objectives.views import rotations
 
 

@@ -14,8 +14,8 @@ from dat_ds.method import at_least, fraction
 from dat_ds.objectives.base import (
     Objective,
     Outputs,
-    cross_entropy,
-    kl_divergence,
+    prediction_divergence,
+    smoothed_cross_entropy,
 )
 
 
@@ -42,8 +42,8 @@ class Trades(Objective):
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The loss, ``natural_loss`` and ``consistency_loss`` (without ``beta``)."""
         z, z_adv = outputs.needed("natural"), outputs.adversarial
-        natural = outputs.mean(cross_entropy(z, outputs.y, self.label_smoothing))
-        consistency = outputs.mean(kl_divergence(z, z_adv))
+        natural = outputs.mean(smoothed_cross_entropy(z, outputs.y, self.label_smoothing))
+        consistency = outputs.mean(prediction_divergence(z, z_adv))
         return {
             "loss": natural + self.beta * consistency,
             "natural_loss": natural.detach(),

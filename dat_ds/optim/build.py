@@ -32,7 +32,7 @@ OPTIMIZERS: Table[OptimizerMethod] = table_of(
         ZeroOneAdamMethod,
     ],
 )
-"""What ``dat.optimizer`` chooses from: a new optimizer is a file and a place in this list."""
+"""The choices of ``dat.optimizer``: a new optimizer is a file and a place in this list."""
 
 
 def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:

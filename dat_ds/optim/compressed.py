@@ -1,4 +1,4 @@
-"""What the optimizers with compressed communication share.
+"""Common base of the optimizers with compressed communication.
 
 Shapes: ``N`` parameters in all, laid end to end in flat float32 buffers, group by group; ``n``
 ranks.
@@ -107,7 +107,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         params: Parameters or groups.
         defaults: Options of the groups: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         bias_correction: Divide momentum and variance by ``1 - beta^t``, as Adam does.
-        preconditioned: What is compressed is ``m / (sqrt(v) + eps)``: as the root is the same on
+        preconditioned: Compress ``m / (sqrt(v) + eps)``: as the root is the same on
             all ranks, its mean is that of ``m``, but what is lost is then of each coordinate's own
             size. False compresses ``m``, as the papers do: a coordinate whose variance is much
             smaller than its block's is then thrown about by the scale of the others.
@@ -117,7 +117,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
 
     Attributes:
         num_steps: Steps so far, skipped ones included.
-        events: What happened to the variance, in order, JSON-serialisable.
+        events: Events of the variance, in order, JSON-serialisable.
         is_frozen: Whether the variance is no longer measured.
     """
 
@@ -273,7 +273,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         return CompressedAllReduce(like.numel(), self._codec, kind="momentum", device=like.device)
 
     def _corrections(self, group: dict[str, Any], variance_steps: int) -> tuple[float, float]:
-        """What to divide momentum and variance by."""
+        """Divisors of momentum and variance (bias correction)."""
         if not self.bias_correction:
             return 1.0, 1.0
         beta1, beta2 = group["betas"]
@@ -316,7 +316,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """What is equal on all ranks; :meth:`rank_state_dict` has the rest."""
+        """State that is equal on all ranks; :meth:`rank_state_dict` has the rest."""
         return {
             **super().state_dict(),
             _STATE: {
@@ -348,7 +348,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         self._exchange = None
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What this rank has of its own: the errors of its compression."""
+        """State of this rank alone: the errors of its compression."""
         exchange = None if self._exchange is None else self._exchange.state_dict()
         return {"ranks": self._count_ranks(), "exchange": exchange}
 

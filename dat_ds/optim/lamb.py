@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dat_ds.method import above, at_least
-from dat_ds.optim.layerwise import Groups
+from dat_ds.optim.layerwise import ParameterGroups
 from dat_ds.optim.method import betas_option, default_of
 from dat_ds.optim.trust_ratio import TrustRatioMethod, TrustRatioOptimizer, check_options
 
@@ -45,7 +45,7 @@ class Lamb(TrustRatioOptimizer):
 
     def __init__(
         self,
-        params: Groups,
+        params: ParameterGroups,
         lr: float = 0.005,
         weight_decay: float = 0.01,
         betas: Sequence[float] = (0.9, 0.999),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dat_ds.method import above, at_least, fraction
-from dat_ds.optim.layerwise import Groups
+from dat_ds.optim.layerwise import ParameterGroups
 from dat_ds.optim.method import default_of
 from dat_ds.optim.trust_ratio import TrustRatioMethod, TrustRatioOptimizer, check_options
 
@@ -44,7 +44,7 @@ class Lars(TrustRatioOptimizer):
         eps: Added to the norm in the denominator.
         lower: Lower bound ``c_l`` of the weights' norm.
         upper: Upper bound ``c_u``; None: no bound.
-        scaled: What the ratio scales, and whose norm it has: the gradient, or the momentum.
+        scaled: Vector that the ratio scales and whose norm it has: the gradient, or the momentum.
 
     Raises:
         ValueError: For a value out of range.
@@ -52,7 +52,7 @@ class Lars(TrustRatioOptimizer):
 
     def __init__(
         self,
-        params: Groups,
+        params: ParameterGroups,
         lr: float = 1.0,
         weight_decay: float = 5e-4,
         momentum: float = 0.9,
@@ -157,7 +157,7 @@ class LarsMethod(TrustRatioMethod):
     upper: float | None = above(0, default_of(Lars, "upper"))
     """Upper bound of it. Default: none, of ``paper`` 10."""
     scaled: Scaled = default_of(Lars, "scaled")
-    """What the trust ratio scales. Of ``paper`` ``momentum``."""
+    """Quantity that the trust ratio scales. The preset ``paper`` uses ``momentum``."""
 
     def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """:class:`Lars`."""

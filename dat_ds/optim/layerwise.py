@@ -22,7 +22,8 @@ from dat_ds.traffic import kind_of_traffic
 PADDING = -1
 """In the place of a layer's number: elements that belong to none."""
 
-Groups = Iterable[Tensor] | Iterable[dict[str, Any]]
+ParameterGroups = Iterable[Tensor] | Iterable[dict[str, Any]]
+"""Parameters, or groups of them with options, as torch's optimizers take them."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer, ABC):
     Subclasses say what is done with the pieces of one group, and then with all layers.
     """
 
-    def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParameterGroups, defaults: dict[str, Any]) -> None:
         """Take over parameter groups; ``defaults`` are the subclass's."""
         self._start_layout()
         self._reset()

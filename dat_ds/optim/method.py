@@ -1,4 +1,4 @@
-"""What every optimizer section of a run config is: an optimizer's options, and how it is built."""
+"""Base of the optimizer sections of a run config: an optimizer's options, and how it is built."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class OptimizerMethod(Method):
         return dict(cls.presets.get(preset, {})) if isinstance(preset, str) else {}
 
     def problems(self) -> Iterator[str]:
-        """What the optimizer itself says of its options, tried on one layer."""
+        """The optimizer's own errors about its options, found by building it for one layer."""
         try:
             self.build(nn.Linear(1, 1))
         except ValueError as error:

@@ -151,9 +151,9 @@ class OneBitAdam(FreezingOptimizer):
         eps: Added to the root of the variance.
         weight_decay: Decoupled.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`.
-        preconditioned: As there.
-        block_size: As there.
-        scale: As there.
+        preconditioned: Divide momentum by the root of the variance before it is encoded.
+        block_size: Entries that share a scale; 0: one scale for all.
+        scale: Statistic of a block's magnitudes that serves as its scale: ``"mean"`` or ``"rms"``.
         stability_threshold: See :class:`FreezingOptimizer`.
     """
 
@@ -220,7 +220,7 @@ class OneBitAdamMethod(OptimizerMethod):
     block_size: int = at_least(0, default_of(OneBitAdam, "block_size"))
     """Entries that share a scale; 0 is one for all, as in DeepSpeed."""
     scale: Scale = default_of(OneBitAdam, "scale")
-    """What a scale is, of magnitudes; DeepSpeed: ``rms``."""
+    """Statistic of the magnitudes that serves as scale; DeepSpeed: ``rms``."""
     freeze_step: int | None = at_least(1, default_of(OneBitAdam, "freeze_step"))
     """Steps of the warm-up, which is not compressed. Default: until the variance is stable,
     measured every ``1 / (1 - beta2) / 10`` steps."""

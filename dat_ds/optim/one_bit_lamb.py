@@ -34,7 +34,8 @@ class OneBitLamb(FreezingOptimizer):
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
     follow it, with ``adapt_vectors=True``, ``preconditioned=False``, ``block_size=0`` and
-    ``scale="rms"``. As there, ``weight_decay`` draws ``r`` towards 1 by its share in ``|u|``.
+    ``scale="rms"``. As in DeepSpeed, ``weight_decay`` draws ``r`` towards 1 by its share in
+    ``|u|``.
 
     Args:
         params: Parameters or groups; every tensor is a layer.
@@ -51,9 +52,9 @@ class OneBitLamb(FreezingOptimizer):
         factor_threshold: Relative change of ``r`` per step.
         adapt_vectors: Give vectors (biases, normalisation weights) ratios too, as DeepSpeed does.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`.
-        preconditioned: As there.
-        block_size: As there.
-        scale: As there.
+        preconditioned: Divide momentum by the root of the variance before it is encoded.
+        block_size: Entries that share a scale; 0: one scale for all.
+        scale: Statistic of a block's magnitudes that serves as its scale: ``"mean"`` or ``"rms"``.
         stability_threshold: See :class:`~dat_ds.optim.one_bit_adam.FreezingOptimizer`.
     """
 
@@ -238,7 +239,7 @@ class OneBitLambMethod(OptimizerMethod):
     block_size: int = at_least(0, default_of(OneBitLamb, "block_size"))
     """Entries that share a scale; 0 is one for all, as in DeepSpeed."""
     scale: Scale = default_of(OneBitLamb, "scale")
-    """What a scale is, of magnitudes; DeepSpeed: ``rms``."""
+    """Statistic of the magnitudes that serves as scale; DeepSpeed: ``rms``."""
     freeze_step: int | None = at_least(1, default_of(OneBitLamb, "freeze_step"))
     """Steps of the warm-up, which is not compressed. Default: until the variance is stable,
     measured every ``1 / (1 - beta2) / 10`` steps."""

@@ -122,7 +122,7 @@ SCHEDULES: Table[ScheduleMethod] = table_of(
         Step,
     ],
 )
-"""What ``dat.schedule`` chooses from: a new schedule is a class and a place in this list."""
+"""The choices of ``dat.schedule``: a new schedule is a class and a place in this list."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class VarianceStability:
         return float(min(now / before, before / now))
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes."""
+        """State for :meth:`load_state_dict`."""
         return {
             "num_steps": self.num_steps,
             "norms": self._norms,

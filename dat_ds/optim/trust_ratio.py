@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dat_ds.optim.layerwise import PADDING, Groups, LayerwiseOptimizer, Layout
+from dat_ds.optim.layerwise import PADDING, LayerwiseOptimizer, Layout, ParameterGroups
 from dat_ds.optim.method import OptimizerMethod
 
 _BLOCK = 2**13
@@ -43,7 +43,7 @@ class TrustRatioOptimizer(LayerwiseOptimizer):
     Subclasses say what the direction is, which of its norms counts, and how weights move.
     """
 
-    def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParameterGroups, defaults: dict[str, Any]) -> None:
         """Take over parameter groups; ``defaults`` are the subclass's."""
         super().__init__(params, {**defaults, "adapt": True})
 

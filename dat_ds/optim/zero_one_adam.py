@@ -54,9 +54,9 @@ class ZeroOneAdam(CompressedOptimizer):
         local_step_clipper: The paper's H, its largest value.
         bias_correction: See :class:`~dat_ds.optim.compressed.CompressedOptimizer`; of the variance,
             by the number of its measurements.
-        preconditioned: As there.
-        block_size: As there.
-        scale: As there.
+        preconditioned: Divide momentum by the root of the variance before it is encoded.
+        block_size: Entries that share a scale; 0: one scale for all.
+        scale: Statistic of a block's magnitudes that serves as its scale: ``"mean"`` or ``"rms"``.
     """
 
     steps_locally = True
@@ -282,7 +282,7 @@ class ZeroOneAdamMethod(OptimizerMethod):
     block_size: int = at_least(0, default_of(ZeroOneAdam, "block_size"))
     """Entries that share a scale; 0 is one for all, as in DeepSpeed."""
     scale: Scale = default_of(ZeroOneAdam, "scale")
-    """What a scale is, of magnitudes; DeepSpeed: ``rms``."""
+    """Statistic of the magnitudes that serves as scale; DeepSpeed: ``rms``."""
     var_freeze_step: int = at_least(1, default_of(ZeroOneAdam, "var_freeze_step"))
     """Last step that may measure the variance."""
     var_update_scaler: int = at_least(1, default_of(ZeroOneAdam, "var_update_scaler"))

@@ -95,7 +95,7 @@ def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | No
 
 
 def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
-    """What the exported model of a run is judged by; None where it classifies images."""
+    """Evaluation task of a run's exported model; None where it classifies images."""
     objective = run.dat.objective
     reference = None
     if objective.needs_reference:
@@ -107,7 +107,7 @@ def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
 
 
 def describe_outcome(outcome: Record, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """What every record holds: the outcome, and all it depends on."""
+    """Contents of a record: the outcome, and all it depends on."""
     return {
         **outcome.to_dict(),
         "natural": run.dat.attack.name == "none",

@@ -463,7 +463,7 @@ class Trainer:
         self._checkpointed_at = self.engine.global_steps
 
     def all_events(self) -> list[dict[str, Any]]:
-        """What the guard did and what happened to the optimizer's variance."""
+        """Events of the guard and of the optimizer's variance."""
         optimizer = self.engine.averaging_optimizer
         return [*self.events, *([] if optimizer is None else optimizer.events)]
 

@@ -69,7 +69,7 @@ def test_only_the_engine_imports_deepspeed():
 
 
 FLOORS = (
-    {"errors", "length", "patching", "processes", "traffic", "zero3"},
+    {"errors", "kinds", "length", "patching", "processes", "traffic", "zero3"},
     {"files", "method"},
     {"attacks", "compression", "data", "models", "ranks"},
     {"objectives", "optim"},

@@ -144,7 +144,7 @@ def _folded(conv: nn.Conv2d, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
 
 
 def _after(norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """What is left of the module's forward."""
+    """The rest of the module's forward, after normalisation."""
     if type(norm).__name__ != _WITH_ACTIVATION:
         return lambda x: x
     drop: Any = norm.drop

@@ -23,7 +23,7 @@ from dat_ds.attacks.modes import preserved_rng
 from dat_ds.attacks.noise import RecordedStreams, SampleGenerator
 from dat_ds.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dat_ds")
 
 Outcome = tuple[Tensor, InputGradient]
 """Adversarial images, and the counts of the gradients that led to them."""

@@ -48,8 +48,8 @@ def dropped_tokens(model: object, share: float, generator: Generator) -> Iterato
     """Let ``model`` see a random ``share`` of each image's patches, drawn anew in every forward.
 
     Args:
-        model: As in :func:`patch_tokens`.
-        share: Part of the patch tokens that is kept, in (0, 1]; at least one token.
+        model: A module, or a callable with the module as its ``module``.
+        share: Fraction of the patch tokens that is kept, in (0, 1]; at least one token.
         generator: Source of the choice.
 
     Raises:

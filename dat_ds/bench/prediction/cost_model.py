@@ -28,7 +28,7 @@ from dat_ds.compression import CODECS, build_codec
 Collective = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
 COLLECTIVES: tuple[Collective, ...] = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 ONE_BIT = {"one_bit_adam": "OneBitAdam", "one_bit_lamb": "OneBitLamb"}
-"""What stands beside codecs though it is an optimizer: DeepSpeed's name of it."""
+"""Optimizers that are listed beside codecs, by our name: DeepSpeed's name."""
 
 _FLOAT = 4
 _PIECE, _TOGETHER = 2**21, 4  # entries of dat.compression.bucket_mb=8, and pieces under way
@@ -38,7 +38,7 @@ _HALVES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 
 
 @dataclass(frozen=True)
 class Link:
-    """What a message costs.
+    """Cost of a message on a link.
 
     Args:
         alpha: Seconds of a message of no length (latency).
@@ -130,8 +130,8 @@ def non_negative_fit(
     """Coefficients ``c``, none negative, of least ``|(rows c - targets) / scales|^2``.
 
     Args:
-        rows: What each coefficient is multiplied by, for every target.
-        targets: What the sums should be.
+        rows: Factor of each coefficient, for every target.
+        targets: Values that the sums should have.
         scales: Positive: what errors are relative to.
 
     Returns:
@@ -205,7 +205,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What computation costs a rank.
+    """Cost of computation on a rank.
 
     Args:
         forward: Seconds of one forward of one image.
@@ -233,7 +233,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step computes and sends.
+    """Computation and traffic of a step.
 
     Args:
         num_parameters: Of the model.
@@ -397,7 +397,7 @@ def crossing_mbit(
         gpus: Ranks of a machine.
         inside: Links inside machines.
         alpha: Latency between machines, in seconds.
-        factor: What is close enough.
+        factor: Ratio that counts as close enough.
 
     Returns:
         Megabits a second; 0 where any bandwidth will do, None where none does.

@@ -50,7 +50,7 @@ def bench_predict(
 
     Args:
         scaling: Files of ``dat-ds bench scaling``.
-        target: What is predicted.
+        target: Target of the prediction.
         attack: File of ``dat-ds bench attack``, whose overhead over ``(2 K + 3) F`` then takes the
             place of the one fitted to the scaling record.
         compression: File of ``dat-ds bench compression``: the cost of codecs by name; without it,

@@ -1,4 +1,4 @@
-"""What step times are predicted of."""
+"""Target of a prediction: model, GPU and links."""
 
 from __future__ import annotations
 

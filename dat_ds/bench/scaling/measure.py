@@ -53,7 +53,7 @@ def bench_scaling(
         run: Gives model, attack, optimizer and batch; its data gives the image size, the images
             themselves are random. Its ZeRO stage and ``dat.compression`` play no part: codecs
             have the options that they have by default.
-        plan: What to measure.
+        plan: Points to measure.
         output: JSON file for the numbers.
         csv: CSV file for the table.
         plot: PNG file for speedups and efficiencies.
@@ -128,8 +128,8 @@ def merge_scaling(
     Args:
         paths: Files of runs that differ in ranks, stages, codecs or links only.
         output: JSON file for all points together.
-        csv: As for :func:`bench_scaling`.
-        plot: As for :func:`bench_scaling`.
+        csv: CSV file for the table.
+        plot: PNG file for speedup and efficiency.
 
     Raises:
         ConfigError: For files that are something else, or do not belong together.
@@ -198,7 +198,7 @@ def _measure_here(
     """All points, in this process as one of several ranks.
 
     Args:
-        points: What to measure.
+        points: Points to measure.
         configs: Of each.
         repetitions: Timed steps of each.
         is_whole_run: Measure slow points anew, and the first one again, at the end; else whoever

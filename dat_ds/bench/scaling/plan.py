@@ -1,4 +1,4 @@
-"""What a scaling run measures: its points, and the config of each."""
+"""Plan of a scaling run: its points, and the config of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FREEZE_STEP = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """Plan of a scaling run.
 
     Args:
         ranks: Numbers of ranks; None means 1 and 2, or under a launcher those that there are.
@@ -66,7 +66,7 @@ def points_of(run: RunConfig, plan: Plan, launched: int | None = None) -> list[P
 
     Args:
         run: Gives the batch.
-        plan: What to measure.
+        plan: Points to measure.
         launched: Number of ranks that a launcher started; None without one.
 
     Raises:

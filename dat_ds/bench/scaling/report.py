@@ -115,7 +115,7 @@ def _images_per_second(point: Mapping[str, Any]) -> float:
 
 
 def _base_of(point: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What a point's speedup is over."""
+    """Point that a point's speedup is relative to."""
 
     def is_like(other: Mapping[str, Any], codec: str) -> bool:
         if other["codec"] != codec or other["zero_stage"] != point["zero_stage"]:

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 accepts at the top level, and its defaults that change results.
+"""Top-level keys that DeepSpeed 0.19.8 accepts, and its defaults that change results.
 
 DeepSpeed ignores unknown top-level keys, a typo such as ``gradiant_clipping`` included, so we
 refuse them. A test compares both tables with the installed DeepSpeed.

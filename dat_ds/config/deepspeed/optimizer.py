@@ -171,7 +171,7 @@ def check_one_bit(config: Mapping[str, Any], dat: DatConfig, problems: list[str]
 
 
 def notes_on(config: Mapping[str, Any], dat: DatConfig) -> tuple[str, ...]:
-    """What a resolved config does that its words do not say, to be said once."""
+    """Notes on behaviour that a resolved config does not spell out, to be logged once."""
     name = one_bit_name(config, dat)
     if name is None:
         return ()

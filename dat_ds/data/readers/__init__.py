@@ -20,4 +20,4 @@ DATASETS: Table[DatasetMethod] = table_of(
         Synthetic,
     ],
 )
-"""What ``dat.data`` chooses from: a new dataset is a file and a place in this list."""
+"""The choices of ``dat.data``: a new dataset is a file and a place in this list."""

@@ -37,7 +37,7 @@ def load_npz(path: str | Path | None, where: str) -> dict[str, np.ndarray[Any, A
 def array_problems(
     where: str, x_key: str, x: np.ndarray[Any, Any], y_key: str, y: np.ndarray[Any, Any]
 ) -> list[str]:
-    """What is wrong with images and labels, in words."""
+    """Problems of images and labels, as messages."""
     problems = []
     if x.dtype != np.uint8:
         problems.append(f"{where}: {x_key} is {x.dtype}; images must be uint8 in 0..255.")

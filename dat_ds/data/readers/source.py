@@ -1,4 +1,4 @@
-"""What a reader is asked for, and what it returns."""
+"""The dataset that a reader returns, and helpers of the readers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def raise_all(problems: Iterable[str]) -> None:
 
 
 def measure_channels(images: Tensor) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation per channel, accumulated in float64 over chunks."""
+    """Mean and standard deviation per channel, accumulated in float64 over chunks."""
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     total_squared = torch.zeros_like(total)
     for chunk in torch.split(images, 1024):

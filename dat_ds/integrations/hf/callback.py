@@ -17,7 +17,7 @@ from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.evaluation import robust_metrics
 from dat_ds.integrations.hf.forward import AdversarialForward, PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
-from dat_ds.integrations.hf.settings import Request, Section, Settings
+from dat_ds.integrations.hf.settings import CallbackArguments, Section, Settings
 from dat_ds.minmax import Moment, frozen_copy, settle
 from dat_ds.models import load
 from dat_ds.objectives import Objective
@@ -39,14 +39,16 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
     Args:
         threat_model: Allowed perturbations: the keys of ``dat.threat_model``, or an object.
             Default: those of the ``"dat"`` section in the file of
-            ``TrainingArguments(deepspeed=...)``, where it has one; likewise below.
+            ``TrainingArguments(deepspeed=...)``, where it has one. That section also stands in for
+            the other arguments that are left out.
         attack: The inner maximisation: the keys of ``dat.attack``, its name alone, an object, or a
             function ``(model, x, y, generator) -> x_adv``.
         objective: The outer loss: the keys of ``dat.objective``, its name alone, or an object.
             Default: ``"at"``.
-        mean: Per channel, what the data were normalised by, in pixel units. Default: the image
-            processor's (``Trainer(processing_class=...)``).
-        std: Likewise.
+        mean: Per channel, the mean that the data were normalised by, in pixel units. Default: the
+            image processor's (``Trainer(processing_class=...)``).
+        std: Per channel, the standard deviation that they were normalised by, in pixel units.
+            Default: the image processor's.
         seed: Of the attack's random numbers, which are a function of it, the optimizer step, and
             an image's place in the global batch. Default: 0.
         evaluation: Keys ``attacks`` (names such as ``"pgd-20"``), ``num_examples`` and
@@ -57,8 +59,9 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
 
     Attributes:
         request: The arguments.
-        labels: Labels that the model is not given; see :class:`AdversarialTrainer`, likewise below.
-        user_computes_loss: Whether the model's outputs go to a loss function of the user's.
+        labels: Labels that the model is not given; set by :class:`AdversarialTrainer`.
+        user_computes_loss: Whether the model's outputs go to a loss function of the user's; set by
+            :class:`AdversarialTrainer`.
 
     Raises:
         ConfigError: With all problems of the arguments; where a DeepSpeed file may complete them,
@@ -78,7 +81,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         weight_perturbation: Section | None = None,
         resident_parameters_gib: float | None = None,
     ) -> None:
-        self.request = Request(
+        self.request = CallbackArguments(
             threat_model=threat_model,
             attack=attack,
             objective=objective,
@@ -345,7 +348,7 @@ def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings
 
 
 def _attack_problems(args: TrainingArguments, model: nn.Module, settings: Settings) -> list[str]:
-    """What attack and perturbed weights ask of model and launch that they have not."""
+    """Requirements of attack and weight perturbation that model or launch do not meet."""
     problems = [] if settings.attack is None else misfits(settings.attack, model)
     plugin = args.deepspeed_plugin
     is_sharded = plugin is not None and plugin.zero_stage == 3

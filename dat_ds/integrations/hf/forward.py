@@ -76,7 +76,7 @@ class PixelView:
         return self._pixels.to_values(x).to(next(dtypes, torch.float32))
 
     def output_of(self, outputs: Any) -> Tensor:
-        """What the objective compares.
+        """Output that the objective compares.
 
         Raises:
             ConfigError: Where the model does not put it out.
@@ -126,7 +126,7 @@ class AdversarialForward:
 
         Args:
             module: The bare model.
-            settings: What to train.
+            settings: Settings of the callback.
             pixels: Scale of its ``pixel_values``.
             ranks: The processes of the run.
             micro_batch: Images of a rank in a micro-step.

@@ -45,7 +45,7 @@ def wrap_collator(loader: Any, wrapper: Callable[[Any], Any]) -> None:
 
 
 def bare_optimizer(optimizer: Any) -> Any:
-    """What accelerate has wrapped: torch's optimizer, or that of DeepSpeed's engine."""
+    """The optimizer inside accelerate's wrapper: torch's, or that of DeepSpeed's engine."""
     return getattr(optimizer, "optimizer", optimizer)
 
 

@@ -1,4 +1,4 @@
-"""What a Trainer's labels may be, checked on the first batch."""
+"""Check of a Trainer's labels on the first batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_labels(labels: Tensor | None, settings: Settings) -> None:
     Args:
         labels: Class indices ``(B,)``, -1 where there is none and ``-2 - c`` for a class ``c`` that
             a model gave; or probabilities ``(B, K)``. None where the batch has none.
-        settings: What to train.
+        settings: Settings of the callback.
 
     Raises:
         ConfigError: With what is wrong with them.

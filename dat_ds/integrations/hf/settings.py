@@ -1,4 +1,4 @@
-"""What the callback was asked for, read and checked by the rules of a run config."""
+"""Settings of the callback, read and checked by the rules of a run config."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class CallbackArguments:
     """Arguments of the callback, before the DeepSpeed file's ``"dat"`` section is known.
 
     Attributes are those of :class:`dat_ds.integrations.hf.AdversarialTrainingCallback`, and
@@ -228,7 +228,7 @@ _FREE = (
 
 
 def _problems(dat: DatConfig, attack: Any, unlabelled_weight: float) -> list[str]:
-    """What the Trainer cannot do, in words.
+    """Problems of settings that the Trainer cannot serve.
 
     Args:
         dat: The resolved section.

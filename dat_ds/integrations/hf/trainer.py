@@ -27,18 +27,21 @@ class AdversarialTrainer(Trainer):  # type: ignore[misc]  # untyped base
       objective ``"at"`` without a natural term.
     - An error in ``train()``, wherever it comes from, leaves nothing on the model.
 
+    Defaults are those of :class:`AdversarialTrainingCallback`.
+
     Args:
-        args: Those of the Trainer, by position or by name.
-        threat_model: As of the callback; likewise the others.
-        attack: As above.
-        objective: As above.
-        mean: As above.
-        std: As above.
-        seed: As above.
-        evaluation: As above.
-        weight_perturbation: As above.
-        resident_parameters_gib: As above.
-        kwargs: As ``args``.
+        args: Those of the Trainer, by position.
+        threat_model: Allowed perturbations: the keys of ``dat.threat_model``, or an object.
+        attack: The inner maximisation: the keys of ``dat.attack``, its name alone, an object, or a
+            function ``(model, x, y, generator) -> x_adv``.
+        objective: The outer loss: the keys of ``dat.objective``, its name alone, or an object.
+        mean: Per channel, the mean that the data were normalised by, in pixel units.
+        std: Per channel, the standard deviation that they were normalised by, in pixel units.
+        seed: Of the attack's random numbers.
+        evaluation: Keys ``attacks``, ``num_examples`` and ``batch_size`` of ``dat.evaluation``.
+        weight_perturbation: AWP or SAM: the keys of ``dat.weight_perturbation``, or its name alone.
+        resident_parameters_gib: Memory in GiB for ZeRO-3's parameters during the attack.
+        kwargs: Those of the Trainer, by name.
 
     Raises:
         ConfigError: With all problems of the settings.

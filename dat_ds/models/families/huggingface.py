@@ -18,7 +18,7 @@ from dat_ds.errors import ModelError
 from dat_ds.models.families import huggingface
 from dat_ds.models.families.timm import TIMM_OVERRIDES
 
-_LOG = logging.getLogger("dat_ds")
+logger = logging.getLogger("dat_ds")
 _PREFIX = "hf:"
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -29,12 +29,12 @@ _WEIGHT_FILES = (
 
 
 def is_hugging_face(name: str) -> bool:
-    """Return whether a model name stands for a Hugging Face model."""
+    """Whether a model name stands for a Hugging Face model."""
     return name.startswith(_PREFIX)
 
 
 def location_of(name: str) -> str:
-    """Return the folder or hub id in a model name, with '~' expanded."""
+    """Folder or hub id in a model name, with '~' expanded."""
     return str(Path(name.removeprefix(_PREFIX)).expanduser())
 
 
@@ -50,17 +50,17 @@ class HuggingFaceBody(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, K) of normalised images (B, C, H, W)."""
+        """Logits (B, K) of normalised images (B, C, H, W)."""
         logits: Tensor = self.model(pixel_values=x).logits
         return logits
 
     def head_names(self) -> tuple[str, ...]:
-        """Return the names of the top modules of `model` that are not its backbone."""
+        """Names of the top modules of ``model`` that are not its backbone."""
         backbone = getattr(self.model, "base_model_prefix", "")
         return tuple(name for name, _ in self.model.named_children() if name != backbone)
 
     def config_dict(self) -> dict[str, Any]:
-        """Return the full model config as JSON-serialisable data."""
+        """Full model config as JSON-serialisable data."""
         config: Any = self.model.config
         data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         return data
@@ -103,11 +103,11 @@ class HuggingFaceSource:
 def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
     """Build an image classifier, with its weights where there are any.
 
-    A folder with a `config.json` and no weights gives a model with random weights; a log message
+    A folder with a ``config.json`` and no weights gives a model with random weights; a log message
     says so.
 
     Args:
-        source: What to build.
+        source: Model to build.
 
     Returns:
         The model in training mode, float32, on the CPU.
@@ -130,7 +130,7 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
                 output_loading_info=True,
             )
         else:
-            _LOG.warning("%s has no weights: its config is built from scratch.", source.label)
+            logger.warning("%s has no weights: its config is built from scratch.", source.label)
             model, report = auto.from_config(config), {}
     except (OSError, ValueError, ImportError) as error:
         raise _not_usable(source, error) from error
@@ -141,7 +141,7 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
 
 
 def body_from_config(config_dict: Mapping[str, Any]) -> HuggingFaceBody:
-    """Build a float32 image classifier with random weights from what `config_dict()` returned.
+    """Build a float32 image classifier with random weights from what ``config_dict()`` returned.
 
     Raises:
         ModelError: This version of transformers does not know the model.
@@ -162,7 +162,7 @@ def body_from_config(config_dict: Mapping[str, Any]) -> HuggingFaceBody:
 
 
 def read_mean_std(location: str) -> tuple[list[float], list[float]] | None:
-    """Read the normalisation from `preprocessor_config.json`.
+    """Read the normalisation from ``preprocessor_config.json``.
 
     Args:
         location: A local folder or a hub id.
@@ -187,7 +187,7 @@ def read_mean_std(location: str) -> tuple[list[float], list[float]] | None:
 
 
 def _check_location(source: HuggingFaceSource) -> bool:
-    """Return whether there are weights to load; a hub id is taken to have some."""
+    """Whether there are weights to load; a hub id is taken to have some."""
     folder = Path(source.location)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -267,7 +267,7 @@ def _check_report(
             "config.json alone to train it from scratch."
         )
     if fresh:
-        _LOG.warning(
+        logger.warning(
             "%s: the classifier does not have the shape of this model's; freshly initialised "
             "instead: %s",
             source.label,

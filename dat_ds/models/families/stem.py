@@ -14,11 +14,12 @@ def use_cifar_stem(body: nn.Module, name: str) -> None:
     block, which leaves an 8x8 map of a 32-pixel image.
 
     Args:
-        body: A timm model with a convolution `conv1` followed by `maxpool`, such as `resnet18`.
+        body: A timm model with a convolution ``conv1`` followed by ``maxpool``, such as
+            ``resnet18``.
         name: Name of the model, for the error text.
 
     Raises:
-        ModelError: `body` has no such stem.
+        ModelError: ``body`` has no such stem.
     """
     conv = getattr(body, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not hasattr(body, "maxpool"):

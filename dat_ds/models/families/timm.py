@@ -80,7 +80,7 @@ def _create_accepted(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, d
 
 
 def _refused_keywords(error: Exception) -> list[str]:
-    """Return the names in Python's (and timm's) messages about arguments that cannot be given."""
+    """Names in Python's (and timm's) messages about arguments that cannot be given."""
     pattern = r"unexpected keyword argument.*|multiple values for keyword argument.*"
     found = re.search(pattern, str(error))
     return re.findall(r"'(\w+)'", found.group()) if found else []
@@ -119,6 +119,6 @@ def _check_patches(body: nn.Module, name: str) -> None:
 
 
 def timm_head_names(body: nn.Module) -> tuple[str, ...]:
-    """Return the names of the classifier modules."""
+    """Names of the classifier modules."""
     names = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
