@@ -46,25 +46,43 @@ class Images(Dataset[dict[str, Any]]):
         return {"pixel_values": v2.functional.normalize(x, MEAN, STD)}
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="CLIP model; default: a tiny one of random weights")
     parser.add_argument("--images", help="folder of folders of image files")
     parser.add_argument("--eps", default="4/255", help="l-infinity radius")
     parser.add_argument("--output", default="runs/hf_clip_fare")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def build_encoder(name: str | None) -> CLIPVisionModelWithProjection:
+    """The encoder of a folder or hub id, or a tiny one of random weights."""
+    if name is not None:
+        return CLIPVisionModelWithProjection.from_pretrained(name)
+    config = CLIPVisionConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Fine-tune the encoder, and tell how far attacks move its features before and after."""
     set_seed(0)
-    if options.model is not None:
-        model = CLIPVisionModelWithProjection.from_pretrained(options.model)
-    else:
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "projection_dim": 32}
-        images = {"image_size": 32, "patch_size": 8}
-        layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
-        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, **images, **layers))
+    model = build_encoder(options.model)
     data = Images(options.images, model.config.image_size)
-    cpu = not torch.cuda.is_available()
     arguments = TrainingArguments(
-        options.output, use_cpu=cpu, num_train_epochs=2, learning_rate=1e-4, report_to="none"
+        options.output,
+        use_cpu=not torch.cuda.is_available(),
+        num_train_epochs=2,
+        learning_rate=1e-4,
+        report_to="none",
     )
     callback = AdversarialTrainingCallback(
         threat_model={"norm": "linf", "eps": options.eps},
@@ -74,7 +92,13 @@ if __name__ == "__main__":
         std=STD,
     )
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
-    before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
     print("Squared distance of attacked features from the original ones, before and after:")
     print(f"{before['eval_robust_loss']:.4g}, {after['eval_robust_loss']:.4g}")
     trainer.save_model(options.output)
+
+
+if __name__ == "__main__":
+    finetune(parse())

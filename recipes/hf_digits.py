@@ -30,19 +30,18 @@ class Normalized(Dataset[dict[str, Any]]):
         return {"pixel_values": (x - 0.5) / 0.5, "labels": y}
 
 
-def train(how: str, attack: Any, options: argparse.Namespace) -> None:
-    """Train a model and tell its accuracies."""
-    set_seed(0)
-    zero = {
+def arguments_of(options: argparse.Namespace) -> TrainingArguments:
+    """Of the Trainer: plain, or under DeepSpeed."""
+    deepspeed = {
         "zero_optimization": {"stage": options.zero},
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir="runs/hf_digits",
-        deepspeed=None if options.zero is None else zero,
+        deepspeed=None if options.zero is None else deepspeed,
         use_cpu=not torch.cuda.is_available(),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=32,
@@ -51,14 +50,35 @@ def train(how: str, attack: Any, options: argparse.Namespace) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
-    width = {"hidden_size": 64, "intermediate_size": 256, "initializer_range": 0.1}
-    config = ViTConfig(**images, **width, num_hidden_layers=4, num_attention_heads=4)
-    digits, threat = build_data("digits"), {"norm": "linf", "eps": "2/16"}
-    scale = {"mean": [0.5], "std": [0.5]}
-    callback = AdversarialTrainingCallback(threat_model=threat, attack=attack, **scale)
+
+
+def tiny_vit() -> ViTForImageClassification:
+    """A vision transformer for the digits of 8 x 8 pixels."""
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=10,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+    return ViTForImageClassification(config)
+
+
+def train(how: str, attack: Any, options: argparse.Namespace) -> None:
+    """Train a model and tell its accuracies."""
+    set_seed(0)
+    # First the arguments: under ZeRO-3 they are what shards a model as it is built.
+    arguments = arguments_of(options)
+    digits = build_data("digits")
+    callback = AdversarialTrainingCallback(
+        threat_model={"norm": "linf", "eps": "2/16"}, attack=attack, mean=[0.5], std=[0.5]
+    )
     trainer = Trainer(
-        ViTForImageClassification(config),
+        tiny_vit(),
         arguments,
         train_dataset=Normalized(digits.train),
         eval_dataset=Normalized(digits.test),
@@ -71,10 +91,16 @@ def train(how: str, attack: Any, options: argparse.Namespace) -> None:
         print(f"Trained {how}: clean {clean:.1%}, under PGD-20 {robust:.1%}")
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--zero", type=int, help="ZeRO stage, under DeepSpeed")
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    options = parse()
     for how, attack in ATTACKS.items():
-        train(how, attack, parser.parse_args())
+        train(how, attack, options)

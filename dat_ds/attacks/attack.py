@@ -76,8 +76,9 @@ class Attack(Method):
         },
     )
     """Precision of the model's passes in the attack alone; pixels and the update keep theirs.
-    ``int8`` and ``fp8``: of the products of linear layers, the rest in ``bf16``. ``auto``: ``bf16``
-    where, timed at the start, it makes the attack faster. Default: the engine's."""
+    ``int8`` and ``fp8``: of the products of linear layers, the rest in ``bf16``; ``fp8`` is
+    experimental: no GPU has run it yet. ``auto``: ``bf16`` where, timed at the start, it makes the
+    attack faster. Default: the engine's."""
     fold_batch_norm: bool = option(
         False,
         traits={Trait.FOLDS_WEIGHTS: bool, Trait.CHANGES_THE_MODEL: bool},

@@ -16,9 +16,21 @@ Command = Callable[[argparse.Namespace, Mapping[str, Any]], int]
 """``(options, defaults) -> exit code``."""
 
 
-def add_command(commands: Any, name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-    """A command and what it calls."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+def add_command(
+    commands: Any, name: str, run: Command, summary: str, *, description: str | None = None
+) -> argparse.ArgumentParser:
+    """A command and what it calls.
+
+    Args:
+        commands: Where it is added.
+        name: What is typed.
+        run: What it calls.
+        summary: In the list of commands.
+        description: In its own help; by default the summary.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description or summary
+    )
     parser.set_defaults(run=run)
     return parser
 

@@ -10,6 +10,17 @@ from typing import Any
 from dat_ds.cli.arguments import add_command, add_config, add_output, load_run
 from dat_ds.errors import UserError
 
+_SCALING = (
+    "Measures the step times of every number of ranks, ZeRO stage, codec and link speed, and the "
+    "links between the ranks. Ranks are CPU processes of this machine, or those of the launcher. "
+    "Nothing is predicted. How to read the tables: docs/scaling.md."
+)
+_PREDICT = (
+    "Measures nothing. Fits a cost model to records of 'bench scaling', checks it on the points "
+    "of a number of ranks that the fit left out, and predicts step times on clusters that nobody "
+    "measured, for hardware whose speed the flags give. What the model adds up: docs/prediction.md."
+)
+
 
 def add(commands: Any) -> None:
     """Add the command and its tables."""
@@ -38,7 +49,7 @@ def add(commands: Any) -> None:
 
 def _add_scaling(tables: Any) -> None:
     summary = "strong and weak scaling over ranks, ZeRO stages and codecs"
-    table = add_command(tables, "scaling", _bench_scaling, summary)
+    table = add_command(tables, "scaling", _bench_scaling, summary, description=_SCALING)
     add_config(table, required=False)
     table.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (default: 1 2)")
     table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
@@ -78,7 +89,7 @@ def _add_scaling(tables: Any) -> None:
 
 def _add_predict(tables: Any) -> None:
     summary = "step times by a cost model, checked against 'bench scaling'"
-    table = add_command(tables, "predict", _bench_predict, summary)
+    table = add_command(tables, "predict", _bench_predict, summary, description=_PREDICT)
     table.add_argument(
         "--scaling", nargs="+", required=True, metavar="FILE", help="records of 'bench scaling'"
     )

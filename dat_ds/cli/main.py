@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import dat_ds
@@ -43,10 +43,26 @@ def main(
         The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it.
     """
     options = _parser().parse_args(arguments)
-    _log_to_stdout()
-    try:
+
+    def command() -> int:
         check_folders(options)
         return int(options.run(options, dict(defaults or {})))
+
+    return carry_out(command)
+
+
+def carry_out(command: Callable[[], int]) -> int:
+    """Carry out a command, or what a recipe does: the log goes to stdout, errors are messages.
+
+    Args:
+        command: Returns an exit code.
+
+    Returns:
+        The exit code, as :func:`main` has them.
+    """
+    _log_to_stdout()
+    try:
+        return command()
     except UserError as error:
         return _fail(str(error), 2)
     except NumericsError as error:

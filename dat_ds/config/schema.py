@@ -212,7 +212,7 @@ class EngineConfig(Section):
     cuda_graphs: bool = option(False, traits={Trait.RECORDS_THE_ATTACK: bool})
     """Record the whole attack, all of its steps, as a CUDA graph and replay it: one launch in the
     place of one per kernel. What it needs for activations stays reserved. Worth it for batches of
-    one size."""
+    one size. Experimental: no GPU has run it yet."""
     channels_last: bool = False
     """Images, and so what convolutions make of them, in the layout NHWC."""
 

@@ -94,6 +94,7 @@ class InnerMaximisation:
             with access.ranks.together():
                 check_device(access.ranks.device, self.precision)
             _warn_of_slow_products(self.precision, access.ranks)
+        _tell_what_is_experimental(self.precision, graphs, access.ranks)
         self.use(attack)
 
     @property
@@ -207,6 +208,19 @@ class InnerMaximisation:
             what = "the model's own precision" if chosen is None else chosen
             logger.info("dat.attack.precision='auto': %s; taking %s.", found, what)
         return chosen
+
+
+def _tell_what_is_experimental(
+    precision: str | None, graphs: AttackGraphs | None, ranks: Ranks
+) -> None:
+    """Say what of that which is switched on no GPU has run."""
+    switched_on = {
+        "dat.attack.precision='fp8'": precision == "fp8",
+        "dat.engine.cuda_graphs=true": graphs is not None,
+    }
+    for setting, is_on in switched_on.items():
+        if is_on and ranks.is_main:
+            logger.warning("experimental: %s has not run on a GPU yet.", setting)
 
 
 def _warn_of_slow_products(precision: Precision, ranks: Ranks) -> None:

@@ -165,6 +165,45 @@ def test_the_report_shows_the_check_and_calls_the_rest_predicted(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_codec_newer_than_the_record_is_missed_only_where_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    scaling = write(tmp_path / "s.json", record())
+    compression = write(tmp_path / "c.json", {"codecs": {**COSTS, "of a later release": {}}})
+    output = tmp_path / "p.json"
+    bench_predict([scaling], Target(), compression=compression, output=str(output))
+    before = json.loads(output.read_text())
+    older = {name: COSTS[name] for name in ("int8", "sign")}
+    compression = write(tmp_path / "c.json", {"codecs": older})
+    bench_predict([scaling], Target(), compression=compression, output=str(output))
+    numbers = json.loads(output.read_text())
+    assert numbers["held_out"] == before["held_out"]
+    assert numbers["crossings"] == before["crossings"]
+    assert list(dict.fromkeys(row["codec"] for row in numbers["shapes"])) == [
+        "none",
+        "int8",
+        "sign",
+        "one_bit_adam",
+    ]
+    with pytest.raises(ConfigError, match=r"no codec 'natural', which --codecs natural needs"):
+        bench_predict([scaling], Target(), compression=compression, codecs=("none", "natural"))
+
+
+def test_a_codec_that_the_scaling_record_was_measured_with_has_to_have_its_costs(
+    tmp_path: Path,
+) -> None:
+    scaling = write(tmp_path / "s.json", record())
+    compression = write(tmp_path / "c.json", {"codecs": {"sign": COSTS["sign"]}})
+    with pytest.raises(ConfigError, match="bench compression") as caught:
+        bench_predict([scaling], Target(), compression=compression, codecs=("none",))
+    said = str(caught.value)
+    assert "no codec 'int8', which the scaling record's int8 needs" in said
+    assert "--codecs" not in said
+    compression = write(tmp_path / "c.json", {"codecs": {"int8": COSTS["int8"]}})
+    with pytest.raises(ConfigError, match="no codec 'sign', which --codecs one_bit_adam needs"):
+        bench_predict([scaling], Target(), compression=compression)
+
+
 def test_flags_say_what_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scaling = write(tmp_path / "s.json", record())
     output = tmp_path / "p.json"

@@ -4,6 +4,9 @@ A replay is one launch by the host in the place of one for every kernel. It comp
 stays where it is: images, labels and keys of random streams are copied into it, and the model's
 parameters and buffers must not move. What the attack needs for its activations stays reserved from
 the first recording on.
+
+Experimental: recording and replaying were tested with a recorder for CPUs, and no GPU has run a
+graph of this version yet.
 """
 
 from __future__ import annotations

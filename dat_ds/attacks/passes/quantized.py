@@ -5,6 +5,8 @@ to int8 or to float8 (4 bits of exponent, 3 of mantissa), multiplied by the hard
 for it, and scaled back; forward and input gradient alike. Scales per token and per channel are
 those of LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv 2208.07339), without its treatment of
 outliers.
+
+``fp8`` is experimental: it was tested on CPUs, which emulate it, and no GPU has run it yet.
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from dat_ds.bench.prediction.cost_model import (
     Link,
     Links,
     Workload,
+    encoder_of,
     fit_link,
     non_negative_fit,
     same_link,
@@ -27,12 +28,10 @@ from dat_ds.compression import CODECS
 from dat_ds.errors import ConfigError
 
 _MIN_POINTS = 6
-
-
 _NOWHERE: Links = same_link(Link(0.0, 0.0))
-
-
 _TERMS = ("overhead", "optimizer", "codec", "one_bit", "sharded")
+_COSTS = ("encode_ns", "decode_ns")
+_COMPRESSION = "dat-ds bench compression --deepspeed_config FILE --output compression.json"
 
 
 def links_of(values: Mapping[str, Any], ranks: int, mbit: float | None) -> Links:
@@ -203,18 +202,55 @@ def _alike() -> dict[str, dict[str, float]]:
 
 
 def codec_costs(path: str) -> dict[str, dict[str, float]]:
-    """Nanoseconds of encoding and decoding an entry by codec, as ``bench compression`` wrote."""
-    command = "dat-ds bench compression --deepspeed_config FILE --output compression.json"
-    values = _read(path, "codecs", command)
+    """Nanoseconds of encoding and decoding an entry, as ``bench compression`` wrote them.
+
+    Returns:
+        ``encode_ns`` and ``decode_ns`` of the codecs that the record holds, in the code's order. A
+        codec that is newer than the record is not among them; see :func:`check_costs`.
+
+    Raises:
+        ConfigError: For another file, or a codec without its two costs.
+    """
+    measured = _read(path, "codecs", _COMPRESSION)["codecs"]
     found = {}
     for name in CODECS:
-        properties = values["codecs"].get(name, {})
-        missing = [key for key in ("encode_ns", "decode_ns") if key not in properties]
+        if name not in measured:
+            continue
+        missing = [key for key in _COSTS if key not in measured[name]]
         if missing:
             keys = ", ".join(f"codecs.{name}.{key}" for key in missing)
-            raise ConfigError(f"{path} lacks {keys}. Measure it again: {command}")
-        found[name] = {key: float(properties[key]) for key in ("encode_ns", "decode_ns")}
+            raise ConfigError(f"{path} lacks {keys}. Measure it again: {_COMPRESSION}")
+        found[name] = {key: float(measured[name][key]) for key in _COSTS}
     return found
+
+
+def check_costs(
+    path: str,
+    costs: Mapping[str, Mapping[str, float]],
+    asked: Sequence[str],
+    points: Sequence[Mapping[str, Any]],
+) -> None:
+    """Refuse codecs whose costs are needed and that the record of them does not hold.
+
+    Args:
+        path: The record.
+        costs: What :func:`codec_costs` found in it.
+        asked: The codecs of ``--codecs``.
+        points: Of the scaling record, whose steps are calibrated by the costs.
+
+    Raises:
+        ConfigError: With every such codec, and who asks for it.
+    """
+    of_points = list(dict.fromkeys(point["codec"] for point in points))
+    problems = [
+        f"{path} holds no codec {encoder!r}, which {where} {name} needs."
+        for where, names in (("--codecs", asked), ("the scaling record's", of_points))
+        for name in names
+        if (encoder := encoder_of(name)) is not None and encoder not in costs
+    ]
+    if problems:
+        problems.append(f"Measure it again, or leave --compression out: {_COMPRESSION}")
+        raise ConfigError("\n".join(problems))
 
 
 def over_floor(path: str) -> float:

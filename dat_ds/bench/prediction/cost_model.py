@@ -230,6 +230,10 @@ class Hardware:
     sharded: float = 0.0
     slowdown: float = 1.0
 
+    def encodes(self, codec: str) -> bool:
+        """Whether it has a cost for what ``codec`` (or ``none``, or a 1-bit optimizer) encodes."""
+        return (name := encoder_of(codec)) is None or name in self.encode
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -320,6 +324,13 @@ def step_time(work: Workload, hardware: Hardware, cluster: Cluster) -> StepTime:
     )
 
 
+def encoder_of(codec: str) -> str | None:
+    """The codec that encodes what travels: a 1-bit optimizer's is ``sign``; None for ``none``."""
+    if codec == "none":
+        return None
+    return "sign" if codec in ONE_BIT else codec
+
+
 def codec_entries(work: Workload, ranks: int) -> tuple[float, float]:
     """Entries that a rank encodes and decodes in a step."""
     if work.codec == "none" or ranks == 1:
@@ -336,7 +347,7 @@ def codec_entries(work: Workload, ranks: int) -> tuple[float, float]:
 
 def _codec_seconds(work: Workload, hardware: Hardware, ranks: int) -> float:
     encoded, decoded = codec_entries(work, ranks)
-    codec = "sign" if work.is_one_bit else work.codec
+    codec = encoder_of(work.codec) or ""
     seconds = encoded * hardware.encode.get(codec, 0.0) + decoded * hardware.decode.get(codec, 0.0)
     if work.zero_stage == 3 and work.codec != "none" and work.sides == "double" and ranks > 1:
         entries = work.gathers * work.num_parameters

@@ -15,10 +15,14 @@ from collections.abc import Sequence
 
 import torch
 
-from dat_ds.bench.prediction.calibrate import calibrate, codec_costs, held_out, over_floor
-from dat_ds.bench.prediction.cost_model import (
-    ONE_BIT,
+from dat_ds.bench.prediction.calibrate import (
+    calibrate,
+    check_costs,
+    codec_costs,
+    held_out,
+    over_floor,
 )
+from dat_ds.bench.prediction.cost_model import ONE_BIT
 from dat_ds.bench.prediction.tables import (
     describe_prediction,
     draw_prediction,
@@ -53,8 +57,8 @@ def bench_predict(
         target: Target of the prediction.
         attack: File of ``dat-ds bench attack``, whose overhead over ``(2 K + 3) F`` then takes the
             place of the one fitted to the scaling record.
-        compression: File of ``dat-ds bench compression``: the cost of codecs by name; without it,
-            one cost fits all.
+        compression: File of ``dat-ds bench compression``: the cost of the codecs that were there
+            when it was written; without it, one cost fits all.
         ranks: Numbers of ranks to predict.
         gpus: Ranks of a machine.
         stages: ZeRO stages to predict.
@@ -67,15 +71,19 @@ def bench_predict(
         times by ranks, and bandwidths from which compression no longer matters.
 
     Raises:
-        ConfigError: For files of another kind, with keys missing, or too few points.
+        ConfigError: For files of another kind, with keys missing, or too few points; for a codec
+            in ``codecs`` that ``compression`` does not hold.
     """
     _check(target, ranks, gpus, stages, codecs)
     values = read_scaling(scaling)
-    costs = None if compression is None else codec_costs(compression)
+    costs = None
+    if compression is not None:
+        costs = codec_costs(compression)
+        check_costs(compression, costs, codecs, values["points"])
     checked = held_out(values, costs)
     fitted = calibrate(values["points"], values, costs)
     overhead = fitted["overhead"] if attack is None else over_floor(attack)
-    hardware = target.hardware(overhead)
+    hardware = target.hardware(overhead, CODECS if costs is None else costs)
     errors = [abs(row["error"]) for row in checked]
     numbers = {
         "bench": "predict",
@@ -122,9 +130,3 @@ def _check(
     ]
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-# ---- calibration
-
-
-# ---- predictions

@@ -8,18 +8,21 @@ from typing import Any
 
 from dat_ds.bench.prediction.cost_model import Hardware, crossing_mbit, step_time
 from dat_ds.bench.prediction.target import Target
-from dat_ds.compression import CODECS
 
 _SHAPES = ((1, 6), (6, 1), (6, 6))
-
-
+_COMPARED = ("int8", "one_bit_adam")
+"""What float32 is compared with: the usual codec, and an optimizer that sends a bit an entry."""
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def predict_shapes(target: Target, hardware: Hardware) -> list[dict[str, Any]]:
-    """Step times at the paper's shapes, and speedups over the first one in float32."""
+    """Step times at the paper's shapes, and speedups over the first one in float32.
+
+    Of float32, the codecs that ``hardware`` knows, and 1-bit Adam.
+    """
     first, rows = None, []
-    for codec in ("none", *CODECS, "one_bit_adam"):
+    one_bit = ["one_bit_adam"] if hardware.encodes("one_bit_adam") else []
+    for codec in ("none", *hardware.encode, *one_bit):
         for machines, gpus in _SHAPES:
             parts = step_time(target.work(codec), hardware, target.cluster(machines, gpus))
             rate = machines * gpus * target.micro_batch / parts.total
@@ -85,7 +88,7 @@ def predict_crossings(target: Target, hardware: Hardware, gpus: int) -> list[dic
         machines, inside = _shape(count, gpus)
         cluster = target.cluster(machines, inside)
         row: dict[str, Any] = {"ranks": count}
-        for codec in ("int8", "one_bit_adam"):
+        for codec in filter(hardware.encodes, _COMPARED):
             row[codec] = crossing_mbit(
                 target.work("none"),
                 target.work(codec),
@@ -155,18 +158,18 @@ def describe_prediction(numbers: Mapping[str, Any], target: Target, gpus: int) -
             f"| {1000 * parts['gradients']:.0f} | {1000 * parts['parameters']:.0f} "
             f"| {1000 * parts['codec']:.1f} |"
         )
+    compared = [codec for codec in _COMPARED if all(codec in r for r in numbers["crossings"])]
     lines += [
         "",
         f"Predicted, not measured, {gpus} GPU(s) a machine: Mbit/s from which a step in float32 "
         "takes at most 1.1 times one with a codec (ZeRO-0).",
         "",
-        "| ranks | int8 | one_bit_adam |",
-        "| --- | --- | --- |",
+        f"| {' | '.join(['ranks', *compared])} |",
+        "| --- " * (1 + len(compared)) + "|",
     ]
-    lines += [
-        f"| {row['ranks']} | {_bandwidth(row['int8'])} | {_bandwidth(row['one_bit_adam'])} |"
-        for row in numbers["crossings"]
-    ]
+    for row in numbers["crossings"]:
+        bandwidths = [_bandwidth(row[codec]) for codec in compared]
+        lines.append(f"| {' | '.join([str(row['ranks']), *bandwidths])} |")
     return "\n".join(lines)
 
 
@@ -195,7 +198,8 @@ def draw_prediction(
     check.set(xlabel="measured, s a step", ylabel="predicted, s a step", title="held-out points")
     check.legend(fontsize=8)
     alone = step_time(target.work("none"), hardware, target.cluster(1, 1)).total
-    for codec in ("none", "int8", "one_bit_adam"):
+    compared = [codec for codec in _COMPARED if hardware.encodes(codec)]
+    for codec in ("none", *compared):
         counts = [n for n in _RANKS if n <= gpus or n % gpus == 0]
         seconds = [
             step_time(target.work(codec), hardware, target.cluster(*_shape(n, gpus))).total
@@ -206,7 +210,7 @@ def draw_prediction(
     title = f"predicted, {target.mbit:g} Mbit/s, {gpus} GPU(s) a machine"
     scaling.set(xlabel="ranks", ylabel="efficiency, %", title=title)
     scaling.legend(title="codec", fontsize=8)
-    for codec in ("int8", "one_bit_adam"):
+    for codec in compared:
         rows = [row for row in numbers["crossings"] if row[codec]]
         x, y = [row["ranks"] for row in rows], [row[codec] for row in rows]
         crossing.plot(x, y, marker="o", lw=1, label=codec)

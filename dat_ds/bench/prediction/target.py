@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,9 +43,14 @@ class Target:
     inside_mbit: float = 80_000.0
     inside_latency_us: float = 10.0
 
-    def hardware(self, overhead: float) -> Hardware:
-        """A GPU."""
-        codec = dict.fromkeys(CODECS, 1e-9 * self.codec_ns)
+    def hardware(self, overhead: float, codecs: Iterable[str] = CODECS) -> Hardware:
+        """A GPU.
+
+        Args:
+            overhead: A step without its optimizer, over ``2 K + 3`` forwards.
+            codecs: Those whose steps are to be predicted.
+        """
+        codec = dict.fromkeys(codecs, 1e-9 * self.codec_ns)
         return Hardware(
             forward=self.forward_ms / 1000,
             overhead=overhead,

@@ -1,0 +1,1 @@
+"""Tables over many runs: cheaper steps, every method, robustness of what is cheaper."""

@@ -1,0 +1,115 @@
+"""Every attack and objective on digits: clean and robust accuracy, and seconds of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dat_ds.attacks import ATTACKS, NoAttack
+from dat_ds.bench.tables.runs import judged_by, markdown, record_of
+from dat_ds.errors import ConfigError
+from dat_ds.objectives import OBJECTIVES
+
+JUDGES = ("pgd-20", "apgd-ce-50", "apgd-dlr-50")
+"""Attacks that judge the models."""
+
+NATURAL, NATURAL_ON_FEW_LABELS = "natural", "natural 10% labels"
+
+_STEPS = {"steps": 3, "step_size": "1/16"}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "mim": _STEPS,
+    "apgd": {"steps": 3},
+    "fat": {**_STEPS, "extra_steps": 1},
+    "multi_norm": {"steps": 3, "other_norms": {"l2": 0.5}},
+    "free": {"replays": 4},
+}
+"""Options of attacks that would not compare with the others by their defaults."""
+
+_SCHEDULES: dict[str, dict[str, Any]] = {"free": {"epochs": 15}}
+"""``free`` learns from every replay, so it needs fewer epochs."""
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each row of the table changes in the ``dat`` section.
+
+    Args:
+        folder: Where the runs lie: some learn from the model of another row.
+
+    Returns:
+        A row for each attack and each objective that learns classes, and for what goes beside them.
+    """
+    attacks = {_row_of_attack(name): _of_attack(name) for name in ATTACKS}
+    objectives = {
+        name: {"objective": {"name": name, **_helper(kind.needs_helper_logits, folder)}}
+        for name, kind in OBJECTIVES.items()
+        if kind.head == "classes" and name != OBJECTIVES.default
+    }
+    return {**attacks, **objectives, **_beside(), **_few_labels(folder)}
+
+
+def compare_methods(config: Path, folder: Path, names: Sequence[str] = ()) -> str:
+    """Train and judge the rows of the table.
+
+    Args:
+        config: The run that all rows change: its data, model and schedule.
+        folder: For the runs; one that is there already is not trained again.
+        names: Rows; none means all.
+
+    Returns:
+        Markdown: accuracies in percent, and seconds of training.
+
+    Raises:
+        ConfigError: For a row that is not there.
+    """
+    rows = rows_of(folder)
+    if unknown := [name for name in names if name not in rows]:
+        raise ConfigError(f"No row {', '.join(unknown)}: {', '.join(rows)}.")
+    cells = []
+    for name in names or rows:
+        changes = {"dat": {**rows[name], "evaluation": judged_by(JUDGES)}}
+        record = record_of(folder / name, config, changes)
+        accuracies = [record["natural_acc"], *(record["robust_acc"][judge] for judge in JUDGES)]
+        seconds = f"{record['seconds']['train']:.0f}"
+        cells.append([name, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), seconds])
+    header = ["training", "clean %", *(f"{judge} %" for judge in JUDGES), "train s"]
+    return markdown(header, cells)
+
+
+def _row_of_attack(name: str) -> str:
+    return NATURAL if ATTACKS[name] is NoAttack else name
+
+
+def _of_attack(name: str) -> dict[str, Any]:
+    schedule = {"schedule": _SCHEDULES[name]} if name in _SCHEDULES else {}
+    return {"attack": {"name": name, **_SETTINGS.get(name, {})}, **schedule}
+
+
+def _helper(needed: bool, folder: Path) -> dict[str, Any]:
+    return {"helper_model": str(folder / NATURAL)} if needed else {}
+
+
+def _beside() -> dict[str, dict[str, Any]]:
+    """What goes with an attack, or with an objective."""
+    return {
+        "pgd keep_tokens": {"attack": {**_STEPS, "keep_tokens": 0.75}},
+        "fgsm grad_align": {"attack": {"name": "fgsm"}, "objective": {"grad_align": 0.2}},
+        "pgd awp": {"weight_perturbation": {"name": "awp", "start": 0.2}},
+        "pgd sam": {"weight_perturbation": {"name": "sam"}},
+        "pgd mixup": {"data": {"mixup": 0.2}},
+    }
+
+
+def _few_labels(folder: Path) -> dict[str, dict[str, Any]]:
+    """Labels for a tenth of the images, with and without the other images."""
+    few, labelled = {"labelled_fraction": 0.1}, {"labelled_fraction": 0.1, "drop_unlabelled": True}
+    trades, labeller = {"name": "trades"}, str(folder / NATURAL_ON_FEW_LABELS)
+    return {
+        NATURAL_ON_FEW_LABELS: {"attack": {"name": "none"}, "data": labelled},
+        "pgd 10% labels": {"data": labelled},
+        "trades 10% labels and the other images": {"data": few, "objective": trades},
+        "trades 10% labels and pseudo-labels": {
+            "data": {**few, "pseudo_labels": labeller},
+            "objective": trades,
+        },
+    }
