@@ -70,7 +70,7 @@ def test_only_the_engine_imports_deepspeed():
 
 FLOORS = (
     {"errors", "length", "patching", "processes", "traffic", "zero3"},
-    {"files", "method"},
+    {"commands", "files", "method"},
     {"attacks", "compression", "data", "models", "ranks"},
     {"objectives", "optim"},
     {"config", "minmax"},
@@ -97,6 +97,11 @@ def test_imports_point_down_only(floor):
         for path in folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{room}.py"]:
             ours = {name.split(".")[1] for name in imported(path) if name.startswith("dat_ds.")}
             assert ours <= {room, *below}, path
+
+
+def test_nothing_below_the_command_line_runs_it_in_another_process_either():
+    naming = [p for p in PACKAGE.rglob("*.py") if "dat_ds.cli" in p.read_text(encoding="utf-8")]
+    assert {path.relative_to(PACKAGE).parts[0] for path in naming} == {"cli"}
 
 
 def test_every_public_name_is_there():
