@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dat_ds.bench.tables.speedup import attack_table, scaling_table
-from dat_ds.cli.main import carry_out
+from dat_ds.commands import carry_out
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dat_ds.bench.tables.methods import compare_methods
-from dat_ds.cli.main import carry_out
+from dat_ds.commands import carry_out
 
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import dat_ds
 from dat_ds.cli import bench, config, evaluate, report, train
 from dat_ds.cli.arguments import check_folders
-from dat_ds.errors import NumericsError, UserError
+from dat_ds.commands import carry_out
 from dat_ds.processes import end_process
-
-logger = logging.getLogger("dat_ds")
 
 
 def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> NoReturn:
@@ -51,24 +47,6 @@ def main(
     return carry_out(command)
 
 
-def carry_out(command: Callable[[], int]) -> int:
-    """Carry out a command, or what a recipe does: the log goes to stdout, errors are messages.
-
-    Args:
-        command: Returns an exit code.
-
-    Returns:
-        The exit code, as :func:`main` has them.
-    """
-    _log_to_stdout()
-    try:
-        return command()
-    except UserError as error:
-        return _fail(str(error), 2)
-    except NumericsError as error:
-        return _fail(str(error), 1)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dat-ds", description=dat_ds.__doc__)
     parser.add_argument("--version", action="version", version=dat_ds.__version__)
@@ -76,18 +54,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, evaluate, config, report, bench):
         command.add(commands)
     return parser
-
-
-def _log_to_stdout() -> None:
-    # Models and data log wherever they are built, which is on every rank.
-    is_main = os.environ.get("RANK", "0") == "0"
-    logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    logger.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"dat-ds: error: {message}", file=sys.stderr, flush=True)
-    return code

@@ -57,7 +57,7 @@ def describe_training(dat: dict[str, Any]) -> str:
         learns_classes = objective["name"] in ("at", "dat")
         return "natural" if learns_classes else f"{objective['name']} natural"
     words = [] if objective["name"] == "at" else [objective["name"]]
-    words.append(f"{attack['name']}-{attack['steps']}")
+    words.append(f"{attack['name']}-{attack.get('steps', 1)}")
     perturbation = dat.get("weight_perturbation", {}).get("name", "none")
     return " ".join([*words, *([] if perturbation == "none" else [perturbation])])
 

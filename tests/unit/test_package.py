@@ -99,6 +99,11 @@ def test_imports_point_down_only(floor):
             assert ours <= {room, *below}, path
 
 
+def test_nothing_below_the_command_line_runs_it_in_another_process_either():
+    naming = [p for p in PACKAGE.rglob("*.py") if "dat_ds.cli" in p.read_text(encoding="utf-8")]
+    assert {path.relative_to(PACKAGE).parts[0] for path in naming} == {"cli"}
+
+
 def test_every_public_name_is_there():
     for name in set(dat_ds.__all__) - {"AdversarialEngine", "initialize"}:
         assert hasattr(dat_ds, name)

@@ -13,6 +13,7 @@ from dat_ds.attacks import ATTACKS
 from dat_ds.bench.tables import methods, speedup, speedups_robust
 from dat_ds.bench.tables.runs import run_of
 from dat_ds.errors import ConfigError
+from dat_ds.evaluation import describe_training
 from dat_ds.objectives import OBJECTIVES
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -94,3 +95,11 @@ def test_a_row_of_a_step_is_timed_or_says_that_it_was_refused(
     assert "| ViT, compiled | refused, see above |  |  |  |  |  |" in table
     assert len({line.count("|") for line in table}) == 1
     assert (tmp_path / "vit_in_4_attacked_by_1.json").exists()
+
+
+def test_every_row_has_words_for_its_training(tmp_path: Path) -> None:
+    for dat in methods.rows_of(tmp_path).values():
+        run = run_of(ZERO2, {"dat": dat})
+        words = describe_training(run.dat.to_dict())
+        natural = run.dat.attack.name == "none"
+        assert "natural" in words if natural else run.dat.attack.name in words

@@ -11,7 +11,7 @@ from dat_ds.bench.prediction.target import Target
 
 _SHAPES = ((1, 6), (6, 1), (6, 6))
 _COMPARED = ("int8", "one_bit_adam")
-"""What float32 is compared with: the usual codec, and an optimizer that sends a bit an entry."""
+"""Compared with float32: the usual codec, and an optimizer that sends a bit an entry."""
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

@@ -31,7 +31,7 @@ _SCHEDULES: dict[str, dict[str, Any]] = {"free": {"epochs": 15}}
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each row of the table changes in the ``dat`` section.
+    """Changes of each row of the table in the ``dat`` section.
 
     Args:
         folder: Where the runs lie: some learn from the model of another row.
@@ -90,7 +90,7 @@ def _helper(needed: bool, folder: Path) -> dict[str, Any]:
 
 
 def _beside() -> dict[str, dict[str, Any]]:
-    """What goes with an attack, or with an objective."""
+    """Other sections that go with an attack, or with an objective."""
     return {
         "pgd keep_tokens": {"attack": {**_STEPS, "keep_tokens": 0.75}},
         "fgsm grad_align": {"attack": {"name": "fgsm"}, "objective": {"grad_align": 0.2}},

@@ -1,4 +1,4 @@
-"""What makes a step cheaper: attack, precision, batch; then ranks, compression, sharding.
+"""Step times by what is cheaper: attack, precision, batch; then ranks, compression, sharding.
 
 Steps are of a ViT-B/16 and a ResNet-50 at 224 pixels on a GPU; on a CPU, of a ViT-Tiny and a
 ResNet-18 at 32.
@@ -29,7 +29,7 @@ OTHERS = (TORCHATTACKS, BACKWARD)
 
 @dataclass(frozen=True)
 class Bench:
-    """What is timed on a kind of device.
+    """Models and batches that are timed on a kind of device.
 
     Args:
         config: File name of the runs' JSON.
@@ -74,7 +74,7 @@ ON_CPU = Bench(
 
 
 def rows_of(batch: int, on_gpu: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    """What each row changes, by network and row.
+    """Changes of each row, by network and row.
 
     Args:
         batch: Images of a rank in a step.
