@@ -329,7 +329,8 @@ def test_ratios_and_weights_are_those_of_whole_layers(by_rank: list[dict[str, An
         reference = unsharded(name, 2, accumulation, clip)
         found = [reports["cases"][case] for reports in by_rank]
         of_ratios, of_weights = largest_errors(found, *reference)
-        assert of_ratios <= 1e-6, case
+        # Some 10 roundings of float32; 1.1e-6 where sums run in another order (AVX2).
+        assert of_ratios <= 2e-6, case
         assert of_weights <= 1e-4, case
 
 
