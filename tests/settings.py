@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "apgd": {"steps": 2},
         "fat": {"steps": 2, "extra_steps": 1},
         "multi_norm": {"steps": 2, "other_norms": {"l2": 0.5, "l1": 2.0}, "combine": "average"},
+        "zero_grad": {},
         "free": {},
         "none": {},
     },

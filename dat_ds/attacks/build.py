@@ -16,6 +16,7 @@ from dat_ds.attacks.multi_norm import MultiNorm
 from dat_ds.attacks.n_fgsm import NFgsm
 from dat_ds.attacks.pgd import Pgd
 from dat_ds.attacks.threat import ThreatModel
+from dat_ds.attacks.zero_grad import ZeroGrad
 from dat_ds.errors import ConfigError
 from dat_ds.length import Length, parse_length
 from dat_ds.method import parse_method, table_of
@@ -28,6 +29,7 @@ ATTACKS = table_of(
         Fgsm,
         FgsmRs,
         NFgsm,
+        ZeroGrad,
         Mim,
         Apgd,
         Fat,
