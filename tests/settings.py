@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "fat": {"steps": 2, "extra_steps": 1},
         "multi_norm": {"steps": 2, "other_norms": {"l2": 0.5, "l1": 2.0}, "combine": "average"},
         "zero_grad": {},
+        "guided": {},
         "free": {},
         "none": {},
     },
@@ -68,6 +69,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "rotation": {},
         "contrastive": {},
         "fare": {},
+        "gat": {},
     },
     "optimizer": {
         "adamw": {},

@@ -11,6 +11,7 @@ from dat_ds.attacks.attack import Attack, NoAttack
 from dat_ds.attacks.fat import Fat
 from dat_ds.attacks.fgsm import Fgsm, FgsmRs
 from dat_ds.attacks.free import FreeAttack
+from dat_ds.attacks.guided import Guided
 from dat_ds.attacks.mim import Mim
 from dat_ds.attacks.multi_norm import MultiNorm
 from dat_ds.attacks.n_fgsm import NFgsm
@@ -30,6 +31,7 @@ ATTACKS = table_of(
         FgsmRs,
         NFgsm,
         ZeroGrad,
+        Guided,
         Mim,
         Apgd,
         Fat,

@@ -10,6 +10,7 @@ from dat_ds.objectives.at import AdversarialTraining, Dat
 from dat_ds.objectives.base import Objective
 from dat_ds.objectives.contrastive import Contrastive
 from dat_ds.objectives.fare import Fare
+from dat_ds.objectives.gat import Gat
 from dat_ds.objectives.hat import Hat
 from dat_ds.objectives.mart import Mart
 from dat_ds.objectives.rotation import Rotation
@@ -25,6 +26,7 @@ OBJECTIVES = table_of(
         Mart,
         Alp,
         Hat,
+        Gat,
         Rotation,
         Contrastive,
         Fare,
