@@ -70,6 +70,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "contrastive": {},
         "fare": {},
         "gat": {},
+        "nuat": {},
     },
     "optimizer": {
         "adamw": {},

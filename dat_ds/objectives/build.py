@@ -13,6 +13,7 @@ from dat_ds.objectives.fare import Fare
 from dat_ds.objectives.gat import Gat
 from dat_ds.objectives.hat import Hat
 from dat_ds.objectives.mart import Mart
+from dat_ds.objectives.nuat import Nuat
 from dat_ds.objectives.rotation import Rotation
 from dat_ds.objectives.trades import Trades
 
@@ -27,6 +28,7 @@ OBJECTIVES = table_of(
         Alp,
         Hat,
         Gat,
+        Nuat,
         Rotation,
         Contrastive,
         Fare,
