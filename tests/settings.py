@@ -56,6 +56,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "multi_norm": {"steps": 2, "other_norms": {"l2": 0.5, "l1": 2.0}, "combine": "average"},
         "zero_grad": {},
         "guided": {},
+        "fgsm_pgi": {},
         "free": {},
         "none": {},
     },
@@ -71,6 +72,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "fare": {},
         "gat": {},
         "nuat": {},
+        "pgi": {},
     },
     "optimizer": {
         "adamw": {},

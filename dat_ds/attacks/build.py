@@ -10,6 +10,7 @@ from dat_ds.attacks.apgd import Apgd
 from dat_ds.attacks.attack import Attack, NoAttack
 from dat_ds.attacks.fat import Fat
 from dat_ds.attacks.fgsm import Fgsm, FgsmRs
+from dat_ds.attacks.fgsm_pgi import FgsmPgi
 from dat_ds.attacks.free import FreeAttack
 from dat_ds.attacks.guided import Guided
 from dat_ds.attacks.mim import Mim
@@ -32,6 +33,7 @@ ATTACKS = table_of(
         NFgsm,
         ZeroGrad,
         Guided,
+        FgsmPgi,
         Mim,
         Apgd,
         Fat,

@@ -14,6 +14,7 @@ from dat_ds.objectives.gat import Gat
 from dat_ds.objectives.hat import Hat
 from dat_ds.objectives.mart import Mart
 from dat_ds.objectives.nuat import Nuat
+from dat_ds.objectives.pgi import Pgi
 from dat_ds.objectives.rotation import Rotation
 from dat_ds.objectives.trades import Trades
 
@@ -29,6 +30,7 @@ OBJECTIVES = table_of(
         Hat,
         Gat,
         Nuat,
+        Pgi,
         Rotation,
         Contrastive,
         Fare,
