@@ -91,6 +91,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "natural": {},
         "topk": {},
         "sign": {},
+        "int8_hadamard": {},
     },
     "schedule": {
         "cosine": {"final_ratio": 0.1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dat_ds.compression.base import Codec, Compression, NoCompression
+from dat_ds.compression.hadamard import HadamardInt8
 from dat_ds.compression.natural import Natural
 from dat_ds.compression.rounding import Int4, Int8, Qsgd
 from dat_ds.compression.sign import Sign
@@ -19,6 +20,7 @@ CODECS: Table[Codec] = table_of(
         Int8,
         Int4,
         Qsgd,
+        HadamardInt8,
         Natural,
         TopK,
         Sign,
