@@ -82,6 +82,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "one_bit_adam": {"freeze_step": 1},
         "one_bit_lamb": {"freeze_step": 1},
         "zero_one_adam": {"var_freeze_step": 1},
+        "muon": {},
     },
     "compression": {
         "none": {},

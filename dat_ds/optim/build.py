@@ -14,6 +14,7 @@ from dat_ds.optim.adamw import AdamWMethod
 from dat_ds.optim.lamb import LambMethod
 from dat_ds.optim.lars import LarsMethod
 from dat_ds.optim.method import OptimizerMethod
+from dat_ds.optim.muon import MuonMethod
 from dat_ds.optim.one_bit_adam import OneBitAdamMethod
 from dat_ds.optim.one_bit_lamb import OneBitLambMethod
 from dat_ds.optim.sgd import SgdMethod
@@ -27,6 +28,7 @@ OPTIMIZERS: Table[OptimizerMethod] = table_of(
         SgdMethod,
         LambMethod,
         LarsMethod,
+        MuonMethod,
         OneBitAdamMethod,
         OneBitLambMethod,
         ZeroOneAdamMethod,
