@@ -15,6 +15,7 @@ import enum
 import functools
 import importlib
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -431,7 +432,7 @@ def parse_section(cls: type[S], values: Any, path: str, problems: list[str]) -> 
             continue
         at = f"{path}.{name}"
         value = values[name]
-        if value is None and f.default is not None and not _takes_none(hints[name]):
+        if value is None and issubclass(cls, Method) and not _takes_none(hints[name]):
             continue  # as if it were not given
         if (table := f.metadata.get("table")) is not None:
             parsed[name] = None if value is None else parse_method(table, value, at, problems)
@@ -497,8 +498,8 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
 def _convert_scalar(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if hint is Length:
         try:
-            if not isinstance(value, bool):
-                return Length(value)
+            if not isinstance(value, bool) and math.isfinite(length := Length(value)):
+                return length
         except (OverflowError, TypeError, ValueError):
             pass
         problems.append(

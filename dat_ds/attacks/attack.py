@@ -148,8 +148,8 @@ class Attack(Method):
             )
         if self.fold_batch_norm and self.model_mode == "train":
             yield (
-                "fold_batch_norm=true with model_mode='train': batch statistics are known only in "
-                "the forward. Write model_mode='eval'."
+                "fold_batch_norm=true with dat.attack.model_mode='train': batch statistics are known "
+                "only in the forward. Write dat.attack.model_mode='eval'."
             )
 
     def norm_problems(self, norm: str) -> Iterator[str]:
@@ -253,10 +253,9 @@ class Attack(Method):
 
     def own_options(self) -> dict[str, Any]:
         """Keyword arguments of :attr:`function` beyond those of every attack; none that is None."""
+        general = {f.name for f in dataclasses.fields(Attack)} | {"steps_from"}
         own = {
-            key: getattr(self, key)
-            for key in self.known_keys()
-            if key not in Attack.known_keys() and key != "steps_from"
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in general
         }
         if "loss" in own and self.inner_loss is not None:
             own["loss"] = self.inner_loss

@@ -50,8 +50,8 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
 
     Args:
         config: The keys of ``dat.attack``, with ``threat_model``: a :class:`ThreatModel`, or the
-            keys of ``dat.threat_model``. Lengths are numbers in pixel units, or fractions such as
-            ``"8/255"``. An option that is left out or None has the attack's default.
+            keys of ``dat.threat_model``; ``targeted`` for attacks that can reach for a class.
+            Lengths are numbers in pixel units, or fractions such as ``"8/255"``. An option that is left out or None has the attack's default.
 
     Returns:
         A callable ``(model, x, y, generator) -> x_adv``.
@@ -66,11 +66,15 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
     if not isinstance(threat, ThreatModel):
         threat = _build_threat_model(threat)
     problems: list[str] = []
+    targeted = options.pop("targeted", False)
     attack = parse_method(ATTACKS, options, "attack", problems)
     problems += [f"attack.{problem}" for problem in attack.norm_problems(threat.norm)]
+    if targeted and not hasattr(attack, "targeted"):
+        problems.append(f"attack.targeted=true: {attack.name!r} reaches for no class. Remove it.")
     if problems:
         raise ConfigError("\n".join(problems))
-    return dataclasses.replace(attack.resolved(Length(threat.eps), "ce"), threat=threat)
+    aimed: dict[str, Any] = {"targeted": True} if targeted else {}
+    return dataclasses.replace(attack.resolved(Length(threat.eps), "ce"), threat=threat, **aimed)
 
 
 def _build_threat_model(config: Mapping[str, Any]) -> ThreatModel:

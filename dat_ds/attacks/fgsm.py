@@ -16,7 +16,7 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
-from dat_ds.method import Trait, at_least
+from dat_ds.method import Trait, at_least, option
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,6 +89,7 @@ that and is on by default for it.
     """Start from a draw from the ball."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
+    targeted: bool = option(False, is_key=False)
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
 
@@ -118,6 +119,7 @@ later.
     """Default: 1.25 eps."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
+    targeted: bool = option(False, is_key=False)
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
 

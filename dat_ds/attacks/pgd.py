@@ -16,7 +16,7 @@ from dat_ds.attacks.modes import ModelMode, attack_mode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
-from dat_ds.method import Trait, at_least
+from dat_ds.method import Trait, at_least, option
 
 
 def pgd(
@@ -124,6 +124,7 @@ share of the input-gradient entries was exactly zero.
     """Start from a draw from the ball."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
+    targeted: bool = option(False, is_key=False)
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     momentum: float = at_least(0, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Natural(Codec):
     Unbiased, ``w = 1 / 8`` (their Theorem 1). Entries above ``2^127`` become ``2^127``.
     """
 
+    paper: ClassVar[str] = "Horvath et al., MSML 2022, arXiv 1905.10988, sec. 2"
     name = "natural"
     unbiased = True
 

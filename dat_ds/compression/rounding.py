@@ -138,6 +138,7 @@ class Qsgd(StochasticRounding):
         block_size: Entries per bucket, of 32 bits each.
     """
 
+    paper: ClassVar[str] = "Alistarh et al., NeurIPS 2017, arXiv 1610.02132, sec. 3.1"
     name = "qsgd"
     unbiased = True
     norm = "l2"

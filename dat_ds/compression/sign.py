@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Sign(BlockCodec):
         scale: ``"mean"`` or ``"rms"``, over entries that are no padding.
     """
 
+    paper: ClassVar[str] = "Karimireddy et al., ICML 2019, arXiv 1901.09847"
     name = "sign"
     unbiased = False
     scale: Literal["mean", "rms"] = "mean"

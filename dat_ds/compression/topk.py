@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class TopK(BlockCodec):
         block_size: Entries per block; choosing among all entries of a large tensor is slow.
     """
 
+    paper: ClassVar[str] = "Stich et al., NeurIPS 2018, arXiv 1809.07599"
     name = "topk"
     unbiased = False
     ratio: float = positive_share(0.01)

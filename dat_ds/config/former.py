@@ -17,9 +17,12 @@ from dat_ds.optim import SCHEDULES
 
 _SECTIONS: dict[str, tuple[Table[Any], tuple[str, ...]]] = {
     # Keys that no method takes together, and 0.1 always wrote.
-    "attack": (ATTACKS, ("momentum", "noise_scale")),
-    "objective": (OBJECTIVES, ("gamma", "temperature")),
-    "data": (DATASETS, ("path", "num_train")),
+    "attack": (ATTACKS, ("momentum", "noise_scale", "extra_steps", "num_targets", "eps_warmup")),
+    "objective": (
+        OBJECTIVES,
+        ("natural_weight", "beta", "gamma", "label_smoothing", "helper_model"),
+    ),
+    "data": (DATASETS, ("path", "num_train", "num_test", "image_shape", "validation_fraction")),
     "schedule": (SCHEDULES, ("final_ratio", "milestones", "decay_factor")),
 }
 

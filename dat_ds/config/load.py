@@ -16,6 +16,8 @@ from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.errors import ConfigError
 from dat_ds.method import import_methods, parse_section
 
+_DEEPEST, _LONGEST_KEY, _LONGEST_TEXT = 50, 200, 10_000
+
 DIGITS_MODEL = {
     "name": "vit_tiny_patch16_224",
     "patch_size": 4,
@@ -58,9 +60,12 @@ def load_config(
         return source
     for module in imports:
         import_methods(module)
+    if isinstance(source, Mapping):
+        refuse_absurd(source)
     values = _read(source)
     for override in overrides:
         _apply_override(values, override)
+    refuse_absurd(values)
     values = _merge(dict(defaults or {}), values)
     ours = values.pop("dat", {})
     if isinstance(ours, dict) and _is_digits(ours.get("data", {})):
@@ -76,6 +81,37 @@ def load_config(
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes_on(deepspeed, dat))
+
+
+def refuse_absurd(values: Mapping[str, Any]) -> None:
+    """Refuse what no config holds, before anything else reads it or prints it.
+
+    Args:
+        values: Decoded JSON, or what a caller gives in its place.
+
+    Raises:
+        ConfigError: For integers beyond 64 bits, endless texts and keys, and endless nesting.
+    """
+    problems = []
+    pending: list[tuple[str, Any, int]] = [("", values, 0)]
+    while pending:
+        path, value, depth = pending.pop()
+        if isinstance(value, (Mapping, list, tuple)):
+            if depth > _DEEPEST:
+                problems.append(f"{path}: nested more than {_DEEPEST} deep.")
+                continue
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, item in items:
+                if not str(key).isprintable() or len(str(key)) > _LONGEST_KEY:
+                    problems.append(f"{path or 'The config'} has the key {str(key)[:40]!r}...")
+                    continue
+                pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            problems.append(f"{path}: an integer beyond 64 bits.")
+        elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
+            problems.append(f"{path}: a text of {len(value)} characters.")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _is_digits(data: Any) -> bool:
@@ -96,6 +132,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})."
         ) from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5000 digits
+        raise ConfigError(f"{path}: JSON that no run config holds ({error}).") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the run config must be a JSON object.")
     return values
@@ -149,3 +187,5 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node[last] = json.loads(text)
     except json.JSONDecodeError:
         node[last] = text
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"--set {path}: a value that no run config holds ({error}).") from None

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dat_ds.attacks import MIN_CLASSES, Attack, NoAttack, parse_evaluation_attack
+from dat_ds.attacks import FEATURE_LOSSES, MIN_CLASSES, Attack, NoAttack, parse_evaluation_attack
 from dat_ds.config.deepspeed.precision import FLOAT16, enabled, precision_of
 from dat_ds.config.schema import DatConfig, GuardConfig, WeightPerturbationConfig
 from dat_ds.method import Method, Rule, Section, Trait, broken
-from dat_ds.objectives import Objective
+from dat_ds.objectives import OBJECTIVES, Objective
 
 _LABEL = (
     "Write dat.data.pseudo_labels='runs/natural' (a model that labels them), or what needs no "
@@ -169,6 +169,13 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
         guard=_resolved_guard(dat.guard, attack, objective),
         compression=dat.compression.resolved(),
     )
+    loss = getattr(attack, "loss", None)
+    if loss in FEATURE_LOSSES and loss != objective.default_attack_loss:
+        owners = [n for n, other in OBJECTIVES.items() if other.default_attack_loss == loss]
+        problems.append(
+            f"dat.attack.loss={loss!r} belongs to dat.objective.name={owners[0]!r}, not "
+            f"{objective.name!r}: remove it."
+        )
     check_run(resolved, {}, problems)
     num_classes = dat.model.num_classes or dat.data.num_classes
     if num_classes is not None and objective.head == "classes":

@@ -67,7 +67,8 @@ class OptimizerMethod(Method):
         try:
             self.build(nn.Linear(1, 1))
         except ValueError as error:
-            yield str(error)
+            starts_with_key = str(error).split("=")[0] in self.known_keys()
+            yield str(error) if starts_with_key else f"name={self.name!r}: {error}"
 
     def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of parameter groups; what a subclass defines."""

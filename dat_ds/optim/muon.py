@@ -87,7 +87,7 @@ class Muon(LayerwiseOptimizer):
         W <- W - lr * (weight_decay * W + 0.2 * sqrt(max(m, n)) * orthogonalized(u))
 
     The factor makes an update's root mean square 0.2, about AdamW's, so that ``lr`` and
-    ``weight_decay`` are on AdamW's scale, whatever the shape. ParameterGroups with ``"muon": False`` are
+    ``weight_decay`` are on AdamW's scale, whatever the shape. Groups with ``"muon": False`` are
     torch's AdamW, bit for bit.
 
     Matrices are orthogonalised in float32, where collectives take their tensors. State: one
@@ -303,7 +303,7 @@ def muon_groups(
             rules above say; the first of them counts as rows.
 
     Returns:
-        ParameterGroups, none of them empty, with ``"muon"``, ``"blocks"`` and ``"weight_decay"``.
+        Groups, none of them empty, with ``"muon"``, ``"blocks"`` and ``"weight_decay"``.
 
     Raises:
         ValueError: For a pattern that no parameter has.
@@ -448,15 +448,16 @@ class MuonMethod(OptimizerMethod):
 
     def problems(self) -> Iterator[str]:
         """What any model can tell; names of parameters are those of the run's."""
-        return super(MuonMethod, dataclasses.replace(self, **_NO_NAMES)).problems()
+        nameless = dataclasses.replace(self, adam_parameters=[], muon_parameters=[])
+        return super(MuonMethod, nameless).problems()
 
     def arguments(self) -> dict[str, Any]:
         """Options of the optimizer; the names are for its groups."""
-        return {k: v for k, v in super().arguments().items() if k not in _NO_NAMES}
+        return {k: v for k, v in super().arguments().items() if k not in _NAMES}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """See :func:`muon_groups`."""
-        names = {key: getattr(self, key) for key in _NO_NAMES}
+        names = {key: getattr(self, key) for key in _NAMES}
         return muon_groups(model, self.weight_decay, **names)
 
     def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -464,4 +465,4 @@ class MuonMethod(OptimizerMethod):
         return Muon(params, **self.arguments())
 
 
-_NO_NAMES: dict[str, list[str]] = {"adam_parameters": [], "muon_parameters": []}
+_NAMES = ("adam_parameters", "muon_parameters")

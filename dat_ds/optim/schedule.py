@@ -50,13 +50,14 @@ class ScheduleMethod(Method):
         """A warm-up as long as the run; scaling without the batch that it starts from."""
         if self.warmup_epochs >= self.epochs:
             yield (
-                f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs:g}, of "
+                f"warmup_epochs={self.warmup_epochs:g} must be below "
+                f"dat.schedule.epochs={self.epochs:g}, of "
                 "which it is a part."
             )
         if (self.scaling == "none") != (self.base_batch is None):
             yield (
-                f"scaling={self.scaling!r} and base_batch={self.base_batch} go together: write "
-                "'linear' or 'sqrt' and the global batch that the learning rate is for, such as "
+                f"scaling={self.scaling!r} and dat.schedule.base_batch={self.base_batch} go together: "
+                "write 'linear' or 'sqrt' and the global batch that the learning rate is for, such as "
                 "256, or neither."
             )
 

@@ -148,7 +148,8 @@ def check_one_bit(config: Mapping[str, Any], dat: DatConfig, problems: list[str]
         dat: Our section.
         problems: Receives one message per problem found.
     """
-    stage = config["zero_optimization"]["stage"]
+    zero = config["zero_optimization"]
+    stage = zero.get("stage") if isinstance(zero, Mapping) else 0
     if stage:
         problems.append(
             f"zero_optimization.stage={stage} with an optimizer that compresses its momentum: "
@@ -203,6 +204,7 @@ def check_layerwise(config: Mapping[str, Any], problems: list[str]) -> None:
         problems: Receives one message per problem found.
     """
     zero = config["zero_optimization"]
+    zero = zero if isinstance(zero, Mapping) else {}  # reported already
     offload = zero.get("offload_optimizer") or {}
     found = {
         f"zero_optimization.{key}.device='nvme'": "write 'cpu'"
