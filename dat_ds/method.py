@@ -37,6 +37,7 @@ from dat_ds.length import Length
 S = TypeVar("S", bound="Section")
 M = TypeVar("M", bound="Method")
 _INVALID = object()
+_MOST_NAMED = 2  # methods that have a key, in the message of one that has not
 _ARTICLES = {
     int: "an integer",
     float: "a finite number",
@@ -385,10 +386,10 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
         if takers and (value is None or method.passes_over_others):
             continue  # not given, or left from the method that stood there before
         if takers:
+            of = f", but of {', '.join(takers)}" if len(takers) <= _MOST_NAMED else ""
             problems.append(
                 f"{path}.{key}={_shown(value)} is no setting of the {table.kind} "
-                f"{values.get('name', table.default)!r}, but of {', '.join(takers)}: remove it. "
-                f"It takes {takes}."
+                f"{values.get('name', table.default)!r}{of}: remove it. It takes {takes}."
             )
         else:
             every = dict.fromkeys(
@@ -435,7 +436,8 @@ def parse_section(cls: type[S], values: Any, path: str, problems: list[str]) -> 
         if value is None and issubclass(cls, Method) and not _takes_none(hints[name]):
             continue  # as if it were not given
         if (table := f.metadata.get("table")) is not None:
-            parsed[name] = None if value is None else parse_method(table, value, at, problems)
+            takes_none = value is None and f.default is None
+            parsed[name] = None if takes_none else parse_method(table, value, at, problems)
             continue
         value = _convert(value, hints[name], at, problems)
         if value is not _INVALID and _passes(value, f, at, problems):

@@ -121,6 +121,8 @@ def config_of(section: str, name: str, **changed: Any) -> dict[str, Any]:
         changed: Keys of its section in the place of the table's.
     """
     dat = {section: {**settings_of(section, name), **changed}}
+    if section == "objective" and OBJECTIVES[name].needs_start_logits:
+        dat["attack"] = {"name": next(n for n, attack in ATTACKS.items() if attack.tells_start)}
     if section == "optimizer":
         return {"dat": dat}
     return {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "dat": dat}

@@ -148,7 +148,8 @@ class Attack(Method):
             )
         if self.fold_batch_norm and self.model_mode == "train":
             yield (
-                "fold_batch_norm=true with dat.attack.model_mode='train': batch statistics are known "
+                "fold_batch_norm=true with dat.attack.model_mode='train': batch statistics are "
+                "known "
                 "only in the forward. Write dat.attack.model_mode='eval'."
             )
 

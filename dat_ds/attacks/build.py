@@ -50,8 +50,9 @@ def build_attack(config: Mapping[str, Any]) -> Attack:
 
     Args:
         config: The keys of ``dat.attack``, with ``threat_model``: a :class:`ThreatModel`, or the
-            keys of ``dat.threat_model``; ``targeted`` for attacks that can reach for a class.
-            Lengths are numbers in pixel units, or fractions such as ``"8/255"``. An option that is left out or None has the attack's default.
+            keys of ``dat.threat_model``; and ``targeted``, for attacks that can reach for a class.
+            Lengths are numbers in pixel units, or fractions such as ``"8/255"``. An option that
+            is left out or None has the attack's default.
 
     Returns:
         A callable ``(model, x, y, generator) -> x_adv``.

@@ -10,6 +10,7 @@ Shapes: ``n`` rows of ``m`` entries; blocks of ``B`` entries.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,7 +38,7 @@ class HadamardInt8(Int8):
     name: ClassVar[str] = "int8_hadamard"
     paper: ClassVar[str] = "Suresh et al., ICML 2017, arXiv 1611.00429, sec. 3"
     block_size: int = option(
-        64, "a power of two, at least 1", lambda v: v >= 1 and v & (v - 1) == 0
+        64, "a power of two, at least 1", lambda v: v >= 1 and math.log2(v).is_integer()
     )
     """Entries that are rotated together and share a scale."""
 

@@ -98,18 +98,19 @@ def refuse_absurd(values: Mapping[str, Any]) -> None:
         path, value, depth = pending.pop()
         if isinstance(value, (Mapping, list, tuple)):
             if depth > _DEEPEST:
-                problems.append(f"{path}: nested more than {_DEEPEST} deep.")
+                problems.append(f"Key {path!r}: nested more than {_DEEPEST} deep.")
                 continue
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, item in items:
                 if not str(key).isprintable() or len(str(key)) > _LONGEST_KEY:
-                    problems.append(f"{path or 'The config'} has the key {str(key)[:40]!r}...")
+                    at = f"{path}.{str(key)[:40]}" if path else str(key)[:40]
+                    problems.append(f"Key {at!r} is no key: it is too long, or not printable.")
                     continue
                 pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
         elif isinstance(value, int) and abs(value) >= 2**63:
-            problems.append(f"{path}: an integer beyond 64 bits.")
+            problems.append(f"Key {path!r}: an integer beyond 64 bits.")
         elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
-            problems.append(f"{path}: a text of {len(value)} characters.")
+            problems.append(f"Key {path!r}: a text of {len(value)} characters.")
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -56,8 +56,10 @@ class ScheduleMethod(Method):
             )
         if (self.scaling == "none") != (self.base_batch is None):
             yield (
-                f"scaling={self.scaling!r} and dat.schedule.base_batch={self.base_batch} go together: "
-                "write 'linear' or 'sqrt' and the global batch that the learning rate is for, such as "
+                f"scaling={self.scaling!r} and dat.schedule.base_batch={self.base_batch} go "
+                f"together: "
+                "write 'linear' or 'sqrt' and the global batch that the learning rate is for, "
+                "such as "
                 "256, or neither."
             )
 

@@ -244,7 +244,7 @@ def names_a_key(line: str) -> bool:
     starts = (
         r"(Unknown top-level key|Key|Keys given twice in the run config:|--set) |No optimizer: "
     )
-    return bool(re.match(starts + r"|.*\.json|\S+='auto' ", line))
+    return bool(re.match(starts + r"|.*\.json|\S+='auto' |Key '", line))
 
 
 def outcome(load: Callable[[], Any]) -> str:

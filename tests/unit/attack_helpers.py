@@ -31,7 +31,7 @@ def attack_named(name: str, norm: str, model_mode: str = "eval", **options: Any)
     if name == "multi_norm":
         options["other_norms"] = {other: EPS[other] for other in NORMS if other != norm}
     taken = ATTACKS[name].known_keys()
-    options = {k: v for k, v in {**OPTIONS[name], **options}.items() if k in taken}
+    options = {k: v for k, v in {**OPTIONS.get(name, {}), **options}.items() if k in taken}
     return build_attack({"name": name, "threat_model": threat, "model_mode": model_mode, **options})
 
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"sides": "single"},
-            "dat.compression.sides='single' is no setting of the codec 'none', but of int8, int4, "
-            "qsgd, natural, topk, sign: remove it. It takes no keys.",
+            "dat.compression.sides='single' is no setting of the codec 'none': remove it. It "
+            "takes no keys.",
         ),
         (
             {"name": "int8", "levels": 7},
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"name": "natural", "block_size": 64},
-            "dat.compression.block_size=64 is no setting of the codec 'natural', but of int8, "
-            "int4, qsgd, topk, sign: remove it. It takes sides, error_feedback, bucket_mb.",
+            "dat.compression.block_size=64 is no setting of the codec 'natural': remove it. It "
+            "takes sides, error_feedback, bucket_mb.",
         ),
         ({"name": "qsgd", "levels": 128}, "dat.compression.levels=128 is not valid: "),
         ({"name": "topk", "ratio": 0}, "dat.compression.ratio=0.0 is not valid: "),

@@ -311,7 +311,7 @@ def test_all_problems_of_the_arguments_are_reported_together():
         "dat.data.img_size=0 is not valid: write a number above 0.",
         "dat.data.num_classes=0 is not valid: write a number above 1.",
         "dat.data.image_shape=[3, 32] is no setting of the dataset 'digits', but of synthetic: ",
-        "dat.data.path='/data' is no setting of the dataset 'digits', but of cifar10, cifar100, ",
+        "dat.data.path='/data' is no setting of the dataset 'digits': ",
         "dat.data.num_train=5 is no setting of the dataset 'digits', but of synthetic: remove it.",
     ):
         assert part in text

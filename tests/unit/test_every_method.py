@@ -161,10 +161,11 @@ def test_keys_of_other_methods_are_refused_with_those_that_take_them(
             assert load_config(config_of(section, name, **{key: 1})).dat is not None
             continue
         (problem, *_) = problems(config_of(section, name, **{key: 1}))
-        takers = ", ".join(other for other in table if key in table[other].known_keys())
+        takers = [other for other in table if key in table[other].known_keys()]
+        of = f", but of {', '.join(takers)}" if len(takers) <= 2 else ""
         assert problem.startswith(
-            f"dat.{section}.{key}=1 is no setting of the {table.kind} {name!r}, but of {takers}: "
-            "remove it. It takes "
+            f"dat.{section}.{key}=1 is no setting of the {table.kind} {name!r}{of}: remove it. "
+            "It takes "
         )
 
 
