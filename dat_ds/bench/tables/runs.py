@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ def run_of(config: Path, changes: Mapping[str, Any]) -> RunConfig:
         changes: Nested keys over it. A section that names another method than the file does takes
             over none of the file's options for it.
     """
-    return load_config(changes, defaults=json.loads(config.read_text(encoding="utf-8")))
+    defaults = json.loads(config.read_text(encoding="utf-8"))
+    if "optimizer" in changes.get("dat", {}):
+        defaults.pop("optimizer", None)  # DeepSpeed's, in the place of which it stands
+    return load_config(changes, defaults=defaults)
 
 
 def record_of(folder: Path, config: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +51,11 @@ def record_of(folder: Path, config: Path, changes: Mapping[str, Any]) -> dict[st
 def judged_by(attacks: Sequence[str]) -> dict[str, Any]:
     """``dat.evaluation`` of a run whose record is all that is wanted of it."""
     return {"attacks": list(attacks), "pictures": 0, "natural_twin": False}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in percent."""
+    return f"{100 * statistics.fmean(values):.1f} +- {100 * statistics.stdev(values):.1f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of
+from dat_ds.bench.tables.runs import judged_by, markdown, record_of, spread
 
 JUDGES = ("pgd-20", "apgd-ce-50")
 """Attacks that judge the models, in float32."""
@@ -98,11 +98,6 @@ def compare_speedups(config: Path, folder: Path) -> str:
             accuracies = [[record["natural_acc"] for record in records]]
             accuracies += [[record["robust_acc"][name] for record in records] for name in JUDGES]
             seconds = statistics.median(record["seconds"]["train"] for record in records)
-            cells.append([f"{kind}, {row}", *map(_spread, accuracies), f"{seconds:.0f}"])
+            cells.append([f"{kind}, {row}", *map(spread, accuracies), f"{seconds:.0f}"])
     header = ["training", "clean %", *(f"{judge} %" for judge in JUDGES), "train s"]
     return markdown(header, cells)
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation in percent."""
-    return f"{100 * statistics.fmean(values):.1f} +- {100 * statistics.stdev(values):.1f}"

@@ -1,0 +1,33 @@
+"""Single-step training methods beside PGD, and Muon beside AdamW, over three seeds, on digits.
+
+python recipes/compare_fast_training.py                          # all rows
+python recipes/compare_fast_training.py pgd "guided + nuat"      # some of them
+python recipes/compare_fast_training.py --output numbers.json
+Runs stay in runs/compare_fast_training; one that is there already is not trained again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dat_ds.bench.tables.fast_training import compare_fast_training
+from dat_ds.commands import carry_out
+
+CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+
+
+def compare() -> int:
+    """Train and judge the rows of the command line, and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", help="rows of the table; none for all")
+    parser.add_argument("--epochs", type=float, help="length of the runs")
+    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON")
+    chosen = parser.parse_args()
+    folder = Path("runs/compare_fast_training")
+    words = {"epochs": chosen.epochs, "output": chosen.output}
+    print(compare_fast_training(CONFIG, folder, chosen.rows, **words))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(carry_out(compare))
