@@ -242,7 +242,7 @@ class Method(Section):
     def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
         """Its traits, under its name, and those of its values."""
         for trait in sorted(self.traits, key=lambda trait: trait.name):
-            yield trait, f"{path}.name={self.name!r}"
+            yield trait, f"{path}.name={name_of(type(self))!r}"
         yield from super().facts(path)
 
     def to_dict(self) -> dict[str, Any]:

@@ -383,6 +383,10 @@ class CallableAttack(Attack):
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.ASKS_THE_HOST})
     user_function: UserAttack | None = option(None, is_key=False)
 
+    def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
+        """Its traits, under words: it has no key of the configuration."""
+        yield from ((trait, self.name) for trait, _ in super().facts(path))
+
     @property
     def starts_at_random(self) -> bool:
         """True: how it starts is its own affair."""

@@ -244,5 +244,8 @@ def test_without_an_attack_there_is_nothing_to_group(outcomes: dict[Any, Any]) -
     of_pgd, *of_free = outcomes["natural"]
     words = "dat.engine.attack_micro_batches=2"
     assert of_pgd.startswith(f"{words} does not divide gradient_accumulation_steps=3: write 1, 3,")
-    free = f"{words} with the attack 'free', which is the training step itself: remove one of them."
-    assert of_free == [of_pgd, free]
+    free = (
+        f"{words} attacks several micro-batches as one, but dat.attack.name='free' goes on with "
+        "the perturbation of earlier steps. Remove one of them."
+    )
+    assert of_free == [free, of_pgd]

