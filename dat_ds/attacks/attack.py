@@ -34,6 +34,7 @@ from dat_ds.method import (
     at_least,
     did_you_mean,
     fraction,
+    name_of,
     option,
     positive_share,
 )
@@ -131,7 +132,7 @@ class Attack(Method):
             start = " without a random start" if "random_start" in self.known_keys() else ""
             yield Trait.STARTS_AT_THE_IMAGE, f"{path}.name={self.name!r}{start}"
         if not self.tells_start:
-            yield Trait.TELLS_NO_START, f"{path}.name={self.name!r}"
+            yield Trait.TELLS_NO_START, f"{path}.name={name_of(type(self))!r}"
         loss = getattr(self, "loss", None)
         for trait in LOSS_TRAITS.get(loss or "", ()):
             yield trait, f"{path}.loss={loss!r}"

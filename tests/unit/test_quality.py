@@ -11,7 +11,7 @@ import pytest
 
 from dat_ds.cli.main import main
 from dat_ds.config import load_config
-from dat_ds.config.reference import reference
+from dat_ds.config.reference import methods, reference
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -41,9 +41,11 @@ def test_every_shipped_config_is_valid_and_resolves(path: Path) -> None:
     assert load_config(run.to_dict()) == run
 
 
-def test_the_key_reference_is_up_to_date() -> None:
+def test_the_generated_pages_are_up_to_date() -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == reference(), "run: dat-ds config --reference > docs/config.md"
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page == methods(), "run: dat-ds config --methods > docs/methods.md"
 
 
 def test_the_command_line_has_the_documented_commands(

@@ -9,7 +9,7 @@ from typing import Any
 from dat_ds.attacks import ATTACKS, NoAttack
 from dat_ds.bench.tables.runs import judged_by, markdown, record_of
 from dat_ds.errors import ConfigError
-from dat_ds.objectives import OBJECTIVES
+from dat_ds.objectives import OBJECTIVES, Objective
 
 JUDGES = ("pgd-20", "apgd-ce-50", "apgd-dlr-50")
 """Attacks that judge the models."""
@@ -41,7 +41,10 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     """
     attacks = {_row_of_attack(name): _of_attack(name) for name in ATTACKS}
     objectives = {
-        name: {"objective": {"name": name, **_helper(kind.needs_helper_logits, folder)}}
+        name: {
+            "objective": {"name": name, **_helper(kind.needs_helper_logits, folder)},
+            **_partner(kind),
+        }
         for name, kind in OBJECTIVES.items()
         if kind.head == "classes" and name != OBJECTIVES.default
     }
@@ -87,6 +90,12 @@ def _of_attack(name: str) -> dict[str, Any]:
 
 def _helper(needed: bool, folder: Path) -> dict[str, Any]:
     return {"helper_model": str(folder / NATURAL)} if needed else {}
+
+
+def _partner(objective: type[Objective]) -> dict[str, Any]:
+    """An attack that says where it started, for an objective that compares with that."""
+    partners = (name for name, attack in ATTACKS.items() if attack.tells_start)
+    return {"attack": {"name": next(partners)}} if objective.needs_start_logits else {}
 
 
 def _beside() -> dict[str, dict[str, Any]]:
