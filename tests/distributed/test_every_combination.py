@@ -73,9 +73,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
 REFUSED = {
     # They look at which images are misclassified, or at copies of an image in another ball.
     *itertools.product(["apgd", "fat"], ["contrastive", "fare"]),
-    ("multi_norm", "contrastive"),
-    ("free", "contrastive"),  # a perturbation of views that the next step does not see
+    *itertools.product(["multi_norm"], ["contrastive", "nuat"]),
+    # Perturbations of views that the next step does not see.
+    *itertools.product(["free", "fgsm_pgi"], ["contrastive"]),
     *itertools.product(["fgsm", "free"], ["fare"]),  # at the image itself, where the loss is flat
+    # It compares with where an attack started, which others do not tell.
+    *itertools.product([name for name in ATTACKS if name != "fgsm_pgi"], ["pgi"]),
     # They compare natural with adversarial images.
     *itertools.product(["none"], [name for name, kind in OBJECTIVES.items() if kind.needs_attack]),
 }
