@@ -58,7 +58,8 @@ def _cards(table: Table[Any], path: str) -> Iterator[str]:
     yield "| name | what it does | cost | source |"
     yield "| --- | --- | --- | --- |"
     for name, method in table.items():
-        yield f"| `{name}` | {summary_of(method)} | {method.cost} | {method.paper} |"
+        summary = summary_of(method).replace("|", r"\|")  # bars of norms would end the cell
+        yield f"| `{name}` | {summary} | {method.cost} | {method.paper} |"
     yield ""
     for name, method in table.items():
         yield f"### {name}\n"
