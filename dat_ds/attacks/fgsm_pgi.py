@@ -114,7 +114,7 @@ class FgsmPgi(Attack):
     paper: ClassVar[str] = "Jia et al., ECCV 2022, arXiv 2207.08859, sec. 3.2 (FGSM-BP)"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
     norm_reason: ClassVar[str] = ", which has no sign step"
-    losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr")
+    losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr", "feature_distance")
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.CARRIES_PERTURBATIONS})
     step_share: ClassVar[float] = 1.0
     tells_start: ClassVar[bool] = True

@@ -176,6 +176,15 @@ def resolve_dat(dat: DatConfig, problems: list[str]) -> DatConfig:
             f"dat.attack.loss={loss!r} belongs to dat.objective.name={owners[0]!r}, not "
             f"{objective.name!r}: remove it."
         )
+    elif (
+        loss in FEATURE_LOSSES
+        and loss not in attack.losses
+        and Trait.LOOKS_AT_CLASSES not in attack.traits  # a rule refuses those
+    ):
+        problems.append(
+            f"dat.objective.name={objective.name!r} has its attack maximise {loss!r}, which "
+            f"dat.attack.name={attack.name!r} does not. Write dat.attack.name='pgd'."
+        )
     check_run(resolved, {}, problems)
     num_classes = dat.model.num_classes or dat.data.num_classes
     if num_classes is not None and objective.head == "classes":

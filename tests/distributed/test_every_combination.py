@@ -75,6 +75,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 REFUSED = {
     # They look at which images are misclassified, or at copies of an image in another ball.
     *itertools.product(["apgd", "fat"], ["contrastive", "fare"]),
+    *itertools.product(["guided"], ["contrastive", "fare"]),  # its guide compares logits of classes
     *itertools.product(["multi_norm"], ["contrastive", "nuat"]),
     # Perturbations of views that the next step does not see.
     *itertools.product(["free", "fgsm_pgi"], ["contrastive"]),
