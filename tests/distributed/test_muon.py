@@ -164,8 +164,8 @@ def train(case: tuple[Any, ...], **keys: Any) -> dict[str, Any]:
     take_steps(engine)
     report = {"weights": weights_of(engine), "rates": engine.deepspeed.get_lr()}
     report["cut"] = count_cut(engine.deepspeed.basic_optimizer.layout, model)
-    for key in ("collectives", "bytes_sent"):
-        report[key] = getattr(engine._last, key).get("momentum", 0)
+    report["collectives"] = engine.collectives.get("momentum", 0)
+    report["bytes_sent"] = engine.metrics["bytes_sent"].get("momentum", 0)
     engine.close()
     return report
 
