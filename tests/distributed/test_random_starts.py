@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from dat_ds.attacks.strategy import Adversarial
 from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
 
@@ -73,13 +74,14 @@ def adversarial_images(cut: Cut, attack_steps: int, step_size: float) -> Tensor:
     config = settings(cut.stage, cut.micro_batch, cut.accumulation, attack_steps)
     config["dat"]["attack"]["step_size"] = step_size
     engine, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
-    attack, made = engine.attack, []
+    find, made = engine.inner.images, []
 
-    def kept(*args: Any, **options: Any) -> Tensor:
-        made.append(attack(*args, **options))
-        return made[-1]
+    def kept(*args: Any) -> Adversarial:
+        found = find(*args)
+        made.append(found.images)
+        return found
 
-    engine.attack = kept  # type: ignore[method-assign]
+    engine.inner.images = kept  # type: ignore[method-assign]
     x, y = (part.split(cut.micro_batch) for part in tiny.images(STEPS * GLOBAL))
     slots = cut.accumulation * engine.ranks.count
     for step in range(STEPS):

@@ -157,11 +157,15 @@ def train_theirs(folder: str) -> dict[str, Tensor]:
 
 def train_ours() -> dict[str, Tensor]:
     """As :func:`train_theirs`, with ours set to do what DeepSpeed 0.19.6 does."""
-    from dat_ds.optim import OPTIMIZERS
+    from dat_ds.optim import OneBitAdam, OneBitLamb, ZeroOneAdam
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    names = {"OneBitAdam": "one_bit_adam", "OneBitLamb": "one_bit_lamb"}
+    optimizers: dict[str, Any] = {
+        "OneBitAdam": OneBitAdam,
+        "OneBitLamb": OneBitLamb,
+        "ZeroOneAdam": ZeroOneAdam,
+    }
     trajectories = {}
     for name, params in CASES.items():
         model, options = task(name), dict(params)
@@ -171,7 +175,7 @@ def train_ours() -> dict[str, Tensor]:
             options["freeze_step"] -= 1
         else:
             options["var_freeze_step"] += 1  # theirs measures the variance once more
-        optimizer = OPTIMIZERS[names.get(name, "zero_one_adam")](
+        optimizer = optimizers[name](
             model.parameters(),
             bias_correction=False,
             preconditioned=False,

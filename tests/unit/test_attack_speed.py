@@ -288,7 +288,8 @@ def test_another_librarys_forward_stays_in_place() -> None:
 
 def test_folding_in_training_mode_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"attack\.fold_batch_norm=true with .*Write dat\.attack\.model_mode='eval'"
+        ValueError,
+        match=r"attack\.fold_batch_norm=true with .*Write dat\.attack\.model_mode='eval'",
     ):
         build_attack({**PGD, "fold_batch_norm": True, "model_mode": "train"})
 
