@@ -130,8 +130,8 @@ def attack_spoiled_model(stage: int, num_spoiled: int, resident_gib: float) -> d
 
 def overfit(precision: str, stage: int) -> list[float]:
     engine = start(tiny.vit(), precision, stage, attack={"steps": 1, "step_size": 0.02})
-    # Classes differ in their colours. AdamW leaves a plateau after 10 to 100 steps and more, which depends on
-    # rounding, and so on the processor's instructions.
+    # Classes differ in their colours. AdamW leaves a plateau after 10 to 100 steps and more, which
+    # depends on rounding, and so on the processor's instructions.
     noise, y = tiny.images(BATCH, seed=engine.ranks.rank)
     colours = torch.rand(tiny.CLASSES, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     x = 0.8 * colours[y] + 0.2 * noise
