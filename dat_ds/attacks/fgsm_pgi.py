@@ -21,7 +21,14 @@ from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
 from dat_ds.attacks.modes import ModelMode, attack_mode
 from dat_ds.attacks.noise import Generator
-from dat_ds.attacks.strategy import Adversarial, AttackedBatch, InUse, RunAttack, Strategy
+from dat_ds.attacks.strategy import (
+    Adversarial,
+    AttackedBatch,
+    CarriedPerturbations,
+    InUse,
+    RunAttack,
+    Strategy,
+)
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
 from dat_ds.method import Trait, at_least
@@ -74,12 +81,12 @@ class PriorPerturbation(Strategy):
     """Starts where the attack on the previous batch ended, image by image of a micro-batch."""
 
     def __init__(self) -> None:
-        self._prior: dict[int, Tensor] = {}
+        self._priors = CarriedPerturbations()
 
     def images(self, batch: AttackedBatch, attack: InUse, run: RunAttack) -> Adversarial:
         """Images of the step from the prior, and where it started."""
-        x, prior = batch.x, self._prior.get(batch.moment.slot)
-        if prior is None or len(prior) < len(x) or prior.shape[1:] != x.shape[1:]:
+        x, prior = batch.x, self._priors.fitting(batch.x, batch.moment.slot)
+        if prior is None:
             start = attack.ball.random_start(x, batch.moment.generator("start"))
         else:
             start = attack.ball.project(x + prior[: len(x)].to(x.device), x)
@@ -90,18 +97,15 @@ class PriorPerturbation(Strategy):
         self, batch: AttackedBatch, found: Adversarial, attack: InUse, gradient: InputGradient
     ) -> None:
         """Keep this batch's perturbation for the next one."""
-        delta, prior = found.images.detach() - batch.x, self._prior.get(batch.moment.slot)
-        if prior is not None and len(prior) > len(delta) and prior.shape[1:] == delta.shape[1:]:
-            delta = torch.cat([delta, prior[len(delta) :].to(delta.device)])
-        self._prior[batch.moment.slot] = delta
+        self._priors.keep(found.images.detach() - batch.x, batch.moment.slot)
 
     def state_dict(self) -> dict[Any, Tensor]:
-        """The perturbations by slot, on the CPU."""
-        return {slot: prior.cpu() for slot, prior in self._prior.items()}
+        """The perturbations by slot."""
+        return dict(self._priors.state_dict())
 
     def load_state_dict(self, state: Mapping[Any, Tensor]) -> None:
         """Go on with the perturbations of :meth:`state_dict`."""
-        self._prior = dict(state)
+        self._priors.load_state_dict(state)
 
 
 @dataclass(frozen=True, kw_only=True)

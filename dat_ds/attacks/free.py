@@ -20,20 +20,21 @@ from torch import Tensor
 from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.gradient import InputGradient, Model, finite_samples
 from dat_ds.attacks.noise import Generator
-from dat_ds.attacks.strategy import Adversarial, AttackedBatch, InUse, RunAttack, Strategy
+from dat_ds.attacks.strategy import (
+    Adversarial,
+    AttackedBatch,
+    CarriedPerturbations,
+    InUse,
+    RunAttack,
+    Strategy,
+)
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
 from dat_ds.method import Trait, at_least, option
 
 
-class FreePerturbation:
-    """The perturbations that free adversarial training carries along.
-
-    One for each *slot*: the place of a micro-batch among the micro-steps of an optimizer step.
-    """
-
-    def __init__(self) -> None:
-        self._carried: dict[int, Tensor] = {}
+class FreePerturbation(CarriedPerturbations):
+    """The perturbations that free adversarial training carries along."""
 
     def images(self, x: Tensor, slot: int, threat: ThreatModel, generator: Generator) -> Tensor:
         """Images under the perturbation of ``slot``, to train on.
@@ -48,7 +49,7 @@ class FreePerturbation:
         Returns:
             ``x_adv`` inside the threat model.
         """
-        carried = self._fitting(x, slot)
+        carried = self.fitting(x, slot)
         if carried is None:
             carried = threat.random_start(x, generator) - x
         return threat.project(x + carried[: len(x)].to(x.device), x)
@@ -75,27 +76,7 @@ class FreePerturbation:
             step_size: Length of the step in pixel units, in the threat model's norm.
         """
         moved = x_adv.detach().add(threat.steepest(gradient, x_adv.detach()), alpha=step_size)
-        delta = threat.project(moved, x).sub_(x)
-        carried = self._fitting(x, slot)
-        if carried is None or len(carried) == len(x):
-            self._carried[slot] = delta
-        else:
-            self._carried[slot] = torch.cat([delta, carried[len(x) :].to(x.device)])
-
-    def _fitting(self, x: Tensor, slot: int) -> Tensor | None:
-        """The perturbation of ``slot``, where it is one of images like ``x``."""
-        carried = self._carried.get(slot)
-        if carried is None or len(carried) < len(x) or carried.shape[1:] != x.shape[1:]:
-            return None
-        return carried
-
-    def state_dict(self) -> dict[int, Tensor]:
-        """The perturbations by slot, on the CPU."""
-        return {slot: carried.cpu() for slot, carried in self._carried.items()}
-
-    def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
-        """Go on with the perturbations of :meth:`state_dict`."""
-        self._carried = dict(state)
+        self.keep(threat.project(moved, x).sub_(x), slot)
 
 
 class FreeTraining(Strategy):

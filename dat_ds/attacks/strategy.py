@@ -140,3 +140,35 @@ class Strategy:
 
     def load_state_dict(self, state: Mapping[Any, Tensor]) -> None:
         """Go on with what :meth:`state_dict` returned."""
+
+
+class CarriedPerturbations:
+    """Perturbations that go on from step to step, one batch of them for each *slot*.
+
+    A slot is the place of a micro-batch among the micro-steps of an optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self._carried: dict[int, Tensor] = {}
+
+    def fitting(self, x: Tensor, slot: int) -> Tensor | None:
+        """Those of ``slot``, at least ``len(x)``; None where they are not of images like ``x``."""
+        carried = self._carried.get(slot)
+        if carried is None or len(carried) < len(x) or carried.shape[1:] != x.shape[1:]:
+            return None
+        return carried
+
+    def keep(self, delta: Tensor, slot: int) -> None:
+        """Put ``delta`` in the place of the first of ``slot``; those of a larger batch stay."""
+        carried = self.fitting(delta, slot)
+        if carried is not None and len(carried) > len(delta):
+            delta = torch.cat([delta, carried[len(delta) :].to(delta.device)])
+        self._carried[slot] = delta
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """The perturbations by slot, on the CPU."""
+        return {slot: carried.cpu() for slot, carried in self._carried.items()}
+
+    def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
+        """Go on with the perturbations of :meth:`state_dict`."""
+        self._carried = dict(state)
