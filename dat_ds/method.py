@@ -239,10 +239,14 @@ class Method(Section):
     required: ClassVar[Mapping[str, str]] = {}
     card: ClassVar[str] = ""
 
+    def chosen_at(self, path: str) -> str:
+        """The key and value that chose it, for messages."""
+        return f"{path}.name={name_of(type(self))!r}"
+
     def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
         """Its traits, under its name, and those of its values."""
         for trait in sorted(self.traits, key=lambda trait: trait.name):
-            yield trait, f"{path}.name={name_of(type(self))!r}"
+            yield trait, self.chosen_at(path)
         yield from super().facts(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -348,6 +352,24 @@ def chosen_from(table: Table[Any], default: Any = dataclasses.MISSING) -> Any:
 
 
 # ---- parsing
+
+
+def build_method(table: Table[M], config: Mapping[str, Any], path: str) -> M:
+    """The method that plain settings choose, apart from a run.
+
+    Args:
+        table: Methods to choose from.
+        config: ``name`` and that method's options; one that is None has its default.
+        path: Dotted path, for messages.
+
+    Raises:
+        ConfigError: With all problems: an unknown name or option, a value out of range.
+    """
+    problems: list[str] = []
+    method = parse_method(table, config, path, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return method
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -34,7 +34,6 @@ from dat_ds.method import (
     at_least,
     did_you_mean,
     fraction,
-    name_of,
     option,
     positive_share,
 )
@@ -130,9 +129,9 @@ class Attack(Method):
         yield from super().facts(path)
         if not self.starts_at_random:
             start = " without a random start" if "random_start" in self.known_keys() else ""
-            yield Trait.STARTS_AT_THE_IMAGE, f"{path}.name={self.name!r}{start}"
+            yield Trait.STARTS_AT_THE_IMAGE, f"{self.chosen_at(path)}{start}"
         if not self.tells_start:
-            yield Trait.TELLS_NO_START, f"{path}.name={name_of(type(self))!r}"
+            yield Trait.TELLS_NO_START, self.chosen_at(path)
         loss = getattr(self, "loss", None)
         for trait in LOSS_TRAITS.get(loss or "", ()):
             yield trait, f"{path}.loss={loss!r}"
@@ -150,8 +149,7 @@ class Attack(Method):
         if self.fold_batch_norm and self.model_mode == "train":
             yield (
                 "fold_batch_norm=true with dat.attack.model_mode='train': batch statistics are "
-                "known "
-                "only in the forward. Write dat.attack.model_mode='eval'."
+                "known only in the forward. Write dat.attack.model_mode='eval'."
             )
 
     def norm_problems(self, norm: str) -> Iterator[str]:
@@ -384,9 +382,9 @@ class CallableAttack(Attack):
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.ASKS_THE_HOST})
     user_function: UserAttack | None = option(None, is_key=False)
 
-    def facts(self, path: str) -> Iterator[tuple[Trait, str]]:
-        """Its traits, under words: it has no key of the configuration."""
-        yield from ((trait, self.name) for trait, _ in super().facts(path))
+    def chosen_at(self, path: str) -> str:
+        """Words: no key chose it."""
+        return self.name
 
     @property
     def starts_at_random(self) -> bool:

@@ -145,7 +145,7 @@ is weaker than training for it alone.
         """Its name stands beside the default way to combine."""
         for trait, words in super().facts(path):
             is_default = words == f"{path}.combine='worst'"
-            yield trait, f"{path}.name={self.name!r}" if is_default else words
+            yield trait, self.chosen_at(path) if is_default else words
 
     def problems(self) -> Iterator[str]:
         """No further norm, or a radius that is none."""

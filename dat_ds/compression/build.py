@@ -10,8 +10,7 @@ from dat_ds.compression.natural import Natural
 from dat_ds.compression.rounding import Int4, Int8, Qsgd
 from dat_ds.compression.sign import Sign
 from dat_ds.compression.topk import TopK
-from dat_ds.errors import ConfigError
-from dat_ds.method import Table, parse_method, table_of
+from dat_ds.method import Table, build_method, table_of
 
 CODECS: Table[Codec] = table_of(
     "codec",
@@ -44,8 +43,4 @@ def build_codec(name: str, **options: Any) -> Codec:
     """
     if options.get("block_size", 0) is None:
         options["block_size"] = 0
-    problems: list[str] = []
-    codec = parse_method(CODECS, {"name": name, **options}, "compression", problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return codec
+    return build_method(CODECS, {"name": name, **options}, "compression")

@@ -65,16 +65,16 @@ def _cards(table: Table[Any], path: str) -> Iterator[str]:
         yield f"### {name}\n"
         yield _words(method) + "\n"
         section = {"name": name, **{k: v for k, v in method().to_dict().items() if v is not None}}
-        own = {k: v for k, v in section.items() if k == "name" or _is_own(method, table.base, k)}
+        own = {
+            k: v
+            for k, v in section.items()
+            if k == "name" or not _is_inherited(method, table.base, k)
+        }
         yield f"```json\n{json.dumps({path.removeprefix('dat.'): own})[1:-1]}\n```\n"
         if method.card:
             yield method.card
         if method.paper:
             yield f"Source: {method.paper}.\n"
-
-
-def _is_own(method: type[Section], base: type[Section], key: str) -> bool:
-    return not _is_inherited(method, base, key)
 
 
 def _section(cls: type[Section], path: str) -> Iterator[str]:

@@ -147,7 +147,7 @@ class Objective(Method):
         }
         for trait, holds in declared.items():
             if holds:
-                yield trait, f"{path}.name={self.name!r}"
+                yield trait, self.chosen_at(path)
 
     def resolved(self, has_attack: bool) -> Self:
         """With the defaults written out that depend on whether the run has an attack."""

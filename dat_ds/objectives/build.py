@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dat_ds.errors import ConfigError
-from dat_ds.method import parse_method, table_of
+from dat_ds.method import build_method, table_of
 from dat_ds.objectives.alp import Alp
 from dat_ds.objectives.at import AdversarialTraining, Dat
 from dat_ds.objectives.base import Objective
@@ -50,8 +49,4 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
         ConfigError: A ``ValueError`` with all problems: an unknown name or option, a value out of
             range.
     """
-    problems: list[str] = []
-    objective = parse_method(OBJECTIVES, config, "objective", problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return objective
+    return build_method(OBJECTIVES, config, "objective")

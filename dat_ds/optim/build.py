@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dat_ds.errors import ConfigError
-from dat_ds.method import Table, parse_method, table_of
+from dat_ds.method import Table, build_method, table_of
 from dat_ds.optim.adamw import AdamWMethod
 from dat_ds.optim.lamb import LambMethod
 from dat_ds.optim.lars import LarsMethod
@@ -48,8 +47,4 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
         ConfigError: A ``ValueError`` with all problems: an unknown name or option, a value out of
             range.
     """
-    problems: list[str] = []
-    method = parse_method(OPTIMIZERS, config, "optimizer", problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return method.build(model)
+    return build_method(OPTIMIZERS, config, "optimizer").build(model)
