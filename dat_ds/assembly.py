@@ -102,26 +102,28 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
 
 def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
     """Outputs that the objective needs of the model, after checking that the data give them."""
-    name, model = run.dat.objective.name, run.dat.model
+    objective, model = run.dat.objective, run.dat.model
     _, height, width = splits.image_shape
     problems: list[str] = []
     num_classes = model.num_classes or splits.num_classes
-    if run.dat.objective.head == "classes":
+    if objective.head == "classes":
         check_num_classes(run.dat, num_classes, problems)
-    if name == "rotation" and height != width:
+    if objective.head == "rotation" and height != width:
         problems.append(
-            f"dat.objective.name='rotation' turns images by 90 degrees, but those of {splits.name} "
-            f"are {height} x {width}: give square ones, with dat.data.img_size={height}."
+            f"dat.objective.name={objective.name!r} turns images by 90 degrees, but those of "
+            f"{splits.name} are {height} x {width}: give square ones, with "
+            f"dat.data.img_size={height}."
         )
-    if name == "fare" and model.pretrained is None and not model.name.startswith("hf:"):
+    if objective.needs_reference and model.pretrained is None and not model.name.startswith("hf:"):
         problems.append(
-            "dat.objective.name='fare' keeps the features that the model starts with, and those of "
-            "random weights are worth nothing: give dat.model.pretrained, or a model 'hf:PATH'."
+            f"dat.objective.name={objective.name!r} keeps the features that the model starts with, "
+            "and those of random weights are worth nothing: give dat.model.pretrained, or a model "
+            "'hf:PATH'."
         )
     if problems:
         raise ConfigError("\n".join(problems))
     outputs = {"classes": num_classes, "rotation": 4, "projection": PROJECTION_WIDTH, "features": 0}
-    return outputs[run.dat.objective.head]
+    return outputs[objective.head]
 
 
 def evaluate_model(

@@ -52,6 +52,7 @@ class Attack(Method):
         norm_reason: Why it is not for the others.
         losses: Inner losses that it can maximise.
         step_share: Default of its step size as a share of eps; 0 where it has none.
+        always_random: Whether it starts at random without being told to.
         tells_start: Whether its strategy says where it started from.
         threat: Allowed perturbations; None in a config, which has a section for them.
         inner_loss: Takes the place of the named loss: an objective's own.
@@ -63,6 +64,7 @@ class Attack(Method):
     norm_reason: ClassVar[str] = ""
     losses: ClassVar[tuple[str, ...]] = tuple(INNER_LOSSES)
     step_share: ClassVar[float] = 0.25
+    always_random: ClassVar[bool] = False
     tells_start: ClassVar[bool] = False
 
     threat: ThreatModel | None = option(None, is_key=False)
@@ -117,7 +119,7 @@ class Attack(Method):
     @property
     def starts_at_random(self) -> bool:
         """Whether it starts from a draw from the ball, and not from the image."""
-        return bool(getattr(self, "random_start", False))
+        return self.always_random or bool(getattr(self, "random_start", False))
 
     @property
     def is_single_step(self) -> bool:
@@ -341,11 +343,7 @@ class NoAttack(Attack):
     cost: ClassVar[str] = "0"
     passes_over_others: ClassVar[bool] = True  # --set dat.attack.name=none switches an attack off
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.MAKES_NO_IMAGES, Trait.HAS_NO_STRONGER})
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True: it has no start that could be wrong."""
-        return True
+    always_random: ClassVar[bool] = True  # it has no start that could be wrong
 
     @property
     def is_single_step(self) -> bool:
@@ -380,16 +378,12 @@ class CallableAttack(Attack):
 
     name: ClassVar[str] = "an attack of your own"
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.ASKS_THE_HOST})
+    always_random: ClassVar[bool] = True  # how it starts is its own affair
     user_function: UserAttack | None = option(None, is_key=False)
 
     def chosen_at(self, path: str) -> str:
         """Words: no key chose it."""
         return self.name
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True: how it starts is its own affair."""
-        return True
 
     def perturb(
         self,

@@ -108,6 +108,7 @@ class FgsmRs(Attack):
     cost: ClassVar[str] = "`2 F`"
     paper: ClassVar[str] = "Wong et al., ICLR 2020, arXiv 2001.03994"
     norms: ClassVar[tuple[str, ...]] = Fgsm.norms
+    always_random: ClassVar[bool] = True
     norm_reason: ClassVar[str] = Fgsm.norm_reason
     step_share: ClassVar[float] = 1.25
     card: ClassVar[str] = """\
@@ -122,8 +123,3 @@ later.
     targeted: bool = option(False, is_key=False)
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True."""
-        return True

@@ -117,6 +117,7 @@ class FgsmPgi(Attack):
     cost: ClassVar[str] = "`2 F`"
     paper: ClassVar[str] = "Jia et al., ECCV 2022, arXiv 2207.08859, sec. 3.2 (FGSM-BP)"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    always_random: ClassVar[bool] = True  # the first batch; later ones start away from the image
     norm_reason: ClassVar[str] = ", which has no sign step"
     losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr", "feature_distance")
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.CARRIES_PERTURBATIONS})
@@ -135,11 +136,6 @@ which would have to follow images from rank to rank. The objective `pgi` is its 
     """Default: eps."""
     loss: str | None = None
     """What is maximised. Default: ``ce``."""
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True: the first batch does, and later ones start away from the image."""
-        return True
 
     def strategy(self) -> Strategy:
         """The perturbation that goes on from batch to batch."""

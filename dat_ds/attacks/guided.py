@@ -113,6 +113,7 @@ class Guided(Attack):
     cost: ClassVar[str] = "`3 F`"
     paper: ClassVar[str] = "Sriramanan et al., NeurIPS 2020, arXiv 2011.14969; NuAT: NeurIPS 2021"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    always_random: ClassVar[bool] = True
     step_share: ClassVar[float] = 1.0
     card: ClassVar[str] = """\
     x_adv = project(x_0 + eps * sign(grad [CE(f(x_0), y) + guide_weight * guide(f(x_0), f(x))]))
@@ -134,8 +135,3 @@ leave the guide out in every other batch and raise its weight along the run; her
     loss: str | None = None
     """What is maximised beside it. Default: ``ce``."""
     losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr")
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True."""
-        return True

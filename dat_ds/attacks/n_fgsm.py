@@ -83,6 +83,7 @@ class NFgsm(Attack):
     cost: ClassVar[str] = "`2 F`"
     paper: ClassVar[str] = "de Jorge et al., NeurIPS 2022, arXiv 2202.01299, algorithm 1"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    always_random: ClassVar[bool] = True
     step_share: ClassVar[float] = 1.0
     card: ClassVar[str] = """\
     x_adv = clip(x + noise + eps * sign(grad loss(model(x + noise), y))),  noise ~ U(-2 eps, 2 eps)
@@ -97,8 +98,3 @@ accuracy pays. A training attack only; never evaluate with it.
     """Half width of the noise in units of eps."""
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True."""
-        return True

@@ -104,6 +104,7 @@ class ZeroGrad(Attack):
     cost: ClassVar[str] = "`2 F`"
     paper: ClassVar[str] = "Golgooni et al. 2021, arXiv 2103.15476, sec. 4"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    always_random: ClassVar[bool] = True
     step_share: ClassVar[float] = 2.0
     card: ClassVar[str] = """\
     x_adv = project(x_0 + 2 eps * sign(g)),  g = 0 where |g| is below its sample's quantile `zeroed`
@@ -119,8 +120,3 @@ than FGSM: keep `dat.guard`.
     """Share of each image's gradient entries that are set to zero."""
     loss: str | None = None
     """What is maximised. Default: the objective's, where it fits; else ``ce``."""
-
-    @property
-    def starts_at_random(self) -> bool:
-        """True."""
-        return True
