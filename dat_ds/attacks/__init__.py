@@ -3,6 +3,7 @@
 from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.attack import Attack, CallableAttack, IteratedAttack, NoAttack, UserAttack
 from dat_ds.attacks.build import ATTACKS, build_attack
+from dat_ds.attacks.door import already_checked
 from dat_ds.attacks.fat import fat
 from dat_ds.attacks.fgsm import fgsm, fgsm_rs, fgsm_step_size
 from dat_ds.attacks.free import FreeAttack, FreePerturbation
@@ -67,6 +68,7 @@ __all__ = [
     "SampleGenerator",
     "ThreatModel",
     "UserAttack",
+    "already_checked",
     "apgd",
     "attack_mode",
     "build_attack",

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks.attack import IteratedAttack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss, targeted_dlr
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.losses import (
+    InnerLoss,
+    misclassified,
+    resolve_inner_loss,
+    targeted_dlr,
+    true_classes,
+)
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.projections import per_sample
 from dat_ds.attacks.threat import ThreatModel, sparse_sign
@@ -85,16 +92,16 @@ def apgd(
     losses = [] if is_targeted else [resolve_inner_loss(loss)]
     take_gradient = InputGradient() if gradient is None else gradient
     source = fresh_generator(x.device) if generator is None and random_start else generator
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
     best: _Best | None = None
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
         if is_targeted:
             losses = _losses_towards_likeliest(model, x, y, num_targets)
+        classes = true_classes(y, loss)
         for inner in losses * restarts:
             start = threat.random_start(x, source) if random_start else threat.project(x, x)
-            run = _run(model, x, y, start, threat, steps, inner, take_gradient)
+            run = _run(model, x, y, classes, start, threat, steps, inner, take_gradient)
             # Losses towards different targets do not compare; misclassified ones come first.
             best = run if best is None else best.or_if_better(run)
     assert best is not None
@@ -139,6 +146,7 @@ def _run(
     model: Model,
     x: Tensor,
     y: Tensor,
+    classes: Tensor | None,
     x_adv: Tensor,
     threat: ThreatModel,
     steps: int,
@@ -146,9 +154,8 @@ def _run(
     take_gradient: InputGradient,
 ) -> _Best:
     """One run from ``x_adv``; the plan of checks depends on ``steps`` alone."""
-    classes = y.argmax(dim=1) if y.is_floating_point() else y
     gradient, value, logits = take_gradient.with_values(model, x_adv, y, loss)
-    best = _Best(x_adv, logits.argmax(dim=1) != classes, value)
+    best = _Best(x_adv, misclassified(logits, classes), value)
     # The step-size rule follows the point of largest loss, misclassified or not.
     top, top_gradient, top_value = x_adv, gradient, value
     rule = (_SparsityRule if threat.norm == "l1" else _HalvingRule)(threat, steps, x, value)
@@ -162,7 +169,7 @@ def _run(
             with torch.no_grad():
                 logits = model(x_adv)
                 value = loss(logits.double(), y.double() if y.is_floating_point() else y)
-        best = best.or_if_better(_Best(x_adv, logits.argmax(dim=1) != classes, value))
+        best = best.or_if_better(_Best(x_adv, misclassified(logits, classes), value))
         rises = value > top_value
         top = torch.where(per_sample(rises, x), x_adv, top)
         top_gradient = torch.where(per_sample(rises, x), gradient, top_gradient)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss
+from dat_ds.attacks.losses import InnerLoss, misclassified, resolve_inner_loss, true_classes
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
@@ -113,7 +113,7 @@ def worst_of(
     model: Model,
     runs: Sequence[Callable[[], Tensor]],
     y: Tensor,
-    loss: InnerLoss,
+    loss: str | InnerLoss,
     targeted: bool = False,
 ) -> Tensor:
     """The worst image of each sample over ``runs``: one that fools the model, then larger loss."""
@@ -137,11 +137,10 @@ def worst_of(
 
 @torch.no_grad()
 def _score(
-    model: Model, x_adv: Tensor, y: Tensor, loss: InnerLoss, targeted: bool
+    model: Model, x_adv: Tensor, y: Tensor, loss: str | InnerLoss, targeted: bool
 ) -> tuple[Tensor, Tensor]:
     """Whether each sample fools the model, and the loss that ranks samples that tie."""
     logits = model(x_adv).double()
-    soft = y.is_floating_point()
-    hit = (logits.argmax(1) == (y.argmax(1) if soft else y)) == targeted
-    values = loss(logits, y.double() if soft else y)
+    hit = misclassified(logits, true_classes(y, loss)) != targeted
+    values = resolve_inner_loss(loss)(logits, y.double() if y.is_floating_point() else y)
     return hit, (-values if targeted else values).nan_to_num(nan=float("-inf"))

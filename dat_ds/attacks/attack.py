@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from typing_extensions import Self
 
+from dat_ds.attacks.door import admitted, check_result
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import FEATURE_LOSSES, INNER_LOSSES, LOSS_TRAITS, InnerLoss
 from dat_ds.attacks.modes import attack_mode
@@ -394,7 +395,9 @@ class CallableAttack(Attack):
         gradient: InputGradient | None,
         **carried: Tensor,
     ) -> Tensor:
-        """Adversarial images by the user's function, detached; ``gradient`` counts nothing."""
+        """Adversarial images by the user's function, checked; ``gradient`` counts nothing."""
         assert self.user_function is not None
-        with attack_mode(model):
-            return self.user_function(model, x, y, generator).detach()
+        with admitted(model, x, y, threat=self.ball, loss="ce", model_mode="eval") as (_, x, y):
+            # The model itself: libraries ask it for its parameters. A copy: some write into it.
+            x_adv = self.user_function(model, x.clone(), y, generator)
+        return check_result(x_adv, x, self.ball)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import inner_target, step_
 from dat_ds.attacks.attack import IteratedAttack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.losses import InnerLoss, misclassified, resolve_inner_loss, true_classes
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
 from dat_ds.attacks.threat import ThreatModel
@@ -64,26 +65,26 @@ def fat(
     """
     inner = resolve_inner_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
-    project_ = threat.projector(x)
-    classes = y.argmax(dim=1) if y.is_floating_point() else y
-    with attack_mode(model, model_mode):
-        y = inner_target(model, x, y, loss)
+    with admitted(
+        model, x, y, threat=threat, loss=loss, model_mode=model_mode, reads_labels=True
+    ) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
+        project_ = threat.projector(x)
+        classes, target = true_classes(y, loss), inner_target(model, x, y, loss)
         x_adv = threat.random_start(x, generator) if random_start else project_(x.clone())
-        left = torch.full_like(classes, extra_steps)
-        moves = torch.ones_like(classes, dtype=torch.bool)
+        left = torch.full((len(x),), extra_steps, device=x.device)
+        moves = torch.ones_like(left, dtype=torch.bool)
         for _ in range(steps):
-            direction, _, logits = take_gradient.with_values(model, x_adv, y, inner)
-            wrong = logits.argmax(dim=1) != classes
+            direction, _, logits = take_gradient.with_values(model, x_adv, target, inner)
+            wrong = misclassified(logits, classes)
             moves &= ~(wrong & (left == 0))
             left -= (wrong & moves).long()
             if not take_gradient.agree(moves.any()):
                 break
             direction = threat.steepest(direction, x_adv).mul_(per_sample(moves, x))
             x_adv = project_(step_(x_adv, direction, step_size))
-    return x_adv
+        return x_adv
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import step_
 from dat_ds.attacks.attack import Attack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.strategy import (
     Adversarial,
@@ -67,11 +68,10 @@ def fgsm_pgi(
     """
     inner = resolve_inner_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
-    x_adv = threat.random_start(x, generator) if start is None else start.detach().clone()
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
+        x_adv = threat.random_start(x, generator) if start is None else start.detach().clone()
         direction = threat.steepest(take_gradient(model, x_adv, y, inner), x_adv)
     size = threat.eps if step_size is None else step_size
     return threat.projector(x)(step_(x_adv, direction, size))

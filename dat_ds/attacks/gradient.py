@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dat_ds.attacks.losses import InnerLoss
 from dat_ds.attacks.projections import per_sample
+from dat_ds.errors import ModelError
 
 Model = Callable[[Tensor], Tensor]
 """Pixels ``(B, C, H, W)`` float32 to logits ``(B, K)``."""
@@ -24,6 +25,11 @@ Model = Callable[[Tensor], Tensor]
 _LOG2_SCALE = 6  # the largest entry of each sample's logit gradient lands in [2^5, 2^6)
 _RETRY_FACTOR = 2.0**-6
 _MAX_RETRIES = 3
+_NO_GRADIENT = (
+    "The model's outputs carry no gradient to its images, so there is nothing to attack: take "
+    "torch.no_grad, torch.inference_mode, detach or NumPy out of its forward (frozen parameters "
+    "need none of them), or attack it by a function of your own."
+)
 
 
 def logit_gradient(logits: Tensor, y: Tensor, loss: InnerLoss) -> tuple[Tensor, Tensor]:
@@ -42,7 +48,10 @@ def logit_gradient(logits: Tensor, y: Tensor, loss: InnerLoss) -> tuple[Tensor, 
     with torch.enable_grad():
         values = loss(leaf, y.double() if y.is_floating_point() else y)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    _, exponent = torch.frexp(gradient.abs().amax(dim=1, keepdim=True))
+    largest = gradient.abs()
+    if gradient.ndim > 1:
+        largest = largest.amax(dim=tuple(range(1, gradient.ndim)), keepdim=True)
+    _, exponent = torch.frexp(largest)
     # A float64 exponent: older torch raises 2 to an integer one in float32, which overflows.
     return torch.ldexp(gradient, (_LOG2_SCALE - exponent).double()), values.detach()
 
@@ -148,6 +157,8 @@ class InputGradient:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(leaf)
+        if not logits.requires_grad:
+            raise ModelError(_NO_GRADIENT)
         cotangent, values = logit_gradient(logits, y, loss)
         cotangent = (cotangent * scale).to(logits.dtype)
         if self._uses_backward is None:
@@ -156,8 +167,9 @@ class InputGradient:
             torch.autograd.backward(logits, cotangent)
             gradient = leaf.grad
         else:
-            (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
-        assert gradient is not None
+            (gradient,) = torch.autograd.grad(logits, leaf, cotangent, allow_unused=True)
+        if gradient is None:
+            raise ModelError(_NO_GRADIENT)
         return gradient, values, logits.detach()
 
     def count(self, gradient: Tensor, finite: Tensor) -> Tensor:

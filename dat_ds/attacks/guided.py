@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import step_
 from dat_ds.attacks.attack import Attack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
@@ -78,13 +79,12 @@ def guided(
         raise ValueError(f"guide={guide!r} is not one of l2, nuclear.")
     inner = resolve_inner_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
     source = fresh_generator(x.device) if generator is None else generator
-    sign = rand_like(x, source).sub_(0.5).sign_()
-    noisy = (x + noise_scale * threat.eps * sign).clamp_(threat.lower, threat.upper)
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
+        sign = rand_like(x, source).sub_(0.5).sign_()
+        noisy = (x + noise_scale * threat.eps * sign).clamp_(threat.lower, threat.upper)
         with torch.no_grad():
             clean = model(x).double()
 

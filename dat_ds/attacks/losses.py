@@ -206,6 +206,31 @@ def resolve_inner_loss(loss: str | InnerLoss) -> InnerLoss:
     return INNER_LOSSES[loss]
 
 
+def true_classes(y: Tensor, loss: str | InnerLoss) -> Tensor | None:
+    """The classes ``(B,)`` that an attack leads away from; None where ``y`` names none.
+
+    Args:
+        y: Class indices ``(B,)``, probabilities ``(B, K)``, or what a callable loss compares, which
+            are classes where they are integers ``(B,)``.
+        loss: As the attack was given it.
+    """
+    if not y.is_floating_point():
+        return y if y.ndim == 1 else None
+    return None if callable(loss) else y.argmax(dim=1)
+
+
+def misclassified(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Which samples are classified otherwise ``(B,)``: none where there are no classes.
+
+    Args:
+        logits: Shape ``(B, K)``; outputs of other shapes are of no classes.
+        classes: Of :func:`true_classes`.
+    """
+    if classes is None or logits.ndim != 2:
+        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    return logits.argmax(dim=1) != classes
+
+
 def _true_and_others(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The true class's logit ``(B,)``, and all logits with minus infinity in its place."""
     index = y.unsqueeze(1)

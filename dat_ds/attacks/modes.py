@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from dat_ds.errors import ModelError
+
 ModelMode = Literal["eval", "train"]
 MODEL_MODES: tuple[str, ...] = get_args(ModelMode)
 
@@ -58,9 +60,18 @@ def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]
         model: A module; for any other callable only the gradient mode is set.
         model_mode: ``"eval"`` (running BatchNorm statistics, no dropout: the attacker's view of
             the deployed model) or ``"train"`` (batch statistics, dropout active).
+
+    Raises:
+        ModelError: For a model that was made under ``torch.inference_mode``.
     """
     if model_mode not in MODEL_MODES:
         raise ValueError(f"model_mode={model_mode!r} is not one of {', '.join(MODEL_MODES)}.")
+    # Gradients do not exist in inference mode, and enable_grad does not bring them back.
+    leave = torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else None
+    if leave is not None:
+        with leave, attack_mode(model, model_mode):
+            yield
+        return
     if not isinstance(model, nn.Module):
         with torch.enable_grad():
             yield
@@ -70,6 +81,11 @@ def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]
     parameters = list(
         dict.fromkeys(p for m, _ in modes for p in m._parameters.values() if p is not None)
     )
+    if any(p.is_inference() for p in parameters):
+        raise ModelError(
+            "The model was made under torch.inference_mode, so autograd cannot use its parameters: "
+            "make it outside, or under torch.no_grad."
+        )
     flags = [p.requires_grad for p in parameters]
     device = parameters[0].device if parameters else torch.device("cpu")
     training = model_mode == "train"

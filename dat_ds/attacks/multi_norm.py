@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import inner_target, worst_of
 from dat_ds.attacks.attack import IteratedAttack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.threat import NORMS, ThreatModel
@@ -74,8 +75,7 @@ def multi_norm(
     share = step_size / threat.eps if threat.eps else 0.0
     threats = [threat, *(threat_like(threat, norm, eps) for norm, eps in other_norms.items())]
     source = fresh_generator(x.device) if generator is None and random_start else generator
-    x = x.detach()
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
         y = inner_target(model, x, y, loss)
 
         def run_in(ball: ThreatModel) -> Callable[[], Tensor]:
@@ -96,7 +96,7 @@ def multi_norm(
         runs = [run_in(ball) for ball in threats]
         if combine == "average" or len(x) == 0:
             return torch.cat([run() for run in runs])
-        return worst_of(model, runs, y, inner)
+        return worst_of(model, runs, y, loss)
 
 
 def threat_like(threat: ThreatModel, norm: str, eps: float) -> ThreatModel:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import inner_target, step_
 from dat_ds.attacks.attack import Attack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
@@ -61,13 +62,12 @@ def n_fgsm(
         raise ValueError(f"n_fgsm is defined for norm 'linf', not {threat.norm!r}: use 'pgd'.")
     inner = resolve_inner_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
     source = fresh_generator(x.device) if generator is None else generator
-    width = noise_scale * threat.eps
-    noisy = rand_like(x, source).mul_(2 * width).sub_(width).add_(x)
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
+        width = noise_scale * threat.eps
+        noisy = rand_like(x, source).mul_(2 * width).sub_(width).add_(x)
         y = inner_target(model, x, y, loss)
         direction = threat.steepest(take_gradient(model, noisy, y, inner))
     size = threat.eps if step_size is None else step_size

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import REFERENCE_LOSSES, Ascent, inner_target, worst_of
 from dat_ds.attacks.attack import IteratedAttack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.threat import ThreatModel
 from dat_ds.length import Length
@@ -79,10 +80,9 @@ def pgd(
     inner = resolve_inner_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     source = fresh_generator(x.device) if generator is None and random_start else generator
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
         y = inner_target(model, x, y, loss)
 
         ascent = Ascent(
@@ -98,7 +98,7 @@ def pgd(
         def run() -> Tensor:
             return ascent.run(model, x, y, source, take_gradient)
 
-        return worst_of(model, [run] * restarts, y, inner, targeted)
+        return worst_of(model, [run] * restarts, y, loss, targeted)
 
 
 @dataclass(frozen=True, kw_only=True)

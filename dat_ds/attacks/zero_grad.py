@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dat_ds.attacks.ascent import inner_target, step_
 from dat_ds.attacks.attack import Attack
+from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
-from dat_ds.attacks.modes import ModelMode, attack_mode
+from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
 from dat_ds.attacks.threat import ThreatModel
@@ -70,10 +71,9 @@ def zero_grad(
         raise ValueError(f"zero_grad is defined for norm 'linf', not {threat.norm!r}: use 'pgd'.")
     inner = resolve_inner_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
-    x = x.detach()
-    if len(x) == 0:
-        return x.clone()
-    with attack_mode(model, model_mode):
+    with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
         y = inner_target(model, x, y, loss)
         x_adv = threat.random_start(x, generator)
         direction = take_gradient(model, x_adv, y, inner)

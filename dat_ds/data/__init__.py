@@ -1,5 +1,6 @@
 """Images, labels, and the plan of which rank reads which of them."""
 
+from dat_ds.contracts import UNLABELLED, classes_of, pseudo_label
 from dat_ds.data.datasets import DataSplits, build_data, splits_of
 from dat_ds.data.images import FolderImages, TensorImages
 from dat_ds.data.loader import (
@@ -19,8 +20,8 @@ from dat_ds.data.sampler import (
     plan_step,
     shard_evenly,
 )
-from dat_ds.data.transforms import AUGMENTATIONS, Augmented
-from dat_ds.data.unlabelled import UNLABELLED, PartlyLabelled, classes_of, pseudo_label
+from dat_ds.data.transforms import AUGMENTATIONS, Augmented, file_of
+from dat_ds.data.unlabelled import PartlyLabelled
 
 __all__ = [
     "AUGMENTATIONS",
@@ -42,6 +43,7 @@ __all__ = [
     "build_data",
     "classes_of",
     "evaluation_batches",
+    "file_of",
     "hold_out",
     "plan_step",
     "pseudo_label",

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from dat_ds.contracts import UNLABELLED
 from dat_ds.data.images import Channels, FolderImages, ImageShape, TensorImages
 from dat_ds.data.method import DatasetMethod
 from dat_ds.data.mixing import Mixed
@@ -27,7 +28,6 @@ from dat_ds.data.transforms import (
 )
 from dat_ds.data.unlabelled import (
     IMAGE_SUFFIXES,
-    UNLABELLED,
     PartlyLabelled,
     image_files,
 )

@@ -88,7 +88,13 @@ def random_resized_crop(image: Tensor, size: tuple[int, int], generator: torch.G
 
 
 class KeyedDataset(Dataset[T]):
-    """A dataset whose items depend on the epoch: it takes a ``SampleKey``."""
+    """A dataset whose items depend on the epoch: it takes a ``SampleKey``.
+
+    Attributes:
+        dataset: Whose items, in their order, it changes.
+    """
+
+    dataset: Dataset[Any]
 
 
 class Augmented(KeyedDataset[Sample]):
@@ -173,6 +179,24 @@ def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
     raw = getattr(dataset, "raw", None)
     sample: Sample = dataset[index] if raw is None else raw(index)
     return sample
+
+
+def file_of(dataset: Dataset[Any], index: int) -> str | None:
+    """File that item ``index`` is read from; None where there is none, or it is not known."""
+    if isinstance(dataset, Subset):
+        return file_of(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, ConcatDataset):
+        ends = dataset.cumulative_sizes
+        part = bisect.bisect_right(ends, index)
+        return file_of(dataset.datasets[part], index - (ends[part - 1] if part else 0))
+    named = getattr(dataset, "file_of", None)
+    if named is not None:
+        found: str | None = named(index)
+        return found
+    if isinstance(dataset, KeyedDataset):
+        return file_of(dataset.dataset, index)
+    samples = getattr(dataset, "samples", None)  # of torchvision's folders too
+    return str(samples[index][0]) if isinstance(samples, list) else None
 
 
 def _random_int(stop: int, generator: torch.Generator) -> int:

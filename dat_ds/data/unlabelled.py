@@ -13,21 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dat_ds.data.transforms import Sample, fetch_raw
+from dat_ds.contracts import UNLABELLED, pseudo_label
+from dat_ds.data.transforms import Sample, fetch_raw, file_of
 
-UNLABELLED = -1
-_FIRST_PSEUDO_LABEL = -2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-
-
-def pseudo_label(classes: Tensor) -> Tensor:
-    """Classes as pseudo-labels: ``-2 - c``."""
-    return _FIRST_PSEUDO_LABEL - classes
-
-
-def classes_of(y: Tensor) -> Tensor:
-    """The classes of labels ``(B,)``, true or pseudo; ``UNLABELLED`` where there is none."""
-    return torch.where(y < UNLABELLED, _FIRST_PSEUDO_LABEL - y, y)
 
 
 class PartlyLabelled(Dataset[Sample]):
@@ -70,6 +59,12 @@ class PartlyLabelled(Dataset[Sample]):
             return fetch_raw(self.labelled, index % len(cast(Any, self.labelled)))
         position = index - self.num_labelled
         return fetch_raw(self.unlabelled, position)[0], int(self._labels[position])
+
+    def file_of(self, index: int) -> str | None:
+        """File of an image."""
+        if index < self.num_labelled:
+            return file_of(self.labelled, index % len(cast(Any, self.labelled)))
+        return file_of(self.unlabelled, index - self.num_labelled)
 
 
 def image_files(folder: Path) -> list[str]:

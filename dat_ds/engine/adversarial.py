@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from dat_ds.attacks import Attack, InputGradient, preserved_buffers
+from dat_ds.attacks import Attack, InputGradient, already_checked, preserved_buffers
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.strategy import Adversarial
 from dat_ds.config import RunConfig, threat_of
-from dat_ds.data import BatchPlan, DistributedLoader, classes_of
+from dat_ds.contracts import as_images
+from dat_ds.data import BatchPlan, DistributedLoader, file_of
 from dat_ds.data.loader import Batch, PlannedBatch
 from dat_ds.engine import hooks
 from dat_ds.engine.bare import BareModel, graphs_of
@@ -37,12 +39,15 @@ from dat_ds.minmax import (
     OuterForward,
     PerturbedWeights,
     num_correct,
+    refusal_of_unlabelled,
     refuse_sharded,
     weight_perturbation,
 )
 from dat_ds.objectives import AlignmentProbes, Objective
 from dat_ds.optim import CompressedOptimizer
 from dat_ds.ranks import Ranks
+
+logger = logging.getLogger("dat_ds")
 
 
 class AdversarialEngine:
@@ -66,6 +71,8 @@ class AdversarialEngine:
         compression: Averages gradients through a codec; None where they are not compressed.
         inner: The inner maximisation: attack, its precision, what it carries along.
         traffic: Counts what this process sends.
+        watch: Tells of faulty images and labels, which are looked for in every batch: on several
+            ranks and on a GPU when :attr:`metrics` are read and before a checkpoint.
     """
 
     def __init__(
@@ -92,8 +99,19 @@ class AdversarialEngine:
         self._objective = objective
         self._total_steps = total_steps
         self._loader = loader
-        self._bare = BareModel(engine, run, ranks.device)
         dat, threat = run.dat, threat_of(run.dat)
+        self._reader = BatchReader(
+            objective,
+            ranks,
+            threat,
+            without_label=refusal_of_unlabelled(objective, attack),
+            unlabelled_weight=dat.objective.unlabelled_weight,
+            reference=self._original_outputs,
+        )
+        self.watch = self._reader.watch
+        if loader is not None:
+            self.watch.file_name = functools.partial(file_of, loader.dataset)
+        self._bare = BareModel(engine, run, ranks.device, self._reader.gate)
         self.inner = InnerMaximisation(
             Access(ranks, self._opened_to_attack, self._bare.overflows),
             attack,
@@ -101,14 +119,6 @@ class AdversarialEngine:
             precision=dat.attack.precision,
             graphs=graphs_of(run, self.module, ranks),
             aligns=dat.objective.grad_align > 0,
-        )
-        self._reader = BatchReader(
-            objective,
-            ranks.device,
-            threat,
-            classes_of=classes_of if dat.data.has_unlabelled else None,
-            unlabelled_weight=dat.objective.unlabelled_weight,
-            reference=self._original_outputs,
         )
         self._outer = OuterForward(
             self.module,
@@ -295,6 +305,8 @@ class AdversarialEngine:
             several views); ``x`` itself where the run has no attack.
         """
         moment = self._moment(self.micro_step, first_index, indices)
+        x = as_images(x)
+        y = self._reader.check(x, y, moment)
         batch = MicroBatch(x=x, y=y, moment=moment, num_images=len(x))
         gradient = self.inner.input_gradient() if gradient is None else gradient
         with self._log.attack():
@@ -373,7 +385,7 @@ class AdversarialEngine:
         """
         part = self._reader.read(x, y, self._moment(0, self.ranks.rank * len(x)))
         generator, gradient = part.moment.generator("start"), self.inner.input_gradient()
-        with self.frozen() as model:
+        with self.frozen() as model, already_checked():
             x_adv = attack(model, part.x, part.y, generator, gradient=gradient)
             with torch.no_grad():
                 correct_here, _ = num_correct(model(x_adv), part.y)
@@ -407,7 +419,11 @@ class AdversarialEngine:
         ``seconds_update``, ``bytes_sent`` by kind, ``attack_zero_share`` (of gradient entries),
         ``attack_nonfinite_share`` (of samples), the number of all-gathers of parameters, and
         ``skipped_steps``: how many steps were dropped so far for non-finite gradients.
+
+        Raises:
+            DataError: If a batch of this rank held a faulty image or label.
         """
+        self.watch.check_here()
         return self._log.local()
 
     @property
@@ -417,11 +433,20 @@ class AdversarialEngine:
         return {} if last is None else dict(last.collectives)
 
     def reduced_metrics(self) -> dict[str, Any]:
-        """:attr:`metrics` over all ranks, a collective; seconds and bytes stay this rank's."""
+        """:attr:`metrics` over all ranks, a collective; seconds and bytes stay this rank's.
+
+        Raises:
+            DataError: On every rank, if a batch of one held a faulty image or label.
+        """
+        self.watch.check()
         return self._log.reduced()
 
     def close(self) -> None:
         """Let go of the process group and of DeepSpeed's hooks on the module."""
+        try:
+            self.watch.check_here()
+        except DataError as error:  # nobody asked for the metrics
+            logger.error("%s", error)
         self._log.close()
         self.deepspeed.destroy()
 

@@ -15,6 +15,7 @@ from dat_ds.attacks import AttackGraphs, attack_mode
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import RunConfig, precision_of
+from dat_ds.contracts import Gate, named_forward_errors
 from dat_ds.engine import hooks
 from dat_ds.minmax import fill_up
 from dat_ds.models import PixelModel
@@ -33,6 +34,7 @@ class BareModel:
         engine: DeepSpeed's engine.
         run: The run.
         device: Where the module runs.
+        gate: Reads its outputs.
 
     Attributes:
         module: Pixels in [0, 1] to logits.
@@ -41,9 +43,12 @@ class BareModel:
         overflows: Whether it computes in float16.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, run: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, engine: DeepSpeedEngine, run: RunConfig, device: torch.device, gate: Gate
+    ) -> None:
         self.module: nn.Module = engine.module
         self._engine, self._device = engine, device
+        self._gate, self._was_called = gate, False
         precision = precision_of(run.deepspeed)
         self._autocasts = precision == "autocast"
         # Our own models normalise in float32 and cast after that; others get their own dtype.
@@ -94,10 +99,19 @@ class BareModel:
             raise
 
     def forward(self, model: Model, x: Tensor, *, training: bool) -> Tensor:
-        """Outputs of ``model`` for ``x`` ``(B, C, H, W)``, cast to what it takes."""
+        """Outputs of ``model`` for ``x`` ``(B, C, H, W)``, cast to what it takes.
+
+        Raises:
+            ModelError: For outputs that are not what the objective compares.
+        """
         x = x.to(self._dtype, memory_format=self._layout)
         filled = fill_up(x, self.module) if training else x
-        return model(x) if filled is x else model(filled)[: len(x)]
+        watched = contextlib.nullcontext() if self._was_called else named_forward_errors(x)
+        with watched:
+            outputs = model(filled)
+        self._was_called = True
+        found = self._gate.outputs(outputs, len(filled))
+        return found if filled is x else found[: len(x)]
 
     @torch.no_grad()
     def outputs_of(self, model: Model, x: Tensor) -> Tensor:

@@ -5,18 +5,25 @@ Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import InnerLoss, SampleGenerator, ThreatModel, attack_mode
+from dat_ds.attacks import (
+    InnerLoss,
+    SampleGenerator,
+    ThreatModel,
+    already_checked,
+    attack_mode,
+)
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.named import run_attack, stream_of
 from dat_ds.config import parse_evaluation_attack
+from dat_ds.contracts import Gate, GatedModel, as_images, check_images
 from dat_ds.data import EvaluationBatches, evaluation_batches
 from dat_ds.errors import DataError
 from dat_ds.evaluation.task import Task
@@ -129,10 +136,17 @@ def evaluate(
 
     Raises:
         ValueError: For an unknown attack name.
-        DataError: If any rank met an image that cannot be read; on every rank.
+        DataError: If any rank met an image or a label that cannot be read, or is none; on every
+            rank.
+        ModelError: For outputs that are no logits.
     """
+    if len(cast(Any, data)) == 0:
+        raise DataError("There is no image to evaluate: the dataset is empty.")
     parsed = [parse_evaluation_attack(name) for name in dict.fromkeys(attacks)]
     device = _device_of(model) if device is None else torch.device(device)
+    task = _CLASSIFICATION if task is None else task
+    gate = Gate("classes" if task is _CLASSIFICATION else "own")
+    called = GatedModel(model, gate)
     batches = _Batches(
         evaluation_batches(
             data,
@@ -141,13 +155,14 @@ def evaluate(
             ranks=ranks,
             num_examples=num_examples,
             num_workers=num_workers,
-        )
+        ),
+        lambda x, y: _checked(x, y, model, gate, threat),
+        alone=ranks == 1,
     )
-    task = _CLASSIFICATION if task is None else task
     names = ["natural", *(attack.name for attack in parsed)]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     largest = dict.fromkeys(attacks, 0.0)
-    with attack_mode(model):
+    with attack_mode(model), already_checked():
         for x, y, indices in batches:
             count = len(x) * task.num_views
             if count == 0:  # this rank only keeps the others company
@@ -155,12 +170,15 @@ def evaluate(
             first_index = indices[0] if indices else 0
             views = SampleGenerator(seed, 0, first_index, stream="evaluation views")
             x, y = task.inputs(x.to(device), y.to(device), views)
-            natural = _judge(model, x, y, task.loss)
+            natural = _judge(called, x, y, task.loss)
+            if task is _CLASSIFICATION and (problem := gate.problem_of(y)):
+                # Known only now, and every rank has to go on with the same number of forwards.
+                batches.error, y = problem, torch.zeros_like(y)
             found["natural"].append(natural[:count].cpu())
             for attack in parsed:
                 generator = stream_of(attack, seed, first_index * task.num_views)
-                x_adv = run_attack(model, x, y, threat, attack, generator, task.loss)
-                robust = _judge(model, x_adv, y, task.loss)
+                x_adv = run_attack(called, x, y, threat, attack, generator, task.loss)
+                robust = _judge(called, x_adv, y, task.loss)
                 robust = robust & natural if task.loss is None else robust
                 found[attack.name].append(robust[:count].cpu())
                 if count:
@@ -180,15 +198,49 @@ def _judge(model: Model, x: Tensor, y: Tensor, loss: InnerLoss | None) -> Tensor
     return loss(outputs.double(), y.double() if y.is_floating_point() else y)
 
 
+def _checked(
+    x: Tensor, y: Tensor, model: Model, gate: Gate, threat: ThreatModel
+) -> tuple[Tensor, Tensor]:
+    """Images and class indices of a batch.
+
+    Raises:
+        DataError: For what are no images, or no labels that one class alone can be right for.
+    """
+    x = as_images(x, model)
+    check_images(x, threat.lower, threat.upper)
+    labels = gate.labels(y, len(x))
+    if labels is None:
+        return x, y
+    classes = gate.check(labels, y)
+    if classes.is_floating_point():
+        if not bool(((classes == 0) | (classes == 1)).all()):
+            raise DataError("Accuracy needs class indices, and labels are probabilities.")
+        classes = classes.argmax(dim=1)
+    return x, classes
+
+
 class _Batches:
     """Batches that end in empty ones where reading fails, so that all ranks stay in step.
+
+    Args:
+        batches: This rank's.
+        check: Makes images and labels of them, or raises DataError.
+        alone: Whether there are no other ranks, so that an error is raised at once.
 
     Attributes:
         error: Error of reading; None where there was none.
     """
 
-    def __init__(self, batches: EvaluationBatches) -> None:
+    def __init__(
+        self,
+        batches: EvaluationBatches,
+        check: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        *,
+        alone: bool,
+    ) -> None:
         self._batches = batches
+        self._alone = alone
+        self._check = check
         self.error: str | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
@@ -198,10 +250,15 @@ class _Batches:
             count += 1
             if self.error is None:
                 try:
-                    yield next(iterator)
-                    continue
+                    x, y, indices = next(iterator)
+                    x, y = self._check(x, y)
                 except DataError as error:
+                    if self._alone:
+                        raise
                     self.error = str(error)
+                else:
+                    yield x, y, indices
+                    continue
             yield self._batches.empty_batch()
 
 

@@ -4,12 +4,13 @@ An engine or a Trainer is a shell around it: it opens the model, hands over micr
 the optimizer's steps.
 """
 
-from dat_ds.minmax.batch import BatchReader, MicroBatch
+from dat_ds.minmax.batch import BatchReader, MicroBatch, refusal_of_unlabelled
 from dat_ds.minmax.inner import Access, InnerMaximisation
 from dat_ds.minmax.metrics import PhaseTimer, StepMetrics, num_correct
 from dat_ds.minmax.moment import Moment
 from dat_ds.minmax.outer import OuterForward, OuterTerms, fill_up
 from dat_ds.minmax.reference import frozen_copy, settle
+from dat_ds.minmax.watch import BatchWatch
 from dat_ds.minmax.weights import (
     PerturbedWeights,
     WeightPerturbation,
@@ -20,6 +21,7 @@ from dat_ds.minmax.weights import (
 __all__ = [
     "Access",
     "BatchReader",
+    "BatchWatch",
     "InnerMaximisation",
     "MicroBatch",
     "Moment",
@@ -32,6 +34,7 @@ __all__ = [
     "fill_up",
     "frozen_copy",
     "num_correct",
+    "refusal_of_unlabelled",
     "refuse_sharded",
     "settle",
     "weight_perturbation",

@@ -9,16 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dat_ds.attacks import ThreatModel
+from dat_ds.attacks import Attack, ThreatModel
+from dat_ds.contracts import (
+    PIXEL_SLACK,
+    Gate,
+    as_pictures,
+    check_images,
+    classes_of,
+    faulty_images,
+)
 from dat_ds.errors import DataError
+from dat_ds.method import Trait
 from dat_ds.minmax.moment import Moment
+from dat_ds.minmax.watch import BatchWatch
 from dat_ds.objectives import Objective
-
-_SLACK = 1e-6  # of the pixel range
+from dat_ds.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,12 @@ class MicroBatch:
     samples: Sequence[int] | None = None
 
 
+def _on(device: torch.device, y: Any) -> Tensor:
+    """Labels on a device."""
+    tensor: Tensor = y if isinstance(y, Tensor) else torch.as_tensor(y)
+    return tensor.to(device, non_blocking=True)
+
+
 def joined(parts: Sequence[MicroBatch]) -> MicroBatch:
     """Micro-batches of one optimizer step as one, to be attacked: images in their order."""
     first = parts[0].moment
@@ -60,36 +76,62 @@ def joined(parts: Sequence[MicroBatch]) -> MicroBatch:
     )
 
 
+def refusal_of_unlabelled(objective: Objective, attack: Attack | None) -> str | None:
+    """Why an image without a label is of no use to a run, and what to do; None where it is."""
+    if not objective.uses_unlabelled:
+        return (
+            f"of which the objective {objective.name!r} has no use: filter them out of the "
+            "training data, or choose the objective 'trades'."
+        )
+    facts = [] if attack is None else attack.facts("attack")
+    needing = [words for trait, words in facts if trait is Trait.NEEDS_LABELS]
+    if objective.grad_align:
+        needing.append("grad_align")
+    if needing:
+        return (
+            f"but {' and '.join(needing)} needs labels: use an attack such as {{'name': 'pgd', "
+            "'loss': 'kl'}, or filter them out of the training data."
+        )
+    return None
+
+
 class BatchReader:
-    """Makes micro-batches of a caller's tensors.
+    """Makes micro-batches of a caller's tensors, all of which it checks.
 
     Args:
         objective: Makes views and targets.
-        device: Where the model runs.
-        threat: Its pixel range is checked, once.
-        classes_of: Classes of labels, -1 where there is none, from labels that are below 0 where
-            they are not true ones; None where all labels are true.
+        ranks: The processes of the run.
+        threat: Its pixel range.
+        without_label: Why an image without a label is of no use; None where it is of use.
         unlabelled_weight: Weight of a sample whose label is not a true one.
         reference: Outputs of the model as it was at the start, where the objective asks for them.
+        source: Where pixels come from, for messages.
+
+    Attributes:
+        gate: Fits labels to the model's outputs.
+        watch: Tells what is wrong with a batch after the first.
     """
 
     def __init__(
         self,
         objective: Objective,
-        device: torch.device,
+        ranks: Ranks,
         threat: ThreatModel,
         *,
-        classes_of: Callable[[Tensor], Tensor] | None = None,
+        without_label: str | None = None,
         unlabelled_weight: float = 1.0,
         reference: Callable[[Tensor], Tensor] | None = None,
+        source: str = "",
     ) -> None:
         self._objective = objective
-        self._device = device
+        self._device = ranks.device
         self._threat = threat
-        self._classes_of = classes_of
+        self._has_classes = objective.head == "classes"
         self._unlabelled_weight = unlabelled_weight
         self._reference = reference
-        self._checked_pixels = False
+        self._source = source
+        self.gate = Gate("partly labelled" if self._has_classes else "own", without_label)
+        self.watch = BatchWatch(ranks, self._explain)
 
     def read(
         self,
@@ -99,28 +141,29 @@ class BatchReader:
         *,
         weight: float = 1.0,
         samples: Sequence[int] | None = None,
+        rounding: float = 0.0,
     ) -> MicroBatch:
-        """Move a batch to the device, check its pixels once, and fill in for an empty one.
+        """Move a batch to the device, check it, and fill in for an empty one.
 
         Args:
             x: Images ``(B, C, H, W)``, pixel units, floating point; ``B`` may be 0.
-            y: Class indices ``(B,)``, what is known of them, or probabilities ``(B, K)``.
+            y: Class indices, what is known of them, or probabilities: see
+                :mod:`dat_ds.contracts.labels`.
             moment: Place of the batch in the run; ``first_image`` without views.
             weight: Of the loss.
             samples: Dataset indices of the images.
+            rounding: Share of the pixel range by which rounding may have moved pixels; they are
+                clamped to the range.
 
         Raises:
-            DataError: For images that are not floating-point pixels of the threat model's range.
+            DataError: For what are no images, or no labels of them, at the latest when
+                :attr:`watch` is asked.
         """
         num_images, num_views = len(x), self._objective.num_views
-        if not x.is_floating_point():
-            raise DataError(
-                f"Images are {x.dtype}: give floating-point pixels in [0, 1], as x.float() / 255."
-            )
-        x = x.to(self._device, torch.float32, non_blocking=True)
-        y = y.to(self._device, non_blocking=True)
-        if not self._checked_pixels and num_images:
-            self._check_pixels(x)
+        x = as_pictures(x).to(self._device, torch.float32, non_blocking=True)
+        y = self.check(x, y, moment, samples=samples, rounding=rounding)
+        if rounding:
+            x = x.clamp(self._threat.lower, self._threat.upper)
         if num_images == 0:
             x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:])
         x, y = self._objective.inputs(
@@ -140,26 +183,69 @@ class BatchReader:
             samples=samples,
         )
 
+    def check(
+        self,
+        x: Tensor,
+        y: Any,
+        moment: Moment,
+        *,
+        samples: Sequence[int] | None = None,
+        rounding: float = 0.0,
+    ) -> Tensor:
+        """Labels of images, on the device.
+
+        Args:
+            x: Images ``(B, C, H, W)``, on the device.
+            y: As for :meth:`read`.
+            moment: As for :meth:`read`.
+            samples: As for :meth:`read`.
+            rounding: As for :meth:`read`.
+
+        Returns:
+            Class indices or probabilities; the class 0 in the place of labels that name none, which
+            :attr:`watch` tells.
+
+        Raises:
+            DataError: As :meth:`read`.
+        """
+        given = _on(self._device, y)
+        slack = max(rounding, PIXEL_SLACK)
+        faulty = faulty_images(x, self._threat.lower, self._threat.upper, slack)
+        labels = self.gate.labels(given, len(x))
+        if labels is None:
+            self.watch.see(faulty, x, given, moment, samples)
+            return given
+        found, outside = labels.y, self.gate.outside(labels.y)
+        faulty |= outside if labels.faulty is None else labels.faulty | outside
+        self.watch.see(faulty, x, given, moment, samples)
+        self.gate.expect(found)
+        if found.is_floating_point():
+            return found
+        return found.masked_fill(outside, 0)  # as an index it would end the process on a GPU
+
+    def _explain(self, x: Tensor, y: Tensor) -> str | None:
+        """Words for a faulty image ``(1, C, H, W)`` and its label."""
+        try:
+            check_images(x, self._threat.lower, self._threat.upper)
+        except DataError as error:
+            return f"{error}{self._source}"
+        try:
+            labels = self.gate.labels(y, 1)
+            if labels is not None:
+                self.gate.check(labels, y)
+        except DataError as error:
+            return str(error)
+        return None
+
     def _read_labels(self, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Classes, which of them are true ``(n,)``, and each sample's weight ``(n,)``.
 
         The latter two are None where they are 1 throughout.
         """
-        if y.is_floating_point() or self._classes_of is None:
+        if y.is_floating_point() or not self._has_classes:
             return y, None, None
         labelled = y >= 0
         weights = None
         if self._unlabelled_weight != 1:
             weights = torch.where(labelled, 1.0, self._unlabelled_weight)
-        return self._classes_of(y), labelled, weights
-
-    def _check_pixels(self, x: Tensor) -> None:
-        lower, upper = self._threat.lower, self._threat.upper
-        low, high = float(x.min()), float(x.max())
-        if not (low >= lower - _SLACK and high <= upper + _SLACK):
-            raise DataError(
-                f"Images span [{low:g}, {high:g}], outside the pixel range [{lower:g}, "
-                f"{upper:g}]. Give raw pixels; normalisation belongs inside the model "
-                "(dat.model.mean, dat.model.std)."
-            )
-        self._checked_pixels = True
+        return classes_of(y), labelled, weights

@@ -22,6 +22,7 @@ from dat_ds.attacks import (
     AttackGraphs,
     InputGradient,
     Precision,
+    already_checked,
     check_device,
     gradient_speedup,
     product_speedup,
@@ -135,7 +136,8 @@ class InnerMaximisation:
         if attack is None:
             return Adversarial(batch.x)
         run = functools.partial(self._run, attack, batch, gradient)
-        return self.strategy.images(batch, attack, run)
+        with already_checked():
+            return self.strategy.images(batch, attack, run)
 
     def maximise(
         self, group: Sequence[MicroBatch], gradient: InputGradient

@@ -60,6 +60,7 @@ class Trainer:
         self.loader = loader
         self.validation = validation
         self.output = output
+        engine.watch.folder = output
         self.run = engine.run
         self.ranks = engine.ranks
         self.checkpoints = Checkpoints(output / "checkpoints", self.run.dat.checkpoint.keep)
@@ -447,6 +448,7 @@ class Trainer:
         """Write a checkpoint of this moment, unless there is one already; a collective."""
         if self._checkpointed_at == self.engine.global_steps:
             return
+        self.engine.watch.check()
         with self.exported_weights():
             model_state = hooks.full_state_dict(self.engine.deepspeed)
         # (Gathered on the main rank.) A checkpoint of NaNs would replace a good one.

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, pgd
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, DataError
 from dat_ds.integrations.hf import AdversarialTrainer
 from dat_ds.minmax import inner
 from tests.distributed import tiny
@@ -214,5 +214,5 @@ def test_labels_that_mean_nothing_are_refused(
 ) -> None:
     data = PixelDicts(8)
     data.labels[::2] = label
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(DataError, match=message):
         trainer_of(vit(), tmp_path, [callback_of(**settings)], train_dataset=data).train()

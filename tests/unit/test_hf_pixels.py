@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from dat_ds.attacks import ThreatModel
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of, unpacked
 from tests.hf_tiny import PixelDicts, trainer_of, vit
@@ -20,7 +19,7 @@ from tests.unit.hf_helpers import callback_of
 def test_pixels_and_values_are_inverse() -> None:
     x = torch.rand(2, 3, 4, 4)
     scale = PixelScale([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(scale.to_pixels(scale.to_values(x), ThreatModel("linf", 0)), x)
+    torch.testing.assert_close(scale.to_pixels(scale.to_values(x)), x)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_the_scale_is_the_processors(options: dict[str, Any]) -> None:
     processor = transformers.ViTImageProcessor(size={"height": 4, "width": 4}, **options)
     levels = torch.randint(256, (3, 4, 4), dtype=torch.uint8)
     values = processor(levels, return_tensors="pt")["pixel_values"]
-    pixels = pixels_of(None, None, processor).to_pixels(values, ThreatModel("linf", 0))
+    pixels = pixels_of(None, None, processor).to_pixels(values)
     torch.testing.assert_close(pixels[0], levels / 255)
 
 

@@ -140,7 +140,8 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if self._reference is not None:
             settle(self._reference, device, next(iter(half), None))
-        if half and args.deepspeed_plugin is not None:
+        packs = bool(half) and args.deepspeed_plugin is not None
+        if packs:
             internals.wrap_collator(train_dataloader, Float32Collator)
         self._forward = AdversarialForward(
             model,
@@ -154,6 +155,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             overflows=bool(args.fp16) or torch.float16 in half,
             other_labels=lambda: self.labels,
             user_computes_loss=self.user_computes_loss,
+            packs=packs,
         )
 
     def on_step_begin(
@@ -174,14 +176,34 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the step trained on what it should."""
+        """Check that the step trained on what it should, and its images before they are saved."""
         self.forward.check_micro_step()
+        # The Trainer decides after this event: this callback comes first.
+        if args.save_strategy == "steps" and state.global_step % max(1, state.save_steps) == 0:
+            self.forward.check_batches()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check images before a checkpoint of the epoch."""
+        if args.save_strategy != "no":
+            self.forward.check_batches()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check images before the best model is saved."""
+        if self._forward is not None:
+            self._forward.check_batches()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave nothing on the model."""
-        self.detach()
+        try:
+            self.forward.check_batches()
+        finally:
+            self.detach()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -335,13 +357,19 @@ def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings
     if settings.objective.head == "classes" and main_input == "pixel_values":
         num_labels = int(getattr(config, "num_labels", 2))
         problem_type = getattr(config, "problem_type", None)
-        if num_labels < 2 or problem_type not in (None, "single_label_classification"):
+        if num_labels < 2:
+            problems.append(
+                f"config.num_labels={num_labels} is a regression to transformers, which is not "
+                "supported: write num_labels=2 for two classes."
+            )
+        elif problem_type not in (None, "single_label_classification"):
             problems.append(
                 f"config.problem_type={problem_type!r} with num_labels={num_labels}: adversarial "
                 "training here is for classes that exclude one another. Set problem_type="
                 "'single_label_classification'."
             )
-        check_num_classes(settings.dat, num_labels, problems)
+        else:
+            check_num_classes(settings.dat, num_labels, problems)
     problems += _attack_problems(args, model, settings)
     if problems:
         raise ConfigError("\n".join(problems))

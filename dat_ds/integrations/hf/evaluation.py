@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Record, evaluate, task_of
 from dat_ds.integrations.hf.forward import PixelView
 from dat_ds.integrations.hf.pixels import PixelScale
@@ -25,8 +25,12 @@ class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
         self._collate: Any = loader.collate_fn
         self._pixels = pixels
         self._threat = settings.threat
-        self._needs_labels = settings.objective.head == "classes"
-        self._checked = False
+        batch = self._collate([self._samples[0]])
+        if settings.objective.head == "classes" and "labels" not in batch:
+            raise ConfigError(
+                "Robust accuracy needs labels, and eval_dataset has none: give it a column "
+                "'label' or 'labels', or pass evaluation={'attacks': []}."
+            )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -34,16 +38,13 @@ class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         batch = self._collate([self._samples[index]])
         values = batch["pixel_values"]
-        if not self._checked:
+        try:
             self._pixels.check(values, self._threat)
-            if self._needs_labels and "labels" not in batch:
-                raise ConfigError(
-                    "Robust accuracy needs labels, and eval_dataset has none: give it a column "
-                    "'label' or 'labels', or pass evaluation={'attacks': []}."
-                )
-            self._checked = True
+        except ConfigError as error:
+            raise DataError(f"eval_dataset[{index}]: {error}") from None
         label = batch["labels"][0] if "labels" in batch else torch.zeros((), dtype=torch.int64)
-        return self._pixels.to_pixels(values, self._threat)[0], label
+        pixels = self._pixels.to_pixels(values)[0]
+        return pixels.clamp_(self._threat.lower, self._threat.upper), label
 
 
 def robust_metrics(

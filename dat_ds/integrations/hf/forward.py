@@ -16,11 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from dat_ds import zero3
 from dat_ds.attacks import attack_mode
 from dat_ds.attacks.modes import ModelMode
-from dat_ds.data import classes_of
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
-from dat_ds.integrations.hf.labels import check_labels
-from dat_ds.integrations.hf.pixels import PixelScale, unpacked
+from dat_ds.integrations.hf.pixels import PixelScale, rounding_of, unpacked
 from dat_ds.integrations.hf.settings import Settings
 from dat_ds.minmax import (
     Access,
@@ -33,12 +31,17 @@ from dat_ds.minmax import (
     PhaseTimer,
     StepMetrics,
     fill_up,
+    refusal_of_unlabelled,
     refuse_sharded,
 )
 from dat_ds.minmax.outer import OuterBatch
 from dat_ds.ranks import Ranks
 
 _OUTPUTS = {"classes": ("logits",), "features": ("image_embeds", "pooler_output")}
+_NO_LABELS = (
+    "The batch has no labels: give the data a column 'label' or 'labels'. (A compute_loss_func "
+    "takes them away before the model sees them: use AdversarialTrainer, which keeps them.)"
+)
 _NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "pixel_values")
 
 
@@ -121,6 +124,7 @@ class AdversarialForward:
         overflows: bool,
         other_labels: Callable[[], Tensor | None],
         user_computes_loss: bool,
+        packs: bool,
     ) -> None:
         """Hook nothing yet.
 
@@ -136,6 +140,7 @@ class AdversarialForward:
             overflows: Whether the model computes in float16.
             other_labels: Labels of the batch where the model is not given them.
             user_computes_loss: Leave the loss to who gets the model's outputs.
+            packs: Whether pixels come as the data loader's packed bits.
 
         Raises:
             ConfigError: For perturbed weights that are never on the device at once.
@@ -154,6 +159,7 @@ class AdversarialForward:
         self._awaited: list[bool] = []
         self._other_labels = other_labels
         self._user_computes_loss = user_computes_loss
+        self._packs = packs
         dat, objective = settings.dat, settings.objective
         is_sharded = zero3.is_sharded(module)
         budget = dat.engine.resident_parameters_gib * 2**30
@@ -167,12 +173,17 @@ class AdversarialForward:
         )
         self._reader = BatchReader(
             objective,
-            ranks.device,
+            ranks,
             settings.threat,
-            classes_of=classes_of if objective.head == "classes" else None,
+            without_label=refusal_of_unlabelled(objective, settings.attack),
             unlabelled_weight=settings.unlabelled_weight,
             reference=self._original,
+            source=f" ({pixels})",
         )
+        if objective.head == "classes":
+            # Known before the first forward, whose own loss would end in an index error.
+            config: Any = module.config
+            self._reader.gate.num_classes = int(config.num_labels)
         self._outer = OuterForward(
             module,
             objective,
@@ -239,6 +250,7 @@ class AdversarialForward:
 
     def take_means(self) -> dict[str, float]:
         """Accuracies, terms and shares since the last call, over all ranks; a collective."""
+        self.check_batches()
         metrics, count = self._metrics, self._num_micro_steps
         self._metrics, self._num_micro_steps = self._new_metrics(), 0
         if count == 0:
@@ -253,6 +265,14 @@ class AdversarialForward:
             and name != "loss"  # which the Trainer logs
             and not (self._inner.is_natural and name.startswith("attack_"))
         }
+
+    def check_batches(self) -> None:
+        """Tell of faulty images and labels since the last time; a collective.
+
+        Raises:
+            DataError: On every rank, if a rank saw one.
+        """
+        self._reader.watch.check()
 
     def detach(self) -> None:
         """Leave nothing on the module, and its weights as they were."""
@@ -269,9 +289,9 @@ class AdversarialForward:
         self.disarm()
         values, labels, options = self._read(args, kwargs)
         view = self._view = PixelView(module, self._pixels, self._settings.objective.head, options)
-        x = self._pixels.to_pixels(values, self._settings.threat)
-        weight = _weight_of(len(x), kwargs.get("num_items_in_batch"))
-        part, batch = self._attacked(x, labels, weight)
+        x = self._pixels.to_pixels(values)
+        weight = _weight_of(labels, kwargs.get("num_items_in_batch"))
+        part, batch = self._attacked(x, labels, weight, rounding_of(values.dtype))
         inputs = view.input_of(fill_up(batch.images, module))
 
         def after(
@@ -307,22 +327,27 @@ class AdversarialForward:
                     f"The model was called with {key}, a tensor beside pixel_values: adversarial "
                     "training is for models of images alone. Remove it from the batch."
                 )
-        values = unpacked(values)
+        if self._packs:
+            values = unpacked(values)
         labels = kwargs.get("labels")
         labels = self._other_labels() if labels is None else labels
+        self._pixels.check_kind(values)
         if not self._checked:
             self._pixels.check(values, self._settings.threat)
-            check_labels(labels, self._settings)
             self._checked = True
         if labels is None:
+            if self._settings.objective.head == "classes":
+                raise ConfigError(_NO_LABELS)
             labels = values.new_zeros(len(values), dtype=torch.int64)
         return values, labels, options
 
     # ---- the inner maximisation
 
-    def _attacked(self, x: Tensor, y: Tensor, weight: Any) -> tuple[MicroBatch, OuterBatch]:
+    def _attacked(
+        self, x: Tensor, y: Tensor, weight: Any, rounding: float
+    ) -> tuple[MicroBatch, OuterBatch]:
         """The micro-batch, and the images of its outer forward; weights are perturbed for it."""
-        part = self._reader.read(x, y, self._moment)
+        part = self._reader.read(x, y, self._moment, rounding=rounding)
         ((part, found),) = self._inner.maximise([part], self._metrics.gradient)
         probes = self._inner.probes(part)
         self._inner.await_backward(part, found)
@@ -410,13 +435,13 @@ def _exact(outputs: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(outputs.device.type, enabled=False)
 
 
-def _weight_of(num_images: int, num_items: Any) -> Any:
+def _weight_of(labels: Tensor, num_items: Any) -> Any:
     """Factor from a mean over the micro-batch to what the Trainer expects of the loss.
 
-    Where it gives the number of labels of all micro-batches and ranks, it expects their sum over
-    that number, and takes care of the ranks.
+    Where it gives the number of label values of all micro-batches and ranks, it expects the sum
+    over images in the proportion of their values to that number, and takes care of the ranks.
     """
-    return 1.0 if num_items is None else num_images / num_items
+    return 1.0 if num_items is None else labels.numel() / num_items
 
 
 def _uncompiled(hook: Callable[..., Any]) -> Any:

@@ -86,17 +86,35 @@ class PixelScale:
         values: Tensor = self._normalize_on(x.device)(x)
         return values
 
-    def to_pixels(self, values: Tensor, threat: ThreatModel) -> Tensor:
-        """Pixels of ``values`` in float32, clipped to the threat model's range."""
+    def __str__(self) -> str:
+        """How pixels follow from values, for messages."""
+        return f"pixels are pixel_values * std + mean, with mean={self.mean} and std={self.std}"
+
+    def to_pixels(self, values: Tensor) -> Tensor:
+        """Pixels of ``values`` in float32, moved by the values' rounding."""
         normalize = self._normalize_on(values.device)
         shape = (-1, 1, 1)
-        pixels = values.float() * normalize.std.view(shape) + normalize.mean.view(shape)
-        return pixels.clamp_(threat.lower, threat.upper)
+        return values.float() * normalize.std.view(shape) + normalize.mean.view(shape)
 
     def _normalize_on(self, device: torch.device) -> Normalize:
         if self._normalize.mean.device != device:
             self._normalize.to(device)
         return self._normalize
+
+    def check_kind(self, values: Tensor) -> None:
+        """Refuse values that are no floating-point images of the scale's channels.
+
+        Raises:
+            ConfigError: With what was found.
+        """
+        if not values.is_floating_point():
+            raise ConfigError(_integers(values.dtype))
+        channels = values.shape[-3]
+        if len(self.mean) not in (1, channels):
+            raise ConfigError(
+                f"pixel_values have {channels} channels, but mean={self.mean}: give one number per "
+                "channel."
+            )
 
     def check(self, values: Tensor, threat: ThreatModel) -> None:
         """Refuse values that no pixels of the threat model's range have; waits for the device.
@@ -104,19 +122,11 @@ class PixelScale:
         Raises:
             ConfigError: With what the values look like.
         """
-        channels = values.shape[-3]
-        if len(self.mean) not in (1, channels):
-            raise ConfigError(
-                f"pixel_values have {channels} channels, but mean={self.mean}: give one number per "
-                "channel."
-            )
-        shape = (-1, 1, 1)
-        mean, std = values.new_tensor(self.mean), values.new_tensor(self.std)
-        pixels = values.float() * std.float().view(shape) + mean.float().view(shape)
+        self.check_kind(values)
+        pixels = self.to_pixels(values)
         low, high = float(pixels.min()), float(pixels.max())
         raw_low, raw_high = float(values.min()), float(values.max())
-        slack = _SLACK if values.dtype == torch.float32 else _HALF_SLACK
-        slack *= threat.upper - threat.lower
+        slack = rounding_of(values.dtype) * (threat.upper - threat.lower)
         if not (low >= threat.lower - slack and high <= threat.upper + slack):
             raise ConfigError(
                 f"pixel_values span [{raw_low:g}, {raw_high:g}]; with mean={self.mean} and "
@@ -130,6 +140,18 @@ class PixelScale:
                 raw_low,
                 raw_high,
             )
+
+
+def _integers(dtype: torch.dtype) -> str:
+    return (
+        f"pixel_values are {dtype}: let the processor rescale and normalise them (do_rescale, "
+        "do_normalize), or write x.float() / 255 in the data."
+    )
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Share of the pixel range by which normalised values' rounding may move pixels."""
+    return _SLACK if dtype in (torch.float32, torch.float64) else _HALF_SLACK
 
 
 def _looks_like(low: float, high: float) -> str:
@@ -161,9 +183,11 @@ class Float32Collator:
         values = batch.get("pixel_values")
         if values is not None and values.dtype == torch.float32:
             batch["pixel_values"] = values.view(torch.int32)
+        elif values is not None and not values.is_floating_point():
+            raise ConfigError(_integers(values.dtype))
         return batch
 
 
 def unpacked(values: Tensor) -> Tensor:
-    """Undo :class:`Float32Collator`; other tensors are returned as they are."""
+    """Undo :class:`Float32Collator`, which leaves 16-bit values alone."""
     return values.view(torch.float32) if values.dtype == torch.int32 else values

@@ -1,0 +1,46 @@
+"""What images, labels and outputs have to be, at every door alike."""
+
+from dat_ds.contracts.gate import (
+    Gate,
+    GatedModel,
+    Reads,
+    check_batch,
+    named_forward_errors,
+)
+from dat_ds.contracts.images import (
+    PIXEL_SLACK,
+    as_images,
+    as_pictures,
+    check_images,
+    describe_faulty,
+    faulty_images,
+)
+from dat_ds.contracts.labels import (
+    UNLABELLED,
+    Labels,
+    as_labels,
+    classes_of,
+    pseudo_label,
+)
+from dat_ds.contracts.outputs import logits_of, tensor_of
+
+__all__ = [
+    "PIXEL_SLACK",
+    "UNLABELLED",
+    "Gate",
+    "GatedModel",
+    "Labels",
+    "Reads",
+    "as_images",
+    "as_labels",
+    "as_pictures",
+    "check_batch",
+    "check_images",
+    "classes_of",
+    "describe_faulty",
+    "faulty_images",
+    "logits_of",
+    "named_forward_errors",
+    "pseudo_label",
+    "tensor_of",
+]
