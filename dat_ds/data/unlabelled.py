@@ -17,7 +17,8 @@ from dat_ds.data.transforms import Sample, fetch_raw
 
 UNLABELLED = -1
 _FIRST_PSEUDO_LABEL = -2
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# Those of torchvision's ImageFolder.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def pseudo_label(classes: Tensor) -> Tensor:
@@ -74,4 +75,6 @@ class PartlyLabelled(Dataset[Sample]):
 
 def image_files(folder: Path) -> list[str]:
     """Every image file under ``folder``, sorted."""
-    return sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        str(f) for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir()
+    )
