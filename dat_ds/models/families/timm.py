@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -100,7 +101,13 @@ def _creation_error(name: str, arguments: Mapping[str, Any], error: Exception) -
         )
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     reason = str(error) or type(error).__name__
-    return ModelError(f"dat.model.name='{name}' cannot be built by timm with {given}: {reason}")
+    advice = ""
+    if isinstance(arguments.get("img_size"), tuple):
+        side = published_side(timm.get_pretrained_cfg(name))
+        advice = f" If it takes square images only, write dat.data.img_size={side or 224}."
+    return ModelError(
+        f"dat.model.name='{name}' cannot be built by timm with {given}: {reason}.{advice}"
+    )
 
 
 def _check_patches(body: nn.Module, name: str) -> None:
@@ -111,11 +118,26 @@ def _check_patches(body: nn.Module, name: str) -> None:
     if padded or not isinstance(size, tuple) or not isinstance(patch, tuple):
         return
     if any(s % p for s, p in zip(size, patch, strict=True)):
+        side, common = side_for_patches(size[0], max(patch)), math.gcd(*size)
+        # Of the patches that fit, the largest of which there are several; a pixel always fits.
+        fits = [p for p in range(2, max(patch)) if common % p == 0 and 2 * p <= min(size)]
         raise ModelError(
             f"dat.model.patch_size={'x'.join(map(str, patch))} does not divide the image size "
             f"{'x'.join(map(str, size))} of dat.model.name='{name}'. Set dat.model.patch_size to "
-            "a divisor of the image size, or resize the images."
+            f"a divisor of the image size, such as {max(fits, default=1)}, or resize the images, "
+            f"for example with dat.data.img_size={side}."
         )
+
+
+def published_side(config: Any) -> int | None:
+    """Side of the images that a network was published for, by timm's config of it."""
+    size = getattr(config, "input_size", None)
+    return None if size is None else int(size[-1])
+
+
+def side_for_patches(pixels: int, patch: int) -> int:
+    """Side of square images near ``pixels`` that patches tile."""
+    return max(1, round(pixels / patch)) * patch
 
 
 def timm_head_names(body: nn.Module) -> tuple[str, ...]:
