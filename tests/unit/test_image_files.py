@@ -436,6 +436,15 @@ def test_an_unlabelled_folder_is_named_by_its_own_key(tmp_path: Path) -> None:
         splits.train[4]
 
 
+def test_the_documented_lines_put_a_transparent_image_on_white(tmp_path: Path) -> None:
+    file = written(tmp_path, saved(of(alpha(COLOUR, 0)), "PNG"))
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    exec(page.partition("```python\n")[2].partition("```")[0], {"file": file})
+    on_white = COLOUR.copy()
+    on_white[1, 2] = 255
+    assert torch.equal(read_image(file, ""), expected(on_white))
+
+
 def test_the_suffixes_are_those_of_torchvision() -> None:
     assert torchvision.datasets.folder.IMG_EXTENSIONS == IMAGE_SUFFIXES
 
