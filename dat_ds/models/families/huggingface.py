@@ -27,6 +27,9 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+# Position embeddings of a square, which the model itself interpolates to the image it is given.
+_INTERPOLATING = frozenset({"dinov2", "dinov2_with_registers"})
+
 
 def is_hugging_face(name: str) -> bool:
     """Whether a model name stands for a Hugging Face model."""
@@ -273,6 +276,8 @@ def _set_image_size(source: HuggingFaceSource, config: Any) -> None:
             f"{source.label}. Resize the images, for example with "
             f"dat.data.img_size={side_for_patches(height, patch)}."
         )
+    if height != width and config.model_type in _INTERPOLATING:
+        return
     is_one_number = height == width and not isinstance(vision.image_size, (list, tuple))
     vision.image_size = height if is_one_number else [height, width]
 
