@@ -291,11 +291,13 @@ def _check_report(
     heads = tuple(f"{name}." for name in body.head_names())
     others = [key for key in fresh if not key.startswith(heads)]
     if others:
+        side = own_side(source.location)
+        of_its_own = f" (dat.data.img_size={side})" if side else ""
         raise ModelError(
             f"{source.label}: only the classifier may differ from the stored weights, but these "
-            f"are missing or of another shape: {', '.join(others)}. The image size, the channels "
-            "and dat.model.options must be those of the stored model; build one from its "
-            "config.json alone to train it from scratch."
+            f"are missing or of another shape: {', '.join(others)}. The image size{of_its_own}, "
+            "the channels and dat.model.options must be those of the stored model; build one from "
+            "its config.json alone to train it from scratch."
         )
     if fresh:
         logger.warning(
