@@ -13,7 +13,7 @@ from dat_ds.config import DatConfig, RunConfig, check_num_classes, threat_of
 from dat_ds.data import DataSplits, DistributedLoader, splits_of
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import Record, Task, evaluate
-from dat_ds.models import PixelModel, build_model
+from dat_ds.models import PixelModel, build_model, check_takes_images
 from dat_ds.optim import Schedule
 from dat_ds.ranks import Ranks
 
@@ -68,29 +68,29 @@ def build_data_of(run: RunConfig) -> DataSplits:
 def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
     """The model of a run, for its data; the same weights on every rank."""
     config = run.dat.model
-    channels, height, _ = splits.image_shape
+    channels, height, width = splits.image_shape
     if config.num_classes is not None and config.num_classes < splits.num_classes:
         raise ConfigError(
             f"dat.model.num_classes={config.num_classes} is less than the {splits.num_classes} "
             f"classes of {splits.name}: leave it out, or give at least {splits.num_classes}."
         )
-    if config.img_size not in (None, height):
+    if config.img_size is not None and {height, width} != {config.img_size}:
         raise ConfigError(
-            f"dat.model.img_size={config.img_size}, but the images have {height} pixels: leave it "
-            f"out, or resize the images with dat.data.img_size={config.img_size}."
+            f"dat.model.img_size={config.img_size}, but the images have {height} x {width} pixels: "
+            f"leave it out, or resize the images with dat.data.img_size={config.img_size}."
         )
     num_outputs = _num_outputs(run, splits)
     # Published weights expect the statistics they were trained with, not those of this data.
     own_statistics = (
         config.mean is not None or config.pretrained is not None or config.name.startswith("hf:")
     )
-    return build_model(
+    model = build_model(
         config.name,
         num_classes=num_outputs,
         in_chans=channels,
         mean=config.mean if own_statistics else splits.mean,
         std=config.std if own_statistics else splits.std,
-        img_size=height,
+        img_size=height if height == width else (height, width),
         **config.overrides(),
         head=run.dat.objective.head,
         pretrained=config.pretrained,
@@ -98,6 +98,8 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
         activation_checkpointing=config.activation_checkpointing,
         seed=run.dat.seed,
     )
+    check_takes_images(model, splits.image_shape)
+    return model
 
 
 def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
@@ -106,7 +108,12 @@ def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
     _, height, width = splits.image_shape
     problems: list[str] = []
     num_classes = model.num_classes or splits.num_classes
-    if objective.head == "classes":
+    if objective.head == "classes" and num_classes < 2:
+        problems.append(
+            f"All labels of {splits.name} are 0, and a classifier needs at least two classes: add "
+            "images of another one, or write dat.data.num_classes=2 where the data lack it."
+        )
+    elif objective.head == "classes":
         check_num_classes(run.dat, num_classes, problems)
     if objective.head == "rotation" and height != width:
         problems.append(

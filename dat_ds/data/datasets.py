@@ -162,7 +162,9 @@ def _read_unlabelled(
         if not files:
             raise DataError(f"{where} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
         images: TensorImages | FolderImages = FolderImages(
-            [(file, UNLABELLED) for file in files], img_size or shape[1]
+            [(file, UNLABELLED) for file in files],
+            img_size or shape[1],
+            "dat.data.unlabelled_path",
         )
     else:
         arrays = load_npz(path, where)
@@ -176,10 +178,11 @@ def _read_unlabelled(
         raise_all(array_problems(where, "images", x, "labels", y))
         images = images_from_arrays(x, y, img_size)
     if images.image_shape != shape:
+        is_resized = images.image_shape[0] == shape[0]
+        remedy = f"write dat.data.img_size={shape[1]}, or convert" if is_resized else "convert"
         raise DataError(
             f"{where} has images of shape {list(images.image_shape)} (channels, height, width), "
-            f"the labelled ones have {list(shape)}: write dat.data.img_size={shape[1]}, or convert "
-            "them."
+            f"the labelled ones have {list(shape)}: {remedy} them."
         )
     return images
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dat_ds.data.decoding import read_image
 from dat_ds.data.transforms import Sample, resize_center_crop, resize_square, to_unit
-from dat_ds.errors import DataError
 
 Channels = tuple[float, ...]
 
@@ -55,10 +54,14 @@ class FolderImages(Dataset[Sample]):
         samples: ``(file, label)`` pairs.
         img_size: Side of the evaluation image: shorter edge to ``img_size * 256 / 224``, then the
             central square.
+        key: Key of the config that named the files, for error texts.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int) -> None:
+    def __init__(
+        self, samples: list[tuple[str, int]], img_size: int, key: str = "dat.data.path"
+    ) -> None:
         self.samples = samples
+        self.key = key
         self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
         self.img_size = img_size
         self.image_shape: ImageShape = (3, img_size, img_size)
@@ -71,27 +74,16 @@ class FolderImages(Dataset[Sample]):
         """``(x, y)`` with ``x`` float32 of ``image_shape`` in [0, 1].
 
         Raises:
-            DataError: The file cannot be decoded.
+            DataError: The file cannot be read as pixels; see ``read_image``.
         """
         image, y = self.raw(index)
-        return to_unit(resize_center_crop(image, self.img_size)), y
+        return to_unit(resize_center_crop(image, self.img_size)).clamp(0, 1), y
 
     def raw(self, index: int) -> Sample:
-        """Whole image, uint8 ``(3, H, W)`` of the file's own size, and its label.
+        """Whole image as ``read_image`` gives it, of the file's own size, and its label.
 
         Raises:
-            DataError: The file cannot be decoded.
+            DataError: The file cannot be read as pixels.
         """
-        from PIL import Image
-
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB"))
-        # Pillow's decoders raise SyntaxError and ValueError too for a damaged file.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"dat.data.path: cannot read the image {path} ({error}). "
-                "Replace the file or remove it."
-            ) from error
-        return torch.from_numpy(pixels).permute(2, 0, 1), label
+        return read_image(path, self.key), label

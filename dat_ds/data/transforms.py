@@ -146,7 +146,8 @@ class Augmented(KeyedDataset[Sample]):
         generator = seeded_generator("augment", self.seed, key.epoch, key.index)
         if self.size is not None and self.augment == "resized_crop_flip":
             image, y = fetch_raw(self.dataset, key.index)
-            x = to_unit(random_resized_crop(image, self.size, generator))
+            # Resized floats, unlike uint8, may leave the range by a rounding error.
+            x = to_unit(random_resized_crop(image, self.size, generator)).clamp(0, 1)
         else:
             x, y = fetch_sample(self.dataset, key)
             x = random_crop(x, generator)

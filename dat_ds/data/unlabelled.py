@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from dat_ds.contracts import UNLABELLED, pseudo_label
 from dat_ds.data.transforms import Sample, fetch_raw, file_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# Those of torchvision's ImageFolder.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class PartlyLabelled(Dataset[Sample]):
@@ -69,4 +70,6 @@ class PartlyLabelled(Dataset[Sample]):
 
 def image_files(folder: Path) -> list[str]:
     """Every image file under ``folder``, sorted."""
-    return sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        str(f) for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir()
+    )

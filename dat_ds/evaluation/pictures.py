@@ -36,7 +36,7 @@ def draw_examples(
         threat: Allowed perturbations.
         attack: Evaluation attack, such as ``"pgd-20"``.
         path: PNG file to write.
-        class_names: Name of each class; numbers otherwise.
+        class_names: Names of the classes, from 0 on; numbers for those without.
         seed: Seed of the random starts.
     """
     chosen = parse_evaluation_attack(attack)
@@ -44,8 +44,10 @@ def draw_examples(
     figure = Figure(figsize=(1.25 * columns + 1.2, 1.45 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
 
+    names = class_names or ()
+
     def name_of(index: int) -> str:
-        return class_names[index] if class_names else str(index)
+        return names[index] if index < len(names) else str(index)
 
     for block, (model_name, model) in enumerate(models.items()):
         x_adv = run_attack(model, x, y, threat, chosen, stream_of(chosen, seed))

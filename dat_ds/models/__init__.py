@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dat_ds.models.build import build_model
     from dat_ds.models.loading import load, save_weights
     from dat_ds.models.normalize import Normalize, PixelModel
+    from dat_ds.models.sizes import check_takes_images
 
 __all__ = [
     "MODELS",
@@ -16,6 +17,7 @@ __all__ = [
     "Normalize",
     "PixelModel",
     "build_model",
+    "check_takes_images",
     "load",
     "save_weights",
 ]
@@ -24,6 +26,7 @@ _HOMES = {
     "Normalize": "normalize",
     "PixelModel": "normalize",
     "build_model": "build",
+    "check_takes_images": "sizes",
     "load": "loading",
     "save_weights": "loading",
 }

@@ -102,6 +102,22 @@ def test_eval_and_report_read_a_run(finished: Path, capsys: pytest.CaptureFixtur
     assert "| natural |" in table[3]
 
 
+@pytest.mark.parametrize(
+    ("model", "augment"),
+    [({**tiny_run.VIT, "patch_size": 2}, "resized_crop_flip"), (tiny_run.CNN, "crop_flip")],
+    ids=["vit", "cnn"],
+)
+def test_images_need_not_be_square(tmp_path: Path, model: dict[str, Any], augment: str) -> None:
+    data = {"name": "synthetic", "image_shape": [3, 6, 10], "num_train": 40, "num_test": 10}
+    values = tiny_run.config(
+        tmp_path / "run", model=model, data={**data, "augment": augment}, schedule={"epochs": 1}
+    )
+    assert train(tmp_path, values) == 0
+    assert (tmp_path / "run" / "examples.png").stat().st_size > 5000
+    assert models.load(tmp_path / "run")(torch.rand(2, 3, 6, 10)).shape == (2, 10)
+    assert main(["eval", str(tmp_path / "run")]) == 0
+
+
 @pytest.mark.parametrize("model", [tiny_run.VIT, tiny_run.CNN], ids=["vit", "cnn"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bit_exact(tmp_path: Path, model: dict[str, Any], stage: int) -> None:

@@ -173,6 +173,45 @@ def test_all_problems_of_an_npz_are_reported_together(tmp_path):
     assert text.count("dat.data.path=") == 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "advice"),
+    [
+        (np.float32, 1 / 255, "Write (255 * x).round().astype(numpy.uint8)."),
+        (np.float64, 1, "Write x.round().astype(numpy.uint8)."),
+        (np.int64, 1, "Write x.astype(numpy.uint8)."),
+        (np.uint16, 257, "If they use all 16 bits, write (x / 257).round().astype(numpy.uint8)."),
+    ],
+)
+def test_arrays_of_another_dtype_are_refused_with_what_restores_them(
+    tmp_path, dtype, scale, advice
+):
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    x = (pixels * np.float64(scale)).astype(dtype)
+    write_npz(tmp_path / "a.npz", x_test=x, y_test=np.zeros(1, int))
+    text = refusal("npz", path=tmp_path / "a.npz")
+    assert f"x_test is {np.dtype(dtype)}; images must be uint8 in 0..255. {advice}" in text
+    written = eval(advice.partition("rite ")[2].rstrip("."), {"x": x, "numpy": np})  # noqa: S307
+    assert written.dtype == np.uint8
+    assert np.array_equal(written, pixels)
+
+
+@pytest.mark.parametrize(
+    ("x", "advice"),
+    [
+        (np.zeros((8, 6, 5)) > 0, "Write 255 * x.astype(numpy.uint8)."),
+        (np.full((8, 6, 5), -1.0), "Scale them to 0..255, round, and write x.astype(numpy.uint8)."),
+        (np.full((8, 6, 5), np.nan), "Scale them to 0..255, round, and write"),
+        (np.full((8, 6, 5), 300), "Scale them to 0..255, round, and write"),
+        (np.zeros((8, 6, 5), complex), "Scale them to 0..255, round, and write"),
+        (np.zeros((0, 6, 5)), "Scale them to 0..255, round, and write"),
+        (np.zeros((8, 0, 5), np.uint8), "x_test has shape (8, 0, 5): images without a pixel."),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_too(tmp_path, x, advice):
+    write_npz(tmp_path / "a.npz", x_test=x)
+    assert advice in refusal("npz", path=tmp_path / "a.npz")
+
+
 def test_npz_parts_of_different_image_shape_are_refused(tmp_path):
     write_npz(tmp_path / "a.npz", x_test=np.zeros((8, 5, 5, 3), dtype=np.uint8))
     assert "x_train has images of shape (6, 5, 3), x_test of (5, 5, 3)" in refusal(

@@ -120,7 +120,11 @@ def test_further_images_come_from_a_folder_at_any_depth(tmp_path: Path) -> None:
         (
             lambda p: save_npz(p / "a.npz", images=np.zeros((2, 9, 9, 3), np.uint8)),
             r"has images of shape \[3, 9, 9\] \(channels, height, width\), the labelled ones have "
-            r"\[1, 8, 8\]",
+            r"\[1, 8, 8\]: convert them.",
+        ),
+        (
+            lambda p: save_npz(p / "a.npz", images=np.zeros((2, 9, 9), np.uint8)),
+            "write dat.data.img_size=8, or convert them.",
         ),
         (lambda p: p, "holds no image file"),
         (lambda p: p / "none.npz", "is not a readable npz file"),

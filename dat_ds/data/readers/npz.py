@@ -40,12 +40,16 @@ def array_problems(
     """Problems of images and labels, as messages."""
     problems = []
     if x.dtype != np.uint8:
-        problems.append(f"{where}: {x_key} is {x.dtype}; images must be uint8 in 0..255.")
+        problems.append(
+            f"{where}: {x_key} is {x.dtype}; images must be uint8 in 0..255. {_as_uint8(x)}"
+        )
     if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 2, 3, 4)):
         problems.append(
             f"{where}: {x_key} has shape {x.shape}; it must be (N, H, W) or (N, H, W, C) with C "
             "from 1 to 4. Channels first? Write x.transpose(0, 2, 3, 1)."
         )
+    elif 0 in x.shape[1:]:
+        problems.append(f"{where}: {x_key} has shape {x.shape}: images without a pixel.")
     if y.dtype.kind not in "iu" or y.ndim != 1:
         problems.append(
             f"{where}: {y_key} is {y.dtype} of shape {y.shape}; labels must be integers of shape "
@@ -57,6 +61,21 @@ def array_problems(
             "as many."
         )
     return problems
+
+
+def _as_uint8(x: np.ndarray[Any, Any]) -> str:
+    """What to write in the place of an array of images of another dtype."""
+    if x.dtype == np.bool_:
+        return "Write 255 * x.astype(numpy.uint8)."
+    if x.dtype.kind not in "iuf" or x.size == 0 or not (x.min() >= 0 and np.isfinite(x).all()):
+        return "Scale them to 0..255, round, and write x.astype(numpy.uint8)."
+    if x.dtype.kind == "f" and x.max() <= 1:
+        return "Write (255 * x).round().astype(numpy.uint8)."
+    if x.max() <= 255:
+        return f"Write x{'.round()' if x.dtype.kind == 'f' else ''}.astype(numpy.uint8)."
+    if x.dtype == np.uint16:
+        return "If they use all 16 bits, write (x / 257).round().astype(numpy.uint8)."
+    return "Scale them to 0..255, round, and write x.astype(numpy.uint8)."
 
 
 def images_from_arrays(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dat_ds.errors import ModelError
 from dat_ds.models.families import huggingface
-from dat_ds.models.families.timm import TIMM_OVERRIDES
+from dat_ds.models.families.timm import TIMM_OVERRIDES, side_for_patches
 
 logger = logging.getLogger("dat_ds")
 _PREFIX = "hf:"
@@ -26,6 +26,9 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+# Position embeddings of a square, which the model itself interpolates to the image it is given.
+_INTERPOLATING = frozenset({"dinov2", "dinov2_with_registers"})
 
 
 def is_hugging_face(name: str) -> bool:
@@ -132,7 +135,10 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
         else:
             logger.warning("%s has no weights: its config is built from scratch.", source.label)
             model, report = auto.from_config(config), {}
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        # What comes of dividing a height and width as if they were one number.
+        if isinstance(source.img_size, tuple) and "'list' and 'int'" in str(error):
+            raise _only_square(source, source.img_size) from error
         raise _not_usable(source, error) from error
     body = HuggingFaceBody(model)
     if has_weights:
@@ -210,6 +216,27 @@ def _not_usable(source: HuggingFaceSource, error: Exception) -> ModelError:
     )
 
 
+def _only_square(source: HuggingFaceSource, size: tuple[int, int]) -> ModelError:
+    height, width = size
+    return ModelError(
+        f"{source.label} takes square images only, but those of the data have {height} x {width} "
+        f"pixels: write dat.data.img_size={own_side(source.location)}, or choose another model."
+    )
+
+
+def own_side(location: str) -> int | None:
+    """Side of the images in the config of a local folder or hub id, None where it has none."""
+    import transformers
+
+    size = getattr(_vision(transformers.AutoConfig.from_pretrained(location)), "image_size", None)
+    return max(size) if isinstance(size, (list, tuple)) else size
+
+
+def _vision(config: Any) -> Any:
+    """The part of a config that has the image size; beside a text encoder it is one level down."""
+    return config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
+
+
 def _adapted_config(source: HuggingFaceSource) -> Any:
     """Read the model's config and put the number of classes, channels and pixels into it."""
     import transformers
@@ -238,17 +265,21 @@ def _adapted_config(source: HuggingFaceSource) -> Any:
 
 def _set_image_size(source: HuggingFaceSource, config: Any) -> None:
     """Set the image size where the config has one, after checking it against the patch size."""
-    if source.img_size is None or not hasattr(config, "image_size"):
+    size, vision = source.img_size, _vision(config)
+    if size is None or not hasattr(vision, "image_size"):
         return
-    size = source.img_size
     height, width = (size, size) if isinstance(size, int) else size
-    patch = getattr(config, "patch_size", None)
+    patch = getattr(vision, "patch_size", None)
     if isinstance(patch, int) and (height % patch or width % patch):
         raise ModelError(
             f"dat.model.img_size={height}x{width} is not a multiple of the patch size {patch} of "
-            f"{source.label}. Resize the images."
+            f"{source.label}. Resize the images, for example with "
+            f"dat.data.img_size={side_for_patches(height, patch)}."
         )
-    config.image_size = height if height == width else [height, width]
+    if height != width and config.model_type in _INTERPOLATING:
+        return
+    is_one_number = height == width and not isinstance(vision.image_size, (list, tuple))
+    vision.image_size = height if is_one_number else [height, width]
 
 
 def _check_report(
@@ -260,11 +291,13 @@ def _check_report(
     heads = tuple(f"{name}." for name in body.head_names())
     others = [key for key in fresh if not key.startswith(heads)]
     if others:
+        side = own_side(source.location)
+        of_its_own = f" (dat.data.img_size={side})" if side else ""
         raise ModelError(
             f"{source.label}: only the classifier may differ from the stored weights, but these "
-            f"are missing or of another shape: {', '.join(others)}. The image size, the channels "
-            "and dat.model.options must be those of the stored model; build one from its "
-            "config.json alone to train it from scratch."
+            f"are missing or of another shape: {', '.join(others)}. The image size{of_its_own}, "
+            "the channels and dat.model.options must be those of the stored model; build one from "
+            "its config.json alone to train it from scratch."
         )
     if fresh:
         logger.warning(

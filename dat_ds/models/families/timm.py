@@ -99,23 +99,50 @@ def _creation_error(name: str, arguments: Mapping[str, Any], error: Exception) -
             "attention heads. Set dat.model.num_heads to a divisor of dat.model.embed_dim."
         )
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    reason = str(error) or type(error).__name__
-    return ModelError(f"dat.model.name='{name}' cannot be built by timm with {given}: {reason}")
+    reason = (str(error) or type(error).__name__).rstrip(".")
+    advice = ""
+    if isinstance(arguments.get("img_size"), tuple):
+        side = published_side(timm.get_pretrained_cfg(name))
+        advice = f" If it takes square images only, write dat.data.img_size={side or 224}."
+    return ModelError(
+        f"dat.model.name='{name}' cannot be built by timm with {given}: {reason}.{advice}"
+    )
 
 
 def _check_patches(body: nn.Module, name: str) -> None:
     """Raise a ModelError if patches do not tile the image; timm would drop the remainder."""
-    embed = getattr(body, "patch_embed", None)
+    # The mixers have theirs in a stem, and fix its patch size.
+    embed = getattr(body, "patch_embed", getattr(body, "stem", None))
     size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
     padded = getattr(embed, "dynamic_img_pad", False)
     if padded or not isinstance(size, tuple) or not isinstance(patch, tuple):
         return
     if any(s % p for s, p in zip(size, patch, strict=True)):
+        side = side_for_patches(size[0], max(patch))
+        remedy = f"Write dat.data.img_size={side}."
+        if hasattr(body, "patch_embed"):
+            # The largest patch of which there are several; a pixel always fits.
+            fits = (p for p in range(2, max(patch)) if not any(s % p for s in size))
+            most = max((p for p in fits if 2 * p <= min(size)), default=1)
+            remedy = (
+                f"Set dat.model.patch_size to a divisor of the image size, such as {most}, or "
+                f"write dat.data.img_size={side}."
+            )
         raise ModelError(
             f"dat.model.patch_size={'x'.join(map(str, patch))} does not divide the image size "
-            f"{'x'.join(map(str, size))} of dat.model.name='{name}'. Set dat.model.patch_size to "
-            "a divisor of the image size, or resize the images."
+            f"{'x'.join(map(str, size))} of dat.model.name='{name}'. {remedy}"
         )
+
+
+def published_side(config: Any) -> int | None:
+    """Side of the images that a network was published for, by timm's config of it."""
+    size = getattr(config, "input_size", None)
+    return None if size is None else int(size[-1])
+
+
+def side_for_patches(pixels: int, patch: int) -> int:
+    """Side of square images near ``pixels`` that patches tile."""
+    return max(1, round(pixels / patch)) * patch
 
 
 def timm_head_names(body: nn.Module) -> tuple[str, ...]:
