@@ -66,6 +66,20 @@ def named_loss_scale_error() -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def untimed(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, forwards of the bare module are left out of ``wall_clock_breakdown``'s times.
+
+    Hooks of DeepSpeed's on the module start and stop these timers, whoever calls it.
+    """
+    timers = engine.engine_timers
+    names, timers.forward_timers = timers.forward_timers, []
+    try:
+        yield
+    finally:
+        timers.forward_timers = names
+
+
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether ZeRO-3 manages this parameter and holds only this rank's shard right now."""
     return hasattr(parameter, "ds_status") and parameter.ds_status.name == "NOT_AVAILABLE"
