@@ -428,7 +428,8 @@ class AdversarialEngine:
         return self._log.reduced()
 
     def close(self) -> None:
-        """Let go of the process group and of DeepSpeed's hooks on the module."""
+        """Let go of monitors, the process group and DeepSpeed's hooks on the module."""
+        self.monitor.close(self.global_steps)
         self._log.close()
         self.deepspeed.destroy()
 

@@ -43,6 +43,23 @@ def skip_shared_memory_op() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+_CURRENT_NAMES = {
+    "all_gather_function": "all_gather_single",
+    "reduce_scatter_function": "reduce_scatter_single",
+}
+
+
+def use_current_collectives() -> None:
+    """Let DeepSpeed call two of torch's collectives by the names that torch recommends.
+
+    They are the same functions; by the names that DeepSpeed uses, torch 2.14 warns of them.
+    """
+    backend = deepspeed.comm.comm.cdb
+    for attribute, name in _CURRENT_NAMES.items():
+        if hasattr(dist, name):
+            setattr(backend, attribute, getattr(dist, name))
+
+
 def supports_fp16() -> bool:
     """Whether DeepSpeed accepts ``fp16`` on this device."""
     return bool(get_accelerator().is_fp16_supported())

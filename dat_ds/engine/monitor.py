@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Monitor:
         self._run, self._ranks, self._global_batch = run, ranks, global_batch
         self._monitors: dict[str, Any] = {}
         self._failed: set[str] = set()
+        self._joined_wandb = False  # a run that the caller began, and will end
         sections = enabled_monitors(run.deepspeed)
         self._writes_steps = bool(sections)
         self._start(sections)
@@ -82,19 +85,40 @@ class Monitor:
             (name, value, step) for name, value in values.items() if isinstance(value, (int, float))
         ]
         for key, monitor in self._monitors.items():
-            try:
+            with self._told_once(key, step):
                 _check_folder(monitor)
                 monitor.write_events(events)
-            except Exception as error:  # whatever a service raises
-                if key not in self._failed:
-                    self._failed.add(key)
-                    logger.warning(
-                        "%s could not be written to after step %d, and perhaps not later either "
-                        "(%s). The run goes on.",
-                        key,
-                        step,
-                        _shown(error),
-                    )
+
+    def close(self, step: int) -> None:
+        """End what was started, so that a service has everything before the process ends.
+
+        Args:
+            step: Optimizer steps done.
+        """
+        for key, monitor in self._monitors.items():
+            with self._told_once(key, step):
+                if key == "tensorboard":
+                    monitor.summary_writer.close()
+                elif key == "comet":
+                    monitor.experiment.end()
+                elif key == "wandb" and not self._joined_wandb:
+                    importlib.import_module("wandb").finish()
+        self._monitors.clear()
+
+    @contextlib.contextmanager
+    def _told_once(self, key: str, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a service raises
+            if key not in self._failed:
+                self._failed.add(key)
+                logger.warning(
+                    "%s could not be written to after step %d, and perhaps not later either "
+                    "(%s). The run goes on.",
+                    key,
+                    step,
+                    _shown(error),
+                )
 
     def _start(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
         if not sections:
@@ -109,6 +133,8 @@ class Monitor:
         if key == "comet":  # which is told steps where it counts samples
             config.samples_log_interval = -(-config.samples_log_interval // self._global_batch)
         try:
+            if key == "wandb":
+                self._joined_wandb = importlib.import_module("wandb").run is not None
             return _KINDS[key](config)
         except Exception as error:  # whatever a service raises
             raise ConfigError(
