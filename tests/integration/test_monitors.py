@@ -88,7 +88,7 @@ def test_an_own_loop_writes_its_metrics(tmp_path: Path, three_lines: bool) -> No
     shown = tensorboard_rows(tmp_path / "tb")
     assert shown.keys() == written.keys()
     for name, rows in written.items():
-        assert shown[name] == pytest.approx(rows, rel=1e-6)
+        assert dict(shown[name]) == pytest.approx(dict(rows), rel=1e-6)
 
 
 def test_an_own_loop_that_asks_for_no_monitor_writes_none(tmp_path: Path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ section with the installed DeepSpeed.
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Report(Section):
         if self.package is not None and not _is_installed(self.package[1]):
             yield (
                 f"{path}.enabled=true, but the package {self.package[1]!r} is not installed: "
-                f"pip install {self.package[0]!r}, or write {path}.enabled=false."
+                f"pip install {shlex.quote(self.package[0])}, or write {path}.enabled=false."
             )
         if (place := self.folder()) is not None and (reason := _why_unwritable(place[1])):
             yield (
