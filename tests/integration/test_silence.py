@@ -1,0 +1,72 @@
+"""A first run prints its own lines and nothing else: no deprecation, no notice of a library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.integration import tiny_run
+from tests.integration.silence import unexpected
+
+# Each time, not once for each place, and also what Python hides in modules by default.
+STRICT = "always::FutureWarning,always::UserWarning,always::RuntimeWarning,always::ResourceWarning"
+
+OWN_LOOPS = """
+import torch
+import dat_ds
+from tests.distributed import tiny
+
+for stage in range(4):
+    data = torch.utils.data.TensorDataset(*tiny.images(12))
+    engine, optimizer, loader, scheduler = dat_ds.initialize(
+        model=tiny.cnn(), config=tiny.config(stage), training_data=data
+    )
+    for x, y in loader:
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+    engine.close()
+"""
+
+
+def printed(*arguments: str) -> str:
+    """What a fresh process prints, to either stream, where it ends well."""
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(tiny_run.ROOT),
+        "PYTHONWARNINGS": STRICT,
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_first_command_of_the_readme_prints_its_own_lines_alone(tmp_path: Path) -> None:
+    values = tiny_run.config(tmp_path / "run", schedule={"epochs": 1, "max_steps": 4})
+    values["dat"]["evaluation"]["natural_twin"] = True
+    config = tiny_run.write(tmp_path / "config.json", values)
+    recipe = tiny_run.ROOT / "recipes" / "train_vit.py"
+    launcher = ("-m", "deepspeed.launcher.runner", "--quiet")
+    output = printed(*launcher, str(recipe), "--deepspeed_config", str(config))
+    assert "Record: " in output
+    assert unexpected(output) == []
+
+
+def test_a_loop_of_ones_own_prints_nothing() -> None:
+    assert printed("-c", OWN_LOOPS) == ""
+
+
+def test_a_foreign_line_is_unexpected() -> None:
+    foreign = "x.py:3: FutureWarning: `torch.distributed.all_gather_into_tensor` is deprecated."
+    assert unexpected(f"Note: a\n\n{foreign}\nRecord: r/record.json\n") == [foreign]
