@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+from dat_ds.commands import without_settled_warnings
 from tests.integration import tiny_run
 from tests.integration.silence import unexpected
 
@@ -70,3 +72,27 @@ def test_a_loop_of_ones_own_prints_nothing() -> None:
 def test_a_foreign_line_is_unexpected() -> None:
     foreign = "x.py:3: FutureWarning: `torch.distributed.all_gather_into_tensor` is deprecated."
     assert unexpected(f"Note: a\n\n{foreign}\nRecord: r/record.json\n") == [foreign]
+
+
+def test_only_settled_warnings_of_other_libraries_are_hidden_and_only_inside() -> None:
+    settled = (
+        "`torch.distributed.all_gather_into_tensor` is deprecated. Please use "
+        "`torch.distributed.all_gather_single` instead.",
+        FutureWarning,
+        "torch/distributed/c10d_logger.py",
+        83,
+        "torch.distributed.c10d_logger",
+    )
+    others = [
+        (settled[0].replace("all_gather_into", "gather_into"), *settled[1:]),
+        (settled[0], UserWarning, *settled[2:]),
+        (*settled[:4], "users.module"),
+    ]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with without_settled_warnings():
+            for warning in (settled, *others):
+                warnings.warn_explicit(*warning)
+        assert [str(w.message) for w in shown] == [warning[0] for warning in others]
+        warnings.warn_explicit(*settled)
+        assert len(shown) == len(others) + 1
