@@ -130,6 +130,9 @@ def initialize(
     if words and ranks.is_main:
         logger.info("%s", words)
         _warn_of_unusual_scaling(run)
+    is_tested = optimizer is None or isinstance(
+        optimizer, (LayerwiseOptimizer, CompressedOptimizer)
+    )
     if optimizer is None:
         optimizer = _optimizer_of(model, scaled)
     settings = _deepspeeds(scaled)
@@ -149,7 +152,10 @@ def initialize(
         if ranks.is_main and schedule is not None:
             _warn_of_late_freeze(averaging, schedule.total_steps)
     monitor = Monitor(run, ranks, global_batch=global_batch)
-    with contextlib.nullcontext() if averaging is None else averaging.paused():
+    with (
+        contextlib.nullcontext() if averaging is None else averaging.paused(),
+        hooks.tested_optimizer() if is_tested else contextlib.nullcontext(),
+    ):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,20 @@ def use_current_collectives() -> None:
     for attribute, name in _CURRENT_NAMES.items():
         if hasattr(dist, name):
             setattr(backend, attribute, getattr(dist, name))
+
+
+@contextlib.contextmanager
+def tested_optimizer() -> Iterator[None]:
+    """Inside, DeepSpeed does not warn that it has not tested the optimizer under ZeRO: we have."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "ZeRO with an untested optimizer" not in record.getMessage()
+
+    deepspeed.utils.logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        deepspeed.utils.logger.removeFilter(is_other)
 
 
 def supports_fp16() -> bool:
