@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 from dat_ds.errors import NumericsError, UserError
 
 logger = logging.getLogger("dat_ds")
+
+_SETTLED = (
+    # torch 2.14 has new names for these functions; DeepSpeed 0.19 and accelerate 1.15 use the old.
+    (
+        FutureWarning,
+        r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+        r"torch\.distributed\.c10d_logger",
+    ),
+)
+"""Warnings of other libraries about one another, which no user can mend: category, beginning of the
+message, module. The only place that hides any; others are shown."""
 
 
 def carry_out(command: Callable[[], int]) -> int:
@@ -23,11 +36,21 @@ def carry_out(command: Callable[[], int]) -> int:
     """
     _log_to_stdout()
     try:
-        return command()
+        with without_settled_warnings():
+            return command()
     except UserError as error:
         return _fail(str(error), 2)
     except NumericsError as error:
         return _fail(str(error), 1)
+
+
+@contextlib.contextmanager
+def without_settled_warnings() -> Iterator[None]:
+    """Inside, what libraries warn about one another is not shown; for our commands and recipes."""
+    with warnings.catch_warnings():
+        for category, message, module in _SETTLED:
+            warnings.filterwarnings("ignore", message, category, module)
+        yield
 
 
 def _log_to_stdout() -> None:

@@ -22,7 +22,7 @@ ATTACKS = {
 
 def attack(folder: Path) -> str:
     """One line on what a run's best model withstands on its whole test set."""
-    run = load_config(folder / "config.json")
+    run = load_config(folder / "config.json", here=False)
     test, threat = build_data_of(run).test, run.dat.threat_model
     x, y = default_collate([test[i] for i in range(len(test))])
     model = foolbox.PyTorchModel(models.load(folder), bounds=(threat.lower, threat.upper))

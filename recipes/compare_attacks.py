@@ -26,7 +26,7 @@ def network_of(path: Path) -> tuple[Any, Tensor, Tensor, ThreatModel]:
     if path.is_file():
         model, x, y, norm, eps = runpy.run_path(str(path))["network"]()
         return model, x, y, ThreatModel(norm, eps)
-    run = load_config(path / "config.json")
+    run = load_config(path / "config.json", here=False)
     test = build_data_of(run).test
     x, y = default_collate([test[i] for i in range(len(test))])
     return models.load(path), x, y, threat_of(run.dat)

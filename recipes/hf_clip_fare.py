@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from dat_ds.commands import without_settled_warnings
 from dat_ds.integrations.hf import AdversarialTrainingCallback
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's own
@@ -101,4 +102,5 @@ def finetune(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    finetune(parse())
+    with without_settled_warnings():
+        finetune(parse())

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
+from dat_ds.commands import without_settled_warnings
 from dat_ds.data import build_data
 from dat_ds.integrations.hf import AdversarialTrainingCallback
 
@@ -102,5 +103,6 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = parse()
-    for how, attack in ATTACKS.items():
-        train(how, attack, options)
+    with without_settled_warnings():
+        for how, attack in ATTACKS.items():
+            train(how, attack, options)

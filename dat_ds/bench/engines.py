@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_ds.assembly import build_data_of, build_loader, build_model_of
-from dat_ds.config import RunConfig, adapt_to_device, resolve_batch
+from dat_ds.config import RunConfig, adapt_to_device, resolve_batch, without_monitors
 from dat_ds.data import DistributedLoader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
@@ -27,7 +28,7 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
         way connected to it.
     """
     ranks = setup_ranks()
-    run = adapt_to_device(run, ranks.device.type)
+    run = _for_timing(run, ranks)
     with ranks.together():
         splits = build_data_of(run)
         twin = build_model_of(run, splits).to(ranks.device)
@@ -38,6 +39,12 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
     x = torch.rand(micro_batch, *splits.image_shape, generator=generator)
     y = torch.randint(splits.num_classes, (micro_batch,), generator=generator)
     return engine, twin, x.to(ranks.device), y.to(ranks.device)
+
+
+def _for_timing(run: RunConfig, ranks: Ranks) -> RunConfig:
+    """The run on this device, without monitors, which would be a part of what is measured."""
+    run = dataclasses.replace(run, deepspeed=without_monitors(run.deepspeed))
+    return adapt_to_device(run, ranks.device.type)
 
 
 def optimizer_step(engine: AdversarialEngine, x: Tensor, y: Tensor) -> None:
@@ -91,8 +98,7 @@ def layerwise_steps(
     run: RunConfig, ranks: Ranks, model: nn.Module, batches: Sequence[Sequence[Tensor]]
 ) -> LayerwiseSteps:
     """Train ``model`` on ``batches``, each rank on its own; a collective."""
-    run = adapt_to_device(run, ranks.device.type)
-    engine, *_ = initialize(model=model, config=run, ranks=ranks)
+    engine, *_ = initialize(model=model, config=_for_timing(run, ranks), ranks=ranks)
     optimizer = hooks.basic_optimizer(engine.deepspeed)
     assert isinstance(optimizer, TrustRatioOptimizer)
     ratios = []

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dat_ds.config.deepspeed.logs import log_notes
 from dat_ds.config.deepspeed.optimizer import notes_on
 from dat_ds.config.deepspeed.resolve import resolve_deepspeed
 from dat_ds.config.former import without_foreign_keys
@@ -35,6 +36,7 @@ def load_config(
     defaults: Mapping[str, Any] | None = None,
     client_optimizer: bool = False,
     imports: Sequence[str] = (),
+    here: bool = True,
 ) -> RunConfig:
     """Read, merge, check and resolve a run config.
 
@@ -49,6 +51,8 @@ def load_config(
         client_optimizer: The caller brings an optimizer of its own, so the config names none.
         imports: Modules whose methods the config may name, as ``"package.module:Class"``; they
             are imported, which runs their code.
+        here: Whether the run is to be carried out on this machine, which then has to have what the
+            run reports to, such as a monitor's package. False where a finished run is read.
 
     Returns:
         The resolved run.
@@ -75,12 +79,15 @@ def load_config(
     problems: list[str] = []
     ours = without_foreign_keys(ours)
     dat = resolve_dat(parse_section(DatConfig, ours, "dat", problems), problems)
-    deepspeed = resolve_deepspeed(values, dat, problems, client_optimizer=client_optimizer)
+    deepspeed = resolve_deepspeed(
+        values, dat, problems, client_optimizer=client_optimizer, here=here
+    )
     accumulation = deepspeed.get("gradient_accumulation_steps")
     check_run(dat, deepspeed, problems, accumulation=accumulation)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes_on(deepspeed, dat))
+    notes = (*notes_on(deepspeed, dat), *log_notes(deepspeed))
+    return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes)
 
 
 def refuse_absurd(values: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from dat_ds.data import BatchPlan, DistributedLoader, file_of
 from dat_ds.data.loader import Batch, PlannedBatch
 from dat_ds.engine import hooks
 from dat_ds.engine.bare import BareModel, graphs_of
+from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.steplog import StepLog
 from dat_ds.engine.validate import attack_problems
@@ -70,6 +71,7 @@ class AdversarialEngine:
         averaging_optimizer: The optimizer, where it averages over ranks by itself.
         compression: Averages gradients through a codec; None where they are not compressed.
         inner: The inner maximisation: attack, its precision, what it carries along.
+        monitor: Writes metrics to the monitors that the config enables.
         traffic: Counts what this process sends.
         watch: Tells of faulty images and labels, which are looked for in every batch: on several
             ranks and on a GPU when :attr:`metrics` are read and before a checkpoint.
@@ -83,6 +85,7 @@ class AdversarialEngine:
         ranks: Ranks,
         attack: Attack | None,
         objective: Objective,
+        monitor: Monitor,
         total_steps: int | None = None,
         helper: nn.Module | None = None,
         reference: nn.Module | None = None,
@@ -96,6 +99,7 @@ class AdversarialEngine:
         self.ranks = ranks
         self.reference = reference
         self.averaging_optimizer = averaging_optimizer
+        self.monitor = monitor
         self._objective = objective
         self._total_steps = total_steps
         self._loader = loader
@@ -276,6 +280,9 @@ class AdversarialEngine:
         self._log.pending.timer.leave()
         if completes:
             self._log.complete()
+            if self.monitor.is_due(self.global_steps, self._total_steps):
+                metrics = {**self.reduced_metrics(), "lr": self.deepspeed.get_lr()[0]}
+                self.monitor.write(self.global_steps, {f"train/{k}": v for k, v in metrics.items()})
 
     # ---- attack
 
@@ -442,11 +449,12 @@ class AdversarialEngine:
         return self._log.reduced()
 
     def close(self) -> None:
-        """Let go of the process group and of DeepSpeed's hooks on the module."""
+        """Let go of monitors, the process group and DeepSpeed's hooks on the module."""
         try:
             self.watch.check_here()
         except DataError as error:  # nobody asked for the metrics
             logger.error("%s", error)
+        self.monitor.close(self.global_steps)
         self._log.close()
         self.deepspeed.destroy()
 

@@ -91,7 +91,12 @@ class BareModel:
         """
         called = self.module if called is None else called
         try:
-            with self.resident(), attack_mode(self.module, model_mode), self.autocast():
+            with (
+                self.resident(),
+                attack_mode(self.module, model_mode),
+                self.autocast(),
+                hooks.untimed(self._engine),
+            ):
                 yield _FrozenModel(self.module, called, self.forward, model_mode == "train")
         except BaseException:
             # A forward that broke off leaves ZeRO-3 parameters gathered, and marked as in use.

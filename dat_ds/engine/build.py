@@ -24,6 +24,7 @@ from dat_ds.config import (
     attack_of,
     check_layerwise,
     check_one_bit,
+    counts_traffic,
     load_config,
     one_bit_name,
     one_bit_options,
@@ -31,12 +32,13 @@ from dat_ds.config import (
     resolve_batch,
     scale_learning_rate,
     threat_of,
+    without_monitors,
 )
 from dat_ds.data import DistributedLoader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.launch import setup_ranks
-from dat_ds.engine.monitor import MONITOR_KEYS
+from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.validate import attack_problems, check_deepspeed, check_precision
 from dat_ds.errors import ConfigError
 from dat_ds.minmax import frozen_copy, settle
@@ -128,9 +130,12 @@ def initialize(
     if words and ranks.is_main:
         logger.info("%s", words)
         _warn_of_unusual_scaling(run)
+    is_tested = optimizer is None or isinstance(
+        optimizer, (LayerwiseOptimizer, CompressedOptimizer)
+    )
     if optimizer is None:
         optimizer = _optimizer_of(model, scaled)
-    settings = {k: copy.deepcopy(v) for k, v in scaled.deepspeed.items() if k not in MONITOR_KEYS}
+    settings = _deepspeeds(scaled)
     settings.update(
         train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro_batch,
@@ -146,7 +151,11 @@ def initialize(
         settings.pop("optimizer", None)
         if ranks.is_main and schedule is not None:
             _warn_of_late_freeze(averaging, schedule.total_steps)
-    with contextlib.nullcontext() if averaging is None else averaging.paused():
+    monitor = Monitor(run, ranks, global_batch=global_batch)
+    with (
+        contextlib.nullcontext() if averaging is None else averaging.paused(),
+        hooks.tested_optimizer() if is_tested else contextlib.nullcontext(),
+    ):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -170,8 +179,19 @@ def initialize(
         reference=reference,
         loader=loader,
         averaging_optimizer=averaging,
+        monitor=monitor,
     )
     return adversarial, optimizer, loader, scheduler
+
+
+def _deepspeeds(run: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings, without what would cost time in every pass of an attack."""
+    settings = copy.deepcopy(without_monitors(run.deepspeed))
+    # Its throughput waits for the device before every forward, and knows of no attack.
+    settings["timers"] = {"throughput": {"enabled": False}}
+    if not counts_traffic(run.deepspeed):
+        settings.pop("comms_logger", None)  # DeepSpeed takes the section itself for a yes
+    return settings
 
 
 def _own_attack(attack: Attack | UserAttack, run: RunConfig, problems: list[str]) -> Attack:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,37 @@ def skip_shared_memory_op() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+_CURRENT_NAMES = {
+    "all_gather_function": "all_gather_single",
+    "reduce_scatter_function": "reduce_scatter_single",
+}
+
+
+def use_current_collectives() -> None:
+    """Let DeepSpeed call two of torch's collectives by the names that torch recommends.
+
+    They are the same functions; by the names that DeepSpeed uses, torch 2.14 warns of them.
+    """
+    backend = deepspeed.comm.comm.cdb
+    for attribute, name in _CURRENT_NAMES.items():
+        if hasattr(dist, name):
+            setattr(backend, attribute, getattr(dist, name))
+
+
+@contextlib.contextmanager
+def tested_optimizer() -> Iterator[None]:
+    """Inside, DeepSpeed does not warn that it has not tested the optimizer under ZeRO: we have."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "ZeRO with an untested optimizer" not in record.getMessage()
+
+    deepspeed.utils.logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        deepspeed.utils.logger.removeFilter(is_other)
+
+
 def supports_fp16() -> bool:
     """Whether DeepSpeed accepts ``fp16`` on this device."""
     return bool(get_accelerator().is_fp16_supported())
@@ -64,6 +96,20 @@ def named_loss_scale_error() -> Iterator[None]:
             "float16 gradients overflow even at the smallest loss scale (fp16.min_loss_scale); "
             "training stopped. Write bf16 or torch_autocast instead of fp16, or a smaller lr."
         ) from None
+
+
+@contextlib.contextmanager
+def untimed(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, forwards of the bare module are left out of ``wall_clock_breakdown``'s times.
+
+    Hooks of DeepSpeed's on the module start and stop these timers, whoever calls it.
+    """
+    timers = engine.engine_timers
+    names, timers.forward_timers = timers.forward_timers, []
+    try:
+        yield
+    finally:
+        timers.forward_timers = names
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

@@ -25,6 +25,7 @@ def setup_ranks() -> Ranks:
     if not deepspeed.comm.is_initialized():
         hooks.skip_shared_memory_op()
         deepspeed.init_distributed(verbose=False)
+    hooks.use_current_collectives()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     deepspeed.accelerator.get_accelerator().set_device(local_rank)
     cpu_group = None

@@ -43,7 +43,7 @@ def evaluate_run(
         config = folder / "config.json"
         if not config.exists():
             raise CheckpointError(f"{str(folder)!r} is not the folder of a run: no config.json.")
-        run = load_config(config, overrides=overrides, imports=imports)
+        run = load_config(config, overrides=overrides, imports=imports, here=False)
         splits = build_data_of(run)
         model = load(folder, map_location=ranks.device)
         task = task_of_export(run, folder, ranks)

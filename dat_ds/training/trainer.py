@@ -24,7 +24,6 @@ from dat_ds.data import DistributedLoader, PlannedBatch
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
-from dat_ds.engine.monitor import Monitor
 from dat_ds.errors import DataError, NumericsError
 from dat_ds.evaluation import Record, evaluate
 from dat_ds.files import append_row, keep_rows_until
@@ -91,7 +90,8 @@ class Trainer:
         self._warned_of_skips = False
         self._shown: dict[str, str] = {}
         self._checkpointed_at = -1
-        self._monitor = Monitor(self.run, output) if self.ranks.is_main else None
+        self._monitor = engine.monitor
+        self._monitor.take_over(output)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where ``checkpoint`` was written; a collective."""
@@ -282,8 +282,7 @@ class Trainer:
         with self.ranks.together():
             if self.ranks.is_main:
                 append_row(self.output / "metrics.jsonl", row)
-        if self._monitor is not None:
-            self._monitor.write(step, {f"train/{k}": v for k, v in row.items()})
+        self._monitor.write(step, {f"train/{k}": v for k, v in row.items()})
         self._shown = {
             "loss": f"{metrics['loss']:.3f}",
             "natural": _percent(metrics["natural_acc"]),
@@ -363,13 +362,9 @@ class Trainer:
                 self.checkpoints.save_best(
                     self.engine, hooks.full_state_dict(self.engine.deepspeed)
                 )
-        if self._monitor is not None:
-            natural_values = {
-                "natural_acc": record.natural_acc,
-                "natural_loss": record.natural_loss,
-            }
-            named = {**natural_values, **record.robust_acc, **record.robust_loss}
-            self._monitor.write(step, {f"validation/{k}": v for k, v in named.items()})
+        natural = {"natural_acc": record.natural_acc, "natural_loss": record.natural_loss}
+        named = {**natural, **record.robust_acc, **record.robust_loss}
+        self._monitor.write(step, {f"validation/{k}": v for k, v in named.items()})
         if self.ranks.is_main:
             self._say_validation(record, attacks)
 

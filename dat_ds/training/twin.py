@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from dat_ds.attacks import NoAttack
-from dat_ds.config import RunConfig
+from dat_ds.config import MONITORS, RunConfig, enabled_monitors, without_monitors
 from dat_ds.config.schema import WeightPerturbationConfig
 from dat_ds.data import DatasetMethod
 from dat_ds.objectives import AdversarialTraining
@@ -25,7 +27,19 @@ def natural_twin_of(run: RunConfig) -> RunConfig:
         weight_perturbation=WeightPerturbationConfig(),
         evaluation=dataclasses.replace(run.dat.evaluation, natural_twin=False),
     )
-    return dataclasses.replace(run, dat=dat, notes=())
+    return dataclasses.replace(run, dat=dat, deepspeed=_with_own_files(run.deepspeed), notes=())
+
+
+def _with_own_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with monitors in a folder of their own; services are told of the run alone."""
+    own = without_monitors(config)
+    for key, section in enabled_monitors(config).items():
+        if "job_name" in MONITORS[key].known_keys():
+            job = section.get("job_name", MONITORS[key]().to_dict()["job_name"])
+            own[key] = {**section, "job_name": f"{job}/{TWIN_FOLDER}"}
+    if "tensorboard" in config:
+        own.setdefault("tensorboard", config["tensorboard"])  # off is off for both
+    return own
 
 
 def _labelled_only(data: DatasetMethod) -> DatasetMethod:

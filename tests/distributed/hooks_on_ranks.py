@@ -419,6 +419,13 @@ def look() -> dict[Any, Any]:
     reports: dict[Any, Any] = {
         "shm": shm | {"is skipped": comm.cdb.shm_comm_op is None},
         "deepspeed": deepspeed.__version__,
+        "collectives": {
+            attribute: (
+                attribute in backend.TorchBackend.__init__.__code__.co_names,
+                getattr(comm.cdb, attribute).__name__,
+            )
+            for attribute in ("all_gather_function", "reduce_scatter_function")
+        },
         "traffic": look_at_traffic(),
     }
     for name in MODELS:

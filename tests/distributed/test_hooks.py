@@ -38,6 +38,13 @@ def test_skip_shared_memory_op_replaces_what_deepspeed_calls(reports: dict[Any, 
     assert reports["shm"] == {"exists": True, "is looked up": True, "is skipped": True}
 
 
+def test_use_current_collectives_replaces_what_deepspeed_calls(reports: dict[Any, Any]) -> None:
+    names = ("all_gather_single", "reduce_scatter_single")
+    if not hasattr(torch.distributed, names[0]):  # before torch 2.14
+        names = ("all_gather_into_tensor", "reduce_scatter_tensor")
+    assert [*reports["collectives"].values()] == [(True, name) for name in names]
+
+
 def test_supports_fp16_says_what_deepspeed_accepts(reports: dict[Any, Any]) -> None:
     report = reports["fp16"]
     assert (report["unsupported"], report["supported"]) == (False, True)

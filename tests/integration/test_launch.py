@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.integration import tiny_run
+from tests.integration.silence import unexpected
 
 TIMEOUT = 120
 
@@ -25,7 +26,7 @@ def launch(recipe: str, config: Path, *arguments: str) -> subprocess.Popen[str]:
     port = 29700 + os.getpid() % 200
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--num_accelerators", "2", "--master_port", str(port)),
+        *("--quiet", "--num_accelerators", "2", "--master_port", str(port)),
         *(str(tiny_run.ROOT / "recipes" / recipe), "--deepspeed_config", str(config), *arguments),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -77,6 +78,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, model: dict[str, Any])
     whole = tiny_run.write(tmp_path / "whole.json", long_config(tmp_path / "whole", model))
     code, output = finish(launch("train_vit.py", whole))
     assert code == 0, output
+    assert unexpected(output) == []
     config = tiny_run.write(tmp_path / "killed.json", long_config(tmp_path / "killed", model))
     process = launch("train_vit.py", config, "--resume", "auto")
     wait_for_rows(tmp_path / "killed", 12)

@@ -59,7 +59,6 @@ def test_compression_without_sense_is_refused_with_the_reason(compression, messa
         (0, {"communication_data_type": "bf16"}, "communication_data_type"),
         (0, {"prescale_gradients": True}, "prescale_gradients"),
         (1, {"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
-        (0, {"compile": {"deepcompile": True}}, "compile.deepcompile"),
         (1, {"zero_optimization": {"reduce_scatter": True}}, "zero_optimization.reduce_scatter"),
         (3, {"zero_optimization": {"reduce_scatter": False}}, "zero_optimization.reduce_scatter"),
         (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +69,26 @@ def test_missing_labels_and_scales_are_refused(tmp_path: Path) -> None:
         trainer_of(vit(), tmp_path, [callback_of()], eval_dataset=Unlabelled(8)).evaluate()
     with pytest.raises(ConfigError, match="scale of pixel_values is unknown"):
         trainer_of(vit(), tmp_path, [callback_of(mean=None, std=None)])
+
+
+def test_monitors_of_the_deepspeed_file_are_checked_when_the_trainer_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = {
+        "train_batch_size": "auto",
+        "wandb": {"enabled": True},
+        "csv_monitor": {"output_pth": ""},
+    }
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments.deepspeed_plugin = SimpleNamespace(
+        zero_stage=2, hf_ds_config=SimpleNamespace(config=config)
+    )
+    with pytest.raises(ConfigError) as caught:
+        callback_of().on_init_end(arguments, None, None, model=vit())
+    first, second = str(caught.value).split("\n")
+    assert first.startswith("wandb.enabled=true, but the package 'wandb' is not installed")
+    assert second.startswith("Unknown key in the run config: csv_monitor.output_pth")
 
 
 class _OwnLoss(transformers.Trainer):

@@ -47,6 +47,9 @@ FP16_DEFAULTS: dict[str, Any] = {
 }
 """Dynamic loss scaling of ``fp16``, shown where it is enabled."""
 
+OPTIMIZER_KEYS = ("type", "params", "legacy_fusion")
+"""Keys of ``optimizer``, of which DeepSpeed passes over any other."""
+
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True},
     "adamw": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8},

@@ -9,6 +9,7 @@ from dat_ds.config.deepspeed.keys import (
     NOT_READ,
     ONE_BIT_OPTIMIZERS,
     OPTIMIZER_DEFAULTS,
+    OPTIMIZER_KEYS,
     adam_weight_decay,
 )
 from dat_ds.config.deepspeed.precision import FLOAT16, enabled
@@ -58,6 +59,13 @@ def resolve_optimizer(
         name = str(section.get("type", "")).lower()
         if not isinstance(section.get("type"), str):
             problems.append("optimizer.type is missing: write 'AdamW' or 'SGD'.")
+        for key in section:
+            if key not in OPTIMIZER_KEYS:
+                problems.append(
+                    f"Unknown key in the run config: optimizer.{key}"
+                    f"{did_you_mean(key, OPTIMIZER_KEYS)}. Valid keys of 'optimizer': "
+                    f"{', '.join(OPTIMIZER_KEYS)}; those of the optimizer itself stand in params."
+                )
         given_params = section.get("params", {})
         if not isinstance(given_params, dict):
             problems.append(f"optimizer.params={given_params!r} must be an object.")

@@ -21,7 +21,6 @@ def resolve_reductions(
         "gradient_predivide_factor": config["gradient_predivide_factor"] != 1,
         "zero_optimization.zenflow": bool(zero.get("zenflow")),
         "zero_optimization.zero_quantized_gradients": bool(zero.get("zero_quantized_gradients")),
-        "compile.deepcompile": bool((config.get("compile") or {}).get("deepcompile")),
     }
     if stage in (1, 2):
         refused["zero_optimization.reduce_scatter"] = zero.get("reduce_scatter") is True

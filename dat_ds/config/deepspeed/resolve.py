@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dat_ds.config.deepspeed.keys import SCALAR_DEFAULTS, TOP_LEVEL_KEYS
+from dat_ds.config.deepspeed.logs import check_logs
 from dat_ds.config.deepspeed.optimizer import ADAM_NAMES, resolve_optimizer, take_automatic_freeze
 from dat_ds.config.deepspeed.precision import check_precision_keys
 from dat_ds.config.deepspeed.reductions import resolve_reductions
+from dat_ds.config.deepspeed.sections import check_sections
 from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.method import did_you_mean
 
@@ -24,6 +26,14 @@ _REFUSED_KEYS = {
     "expert_parallel": "expert parallelism is not supported: remove it",
     "sequence_parallel_size": "sequence parallelism is not supported: remove it",
     "data_efficiency": "it replaces the data loader: remove it",
+    "seq_parallel_communication_data_type": "sequence parallelism is not supported: remove it",
+    "use_data_before_expert_parallelism": "expert parallelism is not supported: remove it",
+    "vocabulary_size": "images have no vocabulary: remove it",
+    "weight_quantization": "the model is built before DeepSpeed sees it: remove it",
+    "disable_allgather": "DeepSpeed does nothing with it: remove it",
+    "datastates_ckpt": (
+        "a checkpoint is published when it is complete, and this one writes on: remove it"
+    ),
 }
 
 
@@ -32,7 +42,6 @@ _SECTIONS = {
     "bf16": '{"enabled": true}',
     "bfloat16": '{"enabled": true}',
     "fp16": '{"enabled": true}',
-    "torch_autocast": '{"enabled": true}',
     "optimizer": '{"type": "AdamW", "params": {"lr": 0.001}}',
 }
 
@@ -43,6 +52,7 @@ def resolve_deepspeed(
     problems: list[str],
     *,
     client_optimizer: bool = False,
+    here: bool = True,
 ) -> dict[str, Any]:
     """Check DeepSpeed's part of the config and write out its defaults that change results.
 
@@ -51,6 +61,7 @@ def resolve_deepspeed(
         dat: Our section.
         problems: Receives one message per problem found.
         client_optimizer: The caller brings an optimizer of its own.
+        here: Whether the run is to be carried out on this machine.
 
     Returns:
         A new dict for ``deepspeed.initialize``.
@@ -69,6 +80,8 @@ def resolve_deepspeed(
     if isinstance(config.get("zero_optimization"), bool):
         config["zero_optimization"] = {"stage": int(config["zero_optimization"])}
     _check_objects(config, problems)
+    check_sections(config, problems, here=here)
+    check_logs(config, problems)
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (0, 1, 2, 3):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dat_ds.attacks import Attack, ThreatModel, misfits
-from dat_ds.config import check_num_classes
+from dat_ds.config import MONITORS, check_num_classes, check_sections
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.evaluation import robust_metrics
@@ -371,6 +371,10 @@ def _check_trainer(args: TrainingArguments, model: nn.Module, settings: Settings
         else:
             check_num_classes(settings.dat, num_labels, problems)
     problems += _attack_problems(args, model, settings)
+    if args.deepspeed_plugin is not None:
+        # They are DeepSpeed's own here, which would miss them after the model was moved.
+        config = args.deepspeed_plugin.hf_ds_config.config
+        check_sections(config, problems, kinds=MONITORS, here=True)
     if problems:
         raise ConfigError("\n".join(problems))
 
