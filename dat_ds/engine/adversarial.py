@@ -421,8 +421,9 @@ class AdversarialEngine:
         return self._log.reduced()
 
     def close(self) -> None:
-        """Let go of the process group and of DeepSpeed's hooks on the module."""
+        """Let go of the process group, and leave no hook on the module."""
         self._log.close()
+        self._bare.close()
         self.deepspeed.destroy()
 
     # ---- internals

@@ -27,7 +27,6 @@ from dat_ds.config import (
     load_config,
     one_bit_name,
     one_bit_options,
-    precision_of,
     resolve_batch,
     scale_learning_rate,
     threat_of,
@@ -113,7 +112,10 @@ def initialize(
             f"train_micro_batch_size_per_gpu={micro_batch}: dat.objective.name={objective.name!r} "
             "compares the images of a batch, in the attack those of a rank. Write at least 2."
         )
-    reference = _reference(model, run, ranks) if objective.needs_reference else None
+    reference = None
+    if objective.needs_reference:
+        remedy = "build it without deepspeed.zero.Init."
+        reference = frozen_copy(model, run.dat.objective.name, remedy=remedy)
     loader = None
     if training_data is not None:
         replays = 1 if attack is None else attack.strategy().replays
@@ -155,6 +157,8 @@ def initialize(
             config=settings,
             dist_init_required=False,
         )
+    if reference is not None:
+        settle(reference, engine.module, ranks.device)
     if isinstance(ours, LayerwiseOptimizer):
         hooks.attach_layers(engine, ours)
     if averaging is not None:
@@ -251,11 +255,3 @@ def _warn_of_unusual_scaling(run: RunConfig) -> None:
             name,
             usual,
         )
-
-
-def _reference(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
-    """Rank 0's model as it is now, on every rank's device, in the run's precision."""
-    remedy = "build it without deepspeed.zero.Init."
-    copied = frozen_copy(model, run.dat.objective.name, remedy=remedy)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return settle(copied, ranks.device, half.get(precision_of(run.deepspeed)))
