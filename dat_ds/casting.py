@@ -150,7 +150,7 @@ def refuse_mixed_dtypes(
 
 def _place(error: RuntimeError) -> str:
     """`` (FILE, line N)`` of the model's code that ``error`` comes from, where it shows."""
-    ours = Path(__file__).parents[1]
+    ours = Path(__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if not path.is_file() or ours in path.parents:

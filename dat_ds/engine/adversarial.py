@@ -421,7 +421,7 @@ class AdversarialEngine:
         return self._log.reduced()
 
     def close(self) -> None:
-        """Let go of the process group, and leave no hook on the module."""
+        """Let go of the process group, of DeepSpeed's hooks on the module, and of ours."""
         self._log.close()
         self._bare.close()
         self.deepspeed.destroy()

@@ -36,7 +36,12 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.engine.monitor import MONITOR_KEYS
-from dat_ds.engine.validate import attack_problems, check_deepspeed, check_precision
+from dat_ds.engine.validate import (
+    attack_problems,
+    check_compiled,
+    check_deepspeed,
+    check_precision,
+)
 from dat_ds.errors import ConfigError
 from dat_ds.minmax import frozen_copy, settle
 from dat_ds.models import load
@@ -92,6 +97,7 @@ def initialize(
     )
     micro_batch, accumulation = resolve_batch(run.deepspeed, ranks.count)
     check_precision(model, run)
+    check_compiled(model, run)
     if ranks.is_main:
         for note in run.notes:
             logger.info("Note: %s", note)
