@@ -12,6 +12,7 @@ import contextlib
 import functools
 import re
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,47 +33,60 @@ _LIBRARIES = ("timm", "torchvision", "transformers")
 anyone else may, so their input is left alone."""
 
 
-def cast_at_layers(model: nn.Module) -> list[RemovableHandle]:
-    """Let every layer with 16-bit weights cast wider floats that it is given to their dtype.
+_casting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose layers cast at this moment, so that every attack need not look through them."""
 
-    Layers are torch's, and other libraries' subclasses of them; those that cast already are left
-    as they are.
+
+class LayerCasts:
+    """Every layer with 16-bit weights casts wider floats that it is given to their dtype.
+
+    Layers are torch's, and other libraries' subclasses of them. Nothing is done where layers of
+    ``model`` cast already, or where its ``casts_input`` says that it does all this by itself.
 
     Args:
-        model: In the dtype that it will keep; ZeRO-3 may have sharded its parameters. One whose
-            ``casts_input`` is true does all this by itself, and is left as it is.
-
-    Returns:
-        Handles of the hooks, to be removed.
+        model: In the dtype that it will keep; ZeRO-3 may have sharded its parameters.
     """
-    if getattr(model, "casts_input", False):
-        return []
-    handles = []
-    for module in model.modules():
-        if _is_layer(module) and not _casts(module):
-            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-            if dtype in HALF:
-                hook = functools.partial(_cast_to_weights, dtype)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    return handles
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = None if model in _casting else model
+        self._handles: list[RemovableHandle] = []
+        if self._model is None:
+            return
+        _casting.add(model)
+        if getattr(model, "casts_input", False):
+            return
+        for module in model.modules():
+            if _is_layer(type(module)) and not _casts(module):
+                dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+                if dtype in HALF:
+                    hook = functools.partial(_cast_to_weights, dtype)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Leave nothing on the model."""
+        while self._handles:
+            self._handles.pop().remove()
+        if self._model is not None:
+            _casting.discard(self._model)
 
 
 @contextlib.contextmanager
 def casting_at_layers(model: nn.Module) -> Iterator[None]:
-    """:func:`cast_at_layers` until exit."""
-    handles = cast_at_layers(model)
+    """:class:`LayerCasts` until exit."""
+    casts = LayerCasts(model)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        casts.remove()
 
 
 def _cast_to_weights(
     dtype: torch.dtype, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """A forward pre-hook that costs under a microsecond where nothing is to be cast."""
-    if not (_is_wide(args) or (kwargs and _is_wide(tuple(kwargs.values())))):
+    """A forward pre-hook, quickest where one tensor arrives in the dtype of the weights."""
+    if len(args) == 1 and not kwargs and getattr(args[0], "dtype", None) is dtype:
+        return None
+    if not _is_wide((*args, *kwargs.values())):
         return None
     return _narrowed(args, dtype), {name: _narrowed(v, dtype) for name, v in kwargs.items()}
 
@@ -91,15 +105,13 @@ def _narrowed(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """Whether the code of a module's forward is known to begin with its weights."""
-    home: str = getattr(type(module).forward, "__module__", None) or ""
+def _is_layer(kind: type[nn.Module]) -> bool:
+    """Whether the code of a module's forward is known to begin with weights."""
+    home: str = getattr(kind.forward, "__module__", None) or ""
     if _is_torchs_layer(home):
         return True
-    return (
-        home.partition(".")[0] in _LIBRARIES
-        and any(p is not None for p in module._parameters.values())
-        and any(_is_torchs_layer(kind.__module__) for kind in type(module).__mro__)
+    return home.partition(".")[0] in _LIBRARIES and any(
+        _is_torchs_layer(base.__module__) for base in kind.__mro__
     )
 
 

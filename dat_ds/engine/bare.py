@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dat_ds.attacks import AttackGraphs, attack_mode
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
-from dat_ds.casting import cast_at_layers, refuse_mixed_dtypes
+from dat_ds.casting import LayerCasts, refuse_mixed_dtypes
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.engine import hooks
 from dat_ds.minmax import fill_up
@@ -57,7 +57,7 @@ class BareModel:
         precision = precision_of(run.deepspeed)
         self._autocasts = precision == "autocast"
         # Before anything is compiled, which the casts belong to.
-        self._casts = cast_at_layers(self.module) if precision in ("bf16", "fp16") else []
+        self._casts = LayerCasts(self.module)
         channels_last = run.dat.engine.channels_last
         self._layout = torch.channels_last if channels_last else torch.preserve_format
         budget = run.dat.engine.resident_parameters_gib * 2**30
@@ -72,8 +72,7 @@ class BareModel:
 
     def close(self) -> None:
         """Leave nothing on the module."""
-        while self._casts:
-            self._casts.pop().remove()
+        self._casts.remove()
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a forward leaves ZeRO-3 parameters gathered, where memory allows it."""

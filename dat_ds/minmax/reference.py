@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dat_ds.casting import cast_at_layers
+from dat_ds.casting import LayerCasts
 from dat_ds.errors import ConfigError
 from dat_ds.models.replicas import share_from_first_rank
 
@@ -47,7 +47,7 @@ def settle(reference: nn.Module, model: nn.Module, device: torch.device) -> None
         tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     reference.to(device)
     share_from_first_rank(reference)
-    cast_at_layers(reference)
+    LayerCasts(reference)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

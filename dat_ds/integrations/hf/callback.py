@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dat_ds.attacks import Attack, ThreatModel, misfits
-from dat_ds.casting import cast_at_layers
+from dat_ds.casting import LayerCasts
 from dat_ds.config import check_num_classes
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
@@ -275,7 +275,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         """The model as it was at the start, where the objective needs it."""
         if self._reference is None:
             return None
-        cast_at_layers(self._reference)
+        LayerCasts(self._reference)
         return PixelView(self._reference.to(device), pixels, settings.objective.head)
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from dat_ds import zero3
 from dat_ds.attacks import attack_mode
 from dat_ds.attacks.modes import ModelMode
-from dat_ds.casting import cast_at_layers, refuse_mixed_dtypes
+from dat_ds.casting import LayerCasts, refuse_mixed_dtypes
 from dat_ds.data import classes_of
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
@@ -161,7 +161,7 @@ class AdversarialForward:
         self._optimizer = optimizer
         self._reference = reference
         self._handles: list[RemovableHandle] = []
-        self._casts = cast_at_layers(module)
+        self._casts = LayerCasts(module)
         self._batch_norm = contextlib.ExitStack()
         self._moment = Moment(seed=settings.dat.seed, step=0)
         self._view = PixelView(module, pixels, settings.objective.head)
@@ -272,8 +272,7 @@ class AdversarialForward:
     def detach(self) -> None:
         """Leave nothing on the module, and its weights as they were."""
         self.disarm()
-        while self._casts:
-            self._casts.pop().remove()
+        self._casts.remove()
         self._weights.restore()
 
     # ---- hooks
