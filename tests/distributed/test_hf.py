@@ -129,22 +129,22 @@ def train_with_engine(stage: int, objective: str, accumulation: int) -> dict[str
 
 @contextlib.contextmanager
 def counted_inputs() -> Iterator[list[Tensor]]:
-    """What the model's first layer is given in training forwards with gradients."""
-    from transformers.models.vit.modeling_vit import ViTEmbeddings
+    """What the model is given in training forwards with gradients; it casts by itself."""
+    from transformers import ViTForImageClassification
 
     seen: list[Tensor] = []
-    forward = ViTEmbeddings.forward
+    forward = ViTForImageClassification.forward
 
     def noted(self: nn.Module, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.training and torch.is_grad_enabled():
             seen.append(pixel_values.detach())
         return forward(self, pixel_values, *args, **kwargs)
 
-    ViTEmbeddings.forward = noted
+    ViTForImageClassification.forward = noted
     try:
         yield seen
     finally:
-        ViTEmbeddings.forward = forward
+        ViTForImageClassification.forward = forward
 
 
 def train_in_half(folder: str, stage: int, precision: str) -> dict[str, Any]:

@@ -502,3 +502,25 @@ def test_functions_run_16_bit_networks_on_float32_pixels(
     )
     assert_in_ball([*spy_of(model).seen, x_adv], x, norm)
     assert not any(is_hooked(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(d, marks=WAITS_FOR_THE_ENTRY_CHECK) for d in HALF.values())],
+    ids=str,
+)
+def test_several_norms_leave_each_image_in_one_of_their_balls(dtype: torch.dtype) -> None:
+    x, y = images(dtype)
+    x_adv = attacks.multi_norm(
+        layers(),
+        x,
+        y,
+        threat=ThreatModel("linf", EPS["linf"]),
+        other_norms={"l2": EPS["l2"]},
+        step_size=EPS["linf"],
+        generator=SampleGenerator(0, 0, 0),
+        steps=2,
+    )
+    assert x_adv.dtype == torch.float32
+    within = [lengths(x_adv, x, norm) <= furthest(norm) for norm in ("linf", "l2")]
+    assert bool((within[0] | within[1]).all())
