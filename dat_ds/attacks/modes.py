@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from dat_ds.casting import HALF, casting_at_layers
 from dat_ds.errors import ModelError
 
 ModelMode = Literal["eval", "train"]
@@ -51,10 +52,11 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]:
     """Freeze ``model`` while an attack runs; restore everything exactly, even on error.
 
-    Inside, gradients are enabled, parameters do not require them, and every module is in
-    ``model_mode``. On exit each module's ``training`` flag, each parameter's ``requires_grad`` and
-    the global random number generators are as they were; so are all buffers after ``"train"``,
-    while ``"eval"`` relies on modules not to write to theirs.
+    Inside, gradients are enabled, parameters do not require them, every module is in
+    ``model_mode``, and layers with 16-bit weights cast the float32 pixels that they are given. On
+    exit each module's ``training`` flag, each parameter's ``requires_grad`` and the global random
+    number generators are as they were; so are all buffers after ``"train"``, while ``"eval"``
+    relies on modules not to write to theirs.
 
     Args:
         model: A module; for any other callable only the gradient mode is set.
@@ -96,7 +98,9 @@ def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]
             p.requires_grad_(False)
         # Evaluation mode neither updates buffers nor draws, unless a model does so on its own.
         keep_buffers = preserved_buffers(model) if training else contextlib.nullcontext()
-        with preserved_rng(device), keep_buffers, torch.enable_grad():
+        is_half = any(p.dtype in HALF for p in parameters)
+        casting = casting_at_layers(model) if is_half else contextlib.nullcontext()
+        with preserved_rng(device), keep_buffers, casting, torch.enable_grad():
             yield
     finally:
         for module, was_training in modes:

@@ -449,13 +449,14 @@ class AdversarialEngine:
         return self._log.reduced()
 
     def close(self) -> None:
-        """Let go of monitors, the process group and DeepSpeed's hooks on the module."""
+        """Let go of monitors, the process group, DeepSpeed's hooks on the module, and ours."""
         try:
             self.watch.check_here()
         except DataError as error:  # nobody asked for the metrics
             logger.error("%s", error)
         self.monitor.close(self.global_steps)
         self._log.close()
+        self._bare.close()
         self.deepspeed.destroy()
 
     # ---- internals

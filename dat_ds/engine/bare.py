@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -14,21 +15,31 @@ from torch import Tensor, nn
 from dat_ds.attacks import AttackGraphs, attack_mode
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
+from dat_ds.casting import LayerCasts, refuse_mixed_dtypes
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.contracts import Gate, named_forward_errors
 from dat_ds.engine import hooks
 from dat_ds.minmax import fill_up
-from dat_ds.models import PixelModel
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
+
+_ADVICE = {
+    dtype: f'write "torch_autocast": {{"enabled": true, "dtype": "{name}"}} in the place of "{key}"'
+    for dtype, name, key in (
+        (torch.bfloat16, "bfloat16", "bf16"),
+        (torch.float16, "float16", "fp16"),
+    )
+}
+"""What runs a model as it is, whose operations mix float32 with 16-bit weights."""
 
 
 class BareModel:
     """The module of a DeepSpeed engine, for passes that train nothing.
 
     They never enter DeepSpeed's forward, so they trigger no gradient hook, no reduction and no loss
-    scale.
+    scale. In every precision the module gets float32 pixels; with 16-bit weights its layers cast
+    (see :mod:`dat_ds.casting`), in DeepSpeed's forward as well, until :meth:`close`.
 
     Args:
         engine: DeepSpeed's engine.
@@ -51,10 +62,8 @@ class BareModel:
         self._gate, self._was_called = gate, False
         precision = precision_of(run.deepspeed)
         self._autocasts = precision == "autocast"
-        # Our own models normalise in float32 and cast after that; others get their own dtype.
-        casts_itself = isinstance(self.module, PixelModel)
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        self._dtype = torch.float32 if casts_itself else half.get(precision, torch.float32)
+        # Before anything is compiled, which the casts belong to.
+        self._casts = LayerCasts(self.module)
         channels_last = run.dat.engine.channels_last
         self._layout = torch.channels_last if channels_last else torch.preserve_format
         budget = run.dat.engine.resident_parameters_gib * 2**30
@@ -66,6 +75,10 @@ class BareModel:
             engine.compile()
         attacks_compiled = run.dat.engine.compile == "attack"
         self.compiled: Model = torch.compile(self.module) if attacks_compiled else self.module
+
+    def close(self) -> None:
+        """Leave nothing on the module."""
+        self._casts.remove()
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a forward leaves ZeRO-3 parameters gathered, where memory allows it."""
@@ -104,19 +117,28 @@ class BareModel:
             raise
 
     def forward(self, model: Model, x: Tensor, *, training: bool) -> Tensor:
-        """Outputs of ``model`` for ``x`` ``(B, C, H, W)``, cast to what it takes.
+        """Outputs of ``model`` for ``x`` ``(B, C, H, W)``, which it gets in float32.
 
         Raises:
+            ConfigError: If an operation of the model's own takes 16-bit weights with float32.
             ModelError: For outputs that are not what the objective compares.
         """
-        x = x.to(self._dtype, memory_format=self._layout)
+        x = x.to(torch.float32, memory_format=self._layout)
         filled = fill_up(x, self.module) if training else x
-        watched = contextlib.nullcontext() if self._was_called else named_forward_errors(x)
-        with watched:
-            outputs = model(filled)
-        self._was_called = True
+        outputs = model(filled) if self._was_called else self._first_call(model, filled)
         found = self._gate.outputs(outputs, len(filled))
         return found if filled is x else found[: len(x)]
+
+    def _first_call(self, model: Model, x: Tensor) -> Any:
+        """A call that tells what the model cannot take."""
+        with named_forward_errors(x):
+            try:
+                outputs = model(x)
+            except RuntimeError as error:
+                refuse_mixed_dtypes(self.module, error, _ADVICE)
+                raise
+        self._was_called = True
+        return outputs
 
     @torch.no_grad()
     def outputs_of(self, model: Model, x: Tensor) -> Tensor:

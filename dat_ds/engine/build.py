@@ -28,7 +28,6 @@ from dat_ds.config import (
     load_config,
     one_bit_name,
     one_bit_options,
-    precision_of,
     resolve_batch,
     scale_learning_rate,
     threat_of,
@@ -39,7 +38,12 @@ from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.engine.monitor import Monitor
-from dat_ds.engine.validate import attack_problems, check_deepspeed, check_precision
+from dat_ds.engine.validate import (
+    attack_problems,
+    check_compiled,
+    check_deepspeed,
+    check_precision,
+)
 from dat_ds.errors import ConfigError
 from dat_ds.minmax import frozen_copy, settle
 from dat_ds.models import load
@@ -95,6 +99,7 @@ def initialize(
     )
     micro_batch, accumulation = resolve_batch(run.deepspeed, ranks.count)
     check_precision(model, run)
+    check_compiled(model, run)
     if ranks.is_main:
         for note in run.notes:
             logger.info("Note: %s", note)
@@ -115,7 +120,10 @@ def initialize(
             f"train_micro_batch_size_per_gpu={micro_batch}: dat.objective.name={objective.name!r} "
             "compares the images of a batch, in the attack those of a rank. Write at least 2."
         )
-    reference = _reference(model, run, ranks) if objective.needs_reference else None
+    reference = None
+    if objective.needs_reference:
+        remedy = "build it without deepspeed.zero.Init."
+        reference = frozen_copy(model, run.dat.objective.name, remedy=remedy)
     loader = None
     if training_data is not None:
         replays = 1 if attack is None else attack.strategy().replays
@@ -164,6 +172,8 @@ def initialize(
             config=settings,
             dist_init_required=False,
         )
+    if reference is not None:
+        settle(reference, engine.module, ranks.device)
     if isinstance(ours, LayerwiseOptimizer):
         hooks.attach_layers(engine, ours)
     if averaging is not None:
@@ -271,11 +281,3 @@ def _warn_of_unusual_scaling(run: RunConfig) -> None:
             name,
             usual,
         )
-
-
-def _reference(model: nn.Module, run: RunConfig, ranks: Ranks) -> nn.Module:
-    """Rank 0's model as it is now, on every rank's device, in the run's precision."""
-    remedy = "build it without deepspeed.zero.Init."
-    copied = frozen_copy(model, run.dat.objective.name, remedy=remedy)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return settle(copied, ranks.device, half.get(precision_of(run.deepspeed)))

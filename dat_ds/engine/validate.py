@@ -124,3 +124,17 @@ def check_precision(model: nn.Module, run: RunConfig) -> None:
             f'"{"bfloat16" if precision == "bf16" else "float16"}"' + "} instead, which keeps "
             'BatchNorm in float32 (or "data_types": {"buffer_dtype": "..."} for 16-bit statistics).'
         )
+
+
+def check_compiled(model: nn.Module, run: RunConfig) -> None:
+    """Refuse a compiled model where DeepSpeed cannot run it.
+
+    Raises:
+        ConfigError: With the working alternative.
+    """
+    if run.zero_stage == 3 and any("_orig_mod" in m._modules for m in model.modules()):
+        raise ConfigError(
+            "zero_optimization.stage=3 with a model that torch.compile has wrapped: DeepSpeed "
+            "cannot follow its parameters. Pass the model itself, and write "
+            'dat.engine.compile="attack" or "all"; or call model.compile(), which wraps nothing.'
+        )

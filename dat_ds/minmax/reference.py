@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dat_ds.casting import LayerCasts
 from dat_ds.errors import ConfigError
 from dat_ds.models.replicas import share_from_first_rank
 
@@ -30,14 +33,22 @@ def frozen_copy(model: nn.Module, objective: str, *, remedy: str) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def settle(reference: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def settle(reference: nn.Module, model: nn.Module, device: torch.device) -> None:
     """Move a copy to where the model runs, with rank 0's weights on every rank; a collective.
 
     Args:
         reference: From :func:`frozen_copy`.
+        model: What it is a copy of, in the dtypes that it has been cast to since. The copy's
+            layers cast what they are given, as the model's do.
         device: Where the model runs.
-        dtype: Of its weights; None leaves them as they are.
     """
-    reference.to(device, dtype=dtype)
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    for name, tensor in _tensors(reference):
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    reference.to(device)
     share_from_first_rank(reference)
-    return reference
+    LayerCasts(reference)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(module.named_parameters(), module.named_buffers())

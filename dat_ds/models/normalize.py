@@ -115,6 +115,12 @@ class PixelModel(nn.Module):
         logits: Tensor = self.body(normalized.to(self._body_dtype()))
         return logits
 
+    @property
+    def casts_input(self) -> bool:
+        """Whether everything behind the normalisation computes in the body's dtype."""
+        dtype = self._body_dtype()
+        return all(b.dtype == dtype for b in self.body.buffers() if b.is_floating_point())
+
     def _body_dtype(self) -> torch.dtype:
         """Dtype of the body's first floating-point parameter, else float32."""
         dtypes = (p.dtype for p in self.body.parameters() if p.dtype.is_floating_point)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dat_ds.attacks import Attack, ThreatModel, misfits
+from dat_ds.casting import LayerCasts
 from dat_ds.config import MONITORS, check_num_classes, check_sections
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
@@ -139,7 +140,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             helper = load(helper_model, map_location=device)
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if self._reference is not None:
-            settle(self._reference, device, next(iter(half), None))
+            settle(self._reference, model, device)
         packs = bool(half) and args.deepspeed_plugin is not None
         if packs:
             internals.wrap_collator(train_dataloader, Float32Collator)
@@ -296,6 +297,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         """The model as it was at the start, where the objective needs it."""
         if self._reference is None:
             return None
+        LayerCasts(self._reference)
         return PixelView(self._reference.to(device), pixels, settings.objective.head)
 
     @staticmethod

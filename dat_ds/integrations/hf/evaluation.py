@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dat_ds.casting import casting_at_layers
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Record, evaluate, task_of
 from dat_ds.integrations.hf.forward import PixelView
@@ -85,21 +86,22 @@ def robust_metrics(
             "map-style dataset, or evaluation={'attacks': []}."
         )
     data = _PixelDataset(loader, pixels, settings)
-    record = evaluate(
-        PixelView(module, pixels, settings.objective.head),
-        data,
-        settings.threat,
-        config.attacks,
-        num_examples=config.num_examples,
-        batch_size=batch_size,
-        seed=settings.dat.seed,
-        device=ranks.device,
-        rank=ranks.rank,
-        ranks=ranks.count,
-        gather=ranks.gather,
-        num_workers=num_workers,
-        task=task_of(settings.objective, reference),
-    )
+    with casting_at_layers(module):
+        record = evaluate(
+            PixelView(module, pixels, settings.objective.head),
+            data,
+            settings.threat,
+            config.attacks,
+            num_examples=config.num_examples,
+            batch_size=batch_size,
+            seed=settings.dat.seed,
+            device=ranks.device,
+            rank=ranks.rank,
+            ranks=ranks.count,
+            gather=ranks.gather,
+            num_workers=num_workers,
+            task=task_of(settings.objective, reference),
+        )
     return _metrics(record)
 
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from dat_ds import zero3
 from dat_ds.attacks import attack_mode
 from dat_ds.attacks.modes import ModelMode
+from dat_ds.casting import LayerCasts, refuse_mixed_dtypes
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
 from dat_ds.integrations.hf.pixels import PixelScale, rounding_of, unpacked
@@ -42,6 +43,10 @@ _NO_LABELS = (
     "The batch has no labels: give the data a column 'label' or 'labels'. (A compute_loss_func "
     "takes them away before the model sees them: use AdversarialTrainer, which keeps them.)"
 )
+_ADVICE = {
+    torch.bfloat16: "train with bf16=True and without DeepSpeed's bf16, weights in float32",
+    torch.float16: "train with fp16=True and without DeepSpeed's fp16, weights in float32",
+}
 _NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "pixel_values")
 
 
@@ -68,15 +73,24 @@ class PixelView:
         self._options = {**(options or {}), "return_dict": True}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Outputs of pixels ``x``, float32, which are cast only after they were normalised."""
+        """Outputs of pixels ``x``, float32.
+
+        Raises:
+            ConfigError: If an operation of the model's own takes 16-bit weights with float32.
+        """
         filled = fill_up(x, self.module) if self.module.training else x
-        outputs = self.module(pixel_values=self.input_of(filled), **self._options)
+        try:
+            outputs = self.module(pixel_values=self.input_of(filled), **self._options)
+        except RuntimeError as error:
+            refuse_mixed_dtypes(self.module, error, _ADVICE)
+            raise
         return self.output_of(outputs) if filled is x else self.output_of(outputs)[: len(x)]
 
     def input_of(self, x: Tensor) -> Tensor:
-        """``pixel_values`` of ``x`` in the dtype of the model's parameters."""
+        """``pixel_values`` of ``x``, float32: the layers of a 16-bit model cast them."""
         dtypes = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
-        return self._pixels.to_values(x).to(next(dtypes, torch.float32))
+        values = self._pixels.to_values(x)
+        return values.to(torch.promote_types(values.dtype, next(dtypes, values.dtype)))
 
     def output_of(self, outputs: Any) -> Tensor:
         """Output that the objective compares.
@@ -152,6 +166,7 @@ class AdversarialForward:
         self._optimizer = optimizer
         self._reference = reference
         self._handles: list[RemovableHandle] = []
+        self._casts = LayerCasts(module)
         self._batch_norm = contextlib.ExitStack()
         self._moment = Moment(seed=settings.dat.seed, step=0)
         self._view = PixelView(module, pixels, settings.objective.head)
@@ -277,6 +292,7 @@ class AdversarialForward:
     def detach(self) -> None:
         """Leave nothing on the module, and its weights as they were."""
         self.disarm()
+        self._casts.remove()
         self._weights.restore()
 
     # ---- hooks
