@@ -32,7 +32,7 @@ from dat_ds.engine.exported import exported_weights
 from dat_ds.engine.random_state import preserved_random_state
 from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.steplog import StepLog
-from dat_ds.engine.validate import attack_problems
+from dat_ds.engine.validate import attack_problems, evaluation_problems
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Record, Task, task_of
 from dat_ds.minmax import (
@@ -168,8 +168,8 @@ class AdversarialEngine:
 
     @property
     def is_mid_step(self) -> bool:
-        """Whether gradients are held that the optimizer has not applied yet."""
-        return self.micro_step > 0 or self._has_gradients
+        """Whether gradients are held that the optimizer has not applied, or weights perturbed."""
+        return self.micro_step > 0 or self._has_gradients or self._weights.are_moved
 
     @property
     def progress(self) -> float:
@@ -488,10 +488,16 @@ class AdversarialEngine:
             The same record on every rank.
 
         Raises:
-            ValueError: For an unknown attack.
+            ConfigError: For an attack that is none, or that does not go along with the objective.
             DataError: For data that cannot be read, on every rank, or between a forward with
                 perturbed weights and its backward.
         """
+        if isinstance(attacks, str):
+            attacks = [attacks]
+        if attacks is not None:
+            problems = evaluation_problems(attacks, self._objective, self.run)
+            if problems:
+                raise ConfigError("\n".join(problems))
         if self._weights.are_moved:
             raise DataError(
                 "The weights are perturbed (dat.weight_perturbation) until the backward: call "
@@ -508,7 +514,7 @@ class AdversarialEngine:
                 self.run,
                 self.ranks,
                 self.task,
-                attacks=[attacks] if isinstance(attacks, str) else attacks,
+                attacks=attacks,
                 num_examples=num_examples,
                 batch_size=batch_size,
                 seed=seed,

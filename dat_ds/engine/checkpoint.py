@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dat_ds.config import RunConfig
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference"
 _FORMAT = 1
+_LISTED = 8
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 # May differ between a run and its continuation: they do not change the trajectory.
 _FREE_KEYS = (
@@ -213,6 +215,7 @@ class Checkpoints:
             state = read_state(checkpoint)
             _check_identity(checkpoint, state, engine.run, ranks.count)
             _check_complete(checkpoint, state, engine)
+            _check_model(checkpoint, engine)
             own = _read_rank_state(checkpoint / f"rank-{ranks.rank}.pt")
             if engine.ema is not None and not _holds_ema(engine):
                 own["ema"] = _read_rank_state(checkpoint / "rank-0.pt")["ema"]
@@ -289,8 +292,8 @@ def refuse_mid_step(engine: AdversarialEngine) -> None:
     if engine.is_mid_step:
         raise CheckpointError(
             f"In the middle of optimizer step {engine.global_steps + 1} ({engine.micro_step} of "
-            f"{engine.accumulation} micro-steps done, with gradients that a checkpoint does not "
-            "hold): call it after the engine.step() that ends the step."
+            f"{engine.accumulation} micro-steps done, with gradients or perturbed weights that a "
+            "checkpoint does not hold): call it after the engine.step() that ends the step."
         )
 
 
@@ -341,7 +344,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _check_complete(checkpoint: Path, state: Mapping[str, Any], engine: AdversarialEngine) -> None:
     # Checkpoints of earlier versions do not list their files.
-    needed = dict.fromkeys([f"rank-{engine.ranks.rank}.pt"]) | state.get("files", {})
+    needed = dict.fromkeys([f"rank-{engine.ranks.rank}.pt", WEIGHTS_NAME]) | state.get("files", {})
     if engine.reference is not None:
         needed.setdefault(f"{REFERENCE}/{WEIGHTS_NAME}", None)
     for name, size in needed.items():
@@ -353,6 +356,28 @@ def _check_complete(checkpoint: Path, state: Mapping[str, Any], engine: Adversar
                 f"Checkpoint {checkpoint} is incomplete: {name} has {file.stat().st_size} of "
                 f"{size} bytes."
             )
+
+
+def _check_model(checkpoint: Path, engine: AdversarialEngine) -> None:
+    with safe_open(checkpoint / WEIGHTS_NAME, "pt") as file:  # reads no weight
+        saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    now = {
+        name: list(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3's are sharded
+        for name, tensor in engine.module.state_dict(keep_vars=True).items()
+    }
+    none = "has none"
+    differences = [
+        f"  {name}: checkpoint {saved.get(name, none)}, this model {now.get(name, none)}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if differences:
+        listed = "\n".join(differences[:_LISTED])
+        more = len(differences) - _LISTED
+        raise CheckpointError(
+            f"Checkpoint {checkpoint} is of another model:\n{listed}"
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
 
 
 def _read_rank_state(file: Path) -> dict[str, Any]:

@@ -205,6 +205,9 @@ def test_a_batch_of_a_users_own_function_is_checked(function: Any, message: str)
 class Stream(IterableDataset[Any]):
     """No sample at all."""
 
+    def __iter__(self) -> Any:
+        return iter(())
+
 
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -239,4 +242,4 @@ def test_evaluation_reads_the_same_samples() -> None:
     first, second = (evaluate(model, data, threat, ["pgd-2"]).to_dict() for data in kinds)
     assert first == second
     with pytest.raises(DataError, match="Sample 4 has a label of class NoneType"):
-        evaluate(model, Samples(6, lambda i: (PIXELS, None if i == 4 else 0)), threat, [])
+        evaluate(model, Samples(6, lambda i: (pil[i], None if i == 4 else 0)), threat, [])
