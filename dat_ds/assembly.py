@@ -19,6 +19,7 @@ from dat_ds.data import (
     is_stream,
     splits_of,
 )
+from dat_ds.data.samples import refuse_no_dataset
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import Record, Task, evaluate
 from dat_ds.models import PixelModel, build_model
@@ -57,6 +58,7 @@ def build_loader(
         ConfigError: Where the config does not go along with a stream.
         DataError: For data that give no batches.
     """
+    refuse_no_dataset(data)
     pin_memory = dat.data.pin_memory
     pin_memory = ranks.device.type != "cpu" if pin_memory is None else pin_memory
     if is_stream(data):

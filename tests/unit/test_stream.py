@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dat_ds.assembly import build_loader
 from dat_ds.config import load_config
@@ -154,6 +154,8 @@ def test_a_run_on_a_stream_needs_its_length_and_at_most_one_worker():
         build_loader(Stream(8), load_config(values).dat, ranks, 2, 1)
     assert "write dat.schedule.max_steps" in str(caught.value)
     assert "dat.data.num_workers=2 with a stream" in str(caught.value)
+    with pytest.raises(DataError, match="are a DataLoader"):
+        build_loader(DataLoader(Stream(8)), load_config(values).dat, ranks, 2, 1)
     values["dat"] = {"data": {"num_workers": 1}, "schedule": {"max_steps": 3}}
     loader = build_loader(Stream(8), load_config(values).dat, ranks, 2, 1)
     assert labels(loader) == [[0, 1], [2, 3], [4, 5], [6, 7]]
