@@ -160,27 +160,23 @@ def train_without_quantisation() -> dict[str, Any]:
     return report
 
 
-def export_between_agreements(folder: Path) -> dict[str, Tensor]:
+def export_between_agreements() -> dict[str, Tensor]:
     """0/1 Adam's weights where replicas differ: its own, while exported, and afterwards."""
     import dat_ds
-    from dat_ds.training.trainer import Trainer
+    from dat_ds.engine.exported import exported_weights
 
-    logging = {"tensorboard": False, "progress": False}
     schedule = {"name": "constant", "max_steps": STEPS}
     engine, _, loader, _ = dat_ds.initialize(
         model=tiny.vit(),
-        config=tiny.config(
-            0, **section("ZeroOneAdam"), dat={"logging": logging, "schedule": schedule}
-        ),
+        config=tiny.config(0, **section("ZeroOneAdam"), dat={"schedule": schedule}),
         training_data=TensorDataset(*tiny.images(RANKS * BATCH)),
     )
     for _ in range(SAVED):
         for x, y in loader:
             engine.backward(engine(x, y))
             engine.step()
-    trainer = Trainer(engine, loader, TensorDataset(*tiny.images(0)), folder)
     report = {"own": weights_of(engine)}
-    with trainer.exported_weights():
+    with exported_weights(engine):
         report["exported"] = weights_of(engine)
     report["after"] = weights_of(engine)
     engine.close()
@@ -270,7 +266,7 @@ def on_two_ranks(folder: str) -> dict[Any, Any]:
     # Finite in bf16, but its norm is not in float32.
     reports["huge"] = train_with_one_bad_gradient("OneBitAdam", "bf16", 1e30)
     reports["exact"] = train_without_quantisation()
-    reports["export"] = export_between_agreements(Path(folder) / "export")
+    reports["export"] = export_between_agreements()
     reports["rule"] = freeze_by_the_rule()
     reports["losses"] = learn()
     reports["reference"] = train_ours()
