@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from dat_ds.config import DatConfig, RunConfig, check_num_classes, threat_of
-from dat_ds.data import DataSplits, DistributedLoader, splits_of
+from dat_ds.data import (
+    CollateFunction,
+    DataSplits,
+    DistributedLoader,
+    Loader,
+    StreamLoader,
+    is_stream,
+    splits_of,
+)
+from dat_ds.data.samples import refuse_no_dataset
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import Record, Task, evaluate
 from dat_ds.models import PixelModel, build_model, check_takes_images
@@ -41,9 +50,30 @@ def build_loader(
     accumulation: int,
     *,
     replays: int = 1,
-) -> DistributedLoader:
-    """The loader of a run's training data, which hands out each batch ``replays`` times."""
+    collate_fn: CollateFunction | None = None,
+) -> Loader:
+    """The loader of a run's training data, which hands out each batch ``replays`` times.
+
+    Raises:
+        ConfigError: Where the config does not go along with a stream.
+        DataError: For data that give no batches.
+    """
+    refuse_no_dataset(data)
     pin_memory = dat.data.pin_memory
+    pin_memory = ranks.device.type != "cpu" if pin_memory is None else pin_memory
+    if is_stream(data):
+        _check_stream(dat)
+        return StreamLoader(
+            cast("IterableDataset[Any]", data),
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            rank=ranks.rank,
+            ranks=ranks.count,
+            in_worker=dat.data.num_workers > 0,
+            pin_memory=pin_memory,
+            replays=replays,
+            collate_fn=collate_fn,
+        )
     return DistributedLoader(
         data,
         micro_batch=micro_batch,
@@ -52,9 +82,26 @@ def build_loader(
         ranks=ranks.count,
         seed=dat.seed,
         num_workers=dat.data.num_workers,
-        pin_memory=ranks.device.type != "cpu" if pin_memory is None else pin_memory,
+        pin_memory=pin_memory,
         replays=replays,
+        collate_fn=collate_fn,
     )
+
+
+def _check_stream(dat: DatConfig) -> None:
+    problems = []
+    if dat.schedule.max_steps is None:
+        problems.append(
+            "training_data is a stream, whose length is not known: write "
+            "dat.schedule.max_steps, the number of optimizer steps of the run."
+        )
+    if dat.data.num_workers > 1:
+        problems.append(
+            f"dat.data.num_workers={dat.data.num_workers} with a stream, which one process reads "
+            "from its beginning: write 1, or 0 to read it in the training process."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 PROJECTION_WIDTH = 128  # Chen et al., ICML 2020, arXiv 2002.05709, sec. 2.1
@@ -139,17 +186,25 @@ def evaluate_model(
     run: RunConfig,
     ranks: Ranks,
     task: Task | None,
+    *,
+    attacks: Sequence[str] | None = None,
+    num_examples: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> Record:
-    """Evaluate a model as ``dat.evaluation`` says, sharded over the ranks; a collective."""
+    """Evaluate a model, sharded over the ranks; a collective.
+
+    What is None is as ``dat.evaluation`` and ``dat.seed`` say.
+    """
     config = run.dat.evaluation
     return evaluate(
         model,
         data,
         threat_of(run.dat),
-        config.attacks,
-        num_examples=config.num_examples,
-        batch_size=config.batch_size,
-        seed=run.dat.seed,
+        config.attacks if attacks is None else attacks,
+        num_examples=config.num_examples if num_examples is None else num_examples,
+        batch_size=config.batch_size if batch_size is None else batch_size,
+        seed=run.dat.seed if seed is None else seed,
         device=ranks.device,
         rank=ranks.rank,
         ranks=ranks.count,

@@ -20,7 +20,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {path}: {error.strerror or error}. What was written earlier is intact: "
-            "make room and repeat the command with --resume auto."
+            "make room and continue from it (dat-ds train: --resume auto)."
         ) from None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dat_ds.assembly import build_data_of, build_loader, build_model_of
 from dat_ds.config import RunConfig, adapt_to_device, resolve_batch, without_monitors
-from dat_ds.data import DistributedLoader
+from dat_ds.data import Loader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.build import initialize
@@ -52,7 +52,7 @@ def optimizer_step(engine: AdversarialEngine, x: Tensor, y: Tensor) -> None:
     engine.train_step([(x, y)] * engine.accumulation)
 
 
-def training_loader(run: RunConfig, ranks: Ranks) -> DistributedLoader:
+def training_loader(run: RunConfig, ranks: Ranks) -> Loader:
     """The loader of a run's training data, as a training run has it."""
     with ranks.together():
         train = build_data_of(run).train

@@ -6,6 +6,7 @@ from dat_ds.data.images import FolderImages, TensorImages
 from dat_ds.data.loader import (
     DistributedLoader,
     EvaluationBatches,
+    Loader,
     PlannedBatch,
     evaluation_batches,
 )
@@ -20,6 +21,8 @@ from dat_ds.data.sampler import (
     plan_step,
     shard_evenly,
 )
+from dat_ds.data.samples import CollateFunction, is_stream
+from dat_ds.data.stream import StreamLoader
 from dat_ds.data.transforms import AUGMENTATIONS, Augmented, file_of
 from dat_ds.data.unlabelled import PartlyLabelled
 
@@ -29,22 +32,26 @@ __all__ = [
     "UNLABELLED",
     "Augmented",
     "BatchPlan",
+    "CollateFunction",
     "DataSplits",
     "DatasetMethod",
     "DistributedBatchSampler",
     "DistributedLoader",
     "EvaluationBatches",
     "FolderImages",
+    "Loader",
     "Mixed",
     "PartlyLabelled",
     "PlannedBatch",
     "SampleKey",
+    "StreamLoader",
     "TensorImages",
     "build_data",
     "classes_of",
     "evaluation_batches",
     "file_of",
     "hold_out",
+    "is_stream",
     "plan_step",
     "pseudo_label",
     "shard_evenly",

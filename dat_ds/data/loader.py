@@ -6,6 +6,7 @@ Shapes: ``B`` samples of a micro-batch (0 is possible), ``C H W`` of an image.
 from __future__ import annotations
 
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -20,115 +21,76 @@ from dat_ds.data.sampler import (
     seeded_generator,
     shard_evenly,
 )
-from dat_ds.data.transforms import Sample, fetch_sample
+from dat_ds.data.samples import Batch, CollateFunction, Collator, refuse_unless_map_style
+from dat_ds.data.transforms import fetch_sample
 from dat_ds.errors import CheckpointError, DataError
 
-Batch = tuple[Tensor, Tensor]
-"""Images and labels."""
 PlannedBatch = tuple[Tensor, Tensor, BatchPlan | None]
-"""Images, labels and, where it is known, their place in the global batch."""
 """Images, labels, and their place in the global batch; None for batches that are not a loader's."""
 _GRACE_SECONDS = 20  # the deepspeed launcher waits 30 before it kills
 
 
-class DistributedLoader:
-    """This rank's micro-batches of a dataset, epoch after epoch, resumable at any optimizer step.
+class Loader(ABC):
+    """This rank's micro-batches, epoch after epoch, resumable at any optimizer step.
 
     Iterating once gives the rest of the current epoch; the epoch then advances by itself, so
-    ``for epoch in range(3): for x, y in loader`` reshuffles every time. Stopping early and
+    ``for epoch in range(3): for x, y in loader`` goes on to the next every time. Stopping early and
     iterating again continues after the last optimizer step that was handed out completely.
 
     Yields ``(x, y)``: ``x`` float32 ``(B, C, H, W)`` in [0, 1], ``y`` int64 ``(B,)`` (or
-    probabilities, float32 ``(B, K)``, where the dataset gives them). In the last step of an epoch
-    ``B`` may be smaller, even 0, and ``plan.weight`` is the batch's weight.
+    probabilities, float32 ``(B, K)``, where the dataset gives them).
 
     Args:
-        dataset: Map-style dataset of ``(x, y)``; an ``Augmented`` one also gets the epoch.
-        micro_batch: Samples per rank per micro-step.
         accumulation: Micro-steps per optimizer step.
-        rank: This process, ``0 .. ranks - 1``.
-        ranks: Number of data-parallel processes.
-        seed: Seed of the order.
-        num_workers: Worker processes; 0 reads in this process. Never changes what is read.
-        pin_memory: Whether batches are put into page-locked memory.
-        shuffle: False keeps the dataset's own order.
-        replays: How many optimizer steps in a row get the same samples, each read anew.
 
     Attributes:
-        sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
         plans: Those of the micro-batches of the current optimizer step that were handed out so far.
 
     Raises:
-        DataError: More ranks than samples, or an unreadable sample (its own message, whichever
-            process met it).
         RuntimeError: The position was moved, or a second iterator started, during an iteration.
-
-    Note:
-        No random number is drawn from the global generator.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        *,
-        micro_batch: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        ranks: int = 1,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        shuffle: bool = True,
-        replays: int = 1,
-    ) -> None:
-        self.sampler = DistributedBatchSampler(
-            len(cast(Any, dataset)),
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            rank=rank,
-            ranks=ranks,
-            seed=seed,
-            shuffle=shuffle,
-            replays=replays,
-        )
-        self.dataset = dataset
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
+    def __init__(self, accumulation: int) -> None:
         self.plans: list[BatchPlan] = []
-        self._collate = _Collate(dataset)
+        self._accumulation = accumulation
         self._iteration = 0
+
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps per epoch; None where that is not known."""
+
+    @property
+    @abstractmethod
+    def position(self) -> tuple[int, int]:
+        """Epoch, and optimizer steps of it that were handed out completely."""
+
+    @abstractmethod
+    def _move(self, epoch: int, step: int) -> None:
+        """Change :attr:`position`, during an iteration or between two."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, int]:
+        """What a position is relative to."""
+
+    @abstractmethod
+    def _planned(self) -> Iterator[tuple[BatchPlan, Batch]]:
+        """Micro-batches from the position to the end of the epoch."""
+
+    @abstractmethod
+    def _end(self, epoch: int) -> None:
+        """Go on to the next epoch, where the last step of ``epoch`` did not."""
 
     @property
     def plan(self) -> BatchPlan | None:
         """Plan of the batch handed out last; None before the first."""
         return self.plans[-1] if self.plans else None
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
-        return self.sampler.steps_per_epoch
-
-    def __len__(self) -> int:
-        """Number of micro-batches a rank sees in a full epoch."""
-        return len(self.sampler)
-
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over the rest of the current epoch."""
-        sampler = self.sampler
         self._iteration += 1
-        iteration = self._iteration
-        batches = _read_batches(
-            self.dataset,
-            sampler,
-            self._collate,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            generator=seeded_generator("workers", sampler.seed, sampler.epoch),
-        )
-        # The DataLoader hands batches out in the order of its batch sampler however far its workers
-        # run ahead, so a second pass over the same plans stays in step with it.
-        planned = zip(sampler.plans(), batches, strict=True)
-        for plan, batch in planned:
+        iteration, (epoch, _) = self._iteration, self.position
+        for plan, batch in self._planned():
             if iteration != self._iteration:
                 raise RuntimeError(
                     "The loader was moved or iterated anew during this iteration: "
@@ -139,16 +101,18 @@ class DistributedLoader:
             self.plans.append(plan)
             # Moved before the batch is handed out, so that a checkpoint written after the
             # update on the step's last micro-batch counts that step.
-            if plan.micro_step == sampler.accumulation - 1:
-                sampler.set_position(plan.epoch, plan.step + 1)
+            if plan.micro_step == self._accumulation - 1:
+                self._move(plan.epoch, plan.step + 1)
             yield batch
+        if iteration == self._iteration:
+            self._end(epoch)
 
     def steps(self) -> Iterator[list[PlannedBatch]]:
         """Iterate over the optimizer steps of the rest of the epoch: all micro-batches of each."""
         batches: list[PlannedBatch] = []
         for x, y in self:
             batches.append((x, y, self.plan))
-            if len(batches) == self.sampler.accumulation:
+            if len(batches) == self._accumulation:
                 yield batches
                 batches = []
 
@@ -158,7 +122,7 @@ class DistributedLoader:
         Raises:
             ValueError: A position outside the data.
         """
-        self.sampler.set_position(epoch, step)
+        self._move(epoch, step)
         self._iteration += 1
 
     def state_dict(self) -> dict[str, int]:
@@ -167,7 +131,8 @@ class DistributedLoader:
         ``step`` counts the optimizer steps of ``epoch`` handed out completely. The end of an epoch
         is step 0 of the next one.
         """
-        return {"epoch": self.sampler.epoch, "step": self.sampler.step, **self._identity()}
+        epoch, step = self.position
+        return {"epoch": epoch, "step": step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue where ``state_dict`` was taken; ranks, accumulation and workers may differ.
@@ -194,6 +159,103 @@ class DistributedLoader:
             self.set_position(state["epoch"], state["step"])
         except ValueError as error:
             raise CheckpointError(f"The checkpoint's data position is invalid. {error}") from error
+
+
+class DistributedLoader(Loader):
+    """This rank's micro-batches of a map-style dataset, shuffled anew in every epoch.
+
+    In the last step of an epoch ``B`` may be smaller, even 0, and ``plan.weight`` is the batch's
+    weight.
+
+    Args:
+        dataset: Map-style dataset, of samples as :class:`dat_ds.data.samples.Collator` takes them;
+            an ``Augmented`` one also gets the epoch.
+        micro_batch: Samples per rank per micro-step.
+        accumulation: Micro-steps per optimizer step.
+        rank: This process, ``0 .. ranks - 1``.
+        ranks: Number of data-parallel processes.
+        seed: Seed of the order.
+        num_workers: Worker processes; 0 reads in this process. Never changes what is read.
+        pin_memory: Whether batches are put into page-locked memory.
+        shuffle: False keeps the dataset's own order.
+        replays: How many optimizer steps in a row get the same samples, each read anew.
+        collate_fn: The user's own, from a list of samples to ``(x, y)``; None stacks them.
+
+    Attributes:
+        sampler: The plan maker; its ``epoch`` and ``step`` are the current position.
+
+    Raises:
+        DataError: No map-style dataset, more ranks than samples, or an unreadable sample (its own
+            message, whichever process met it).
+
+    Note:
+        No random number is drawn from the global generator.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        shuffle: bool = True,
+        replays: int = 1,
+        collate_fn: CollateFunction | None = None,
+    ) -> None:
+        refuse_unless_map_style(dataset)
+        self.sampler = DistributedBatchSampler(
+            len(cast(Any, dataset)),
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            rank=rank,
+            ranks=ranks,
+            seed=seed,
+            shuffle=shuffle,
+            replays=replays,
+        )
+        super().__init__(accumulation)
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self._batches = _Batches(dataset, Collator(collate_fn))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return self.sampler.steps_per_epoch
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch, and optimizer steps of it that were handed out completely."""
+        return self.sampler.epoch, self.sampler.step
+
+    def __len__(self) -> int:
+        """Number of micro-batches a rank sees in a full epoch."""
+        return len(self.sampler)
+
+    def _move(self, epoch: int, step: int) -> None:
+        self.sampler.set_position(epoch, step)
+
+    def _planned(self) -> Iterator[tuple[BatchPlan, Batch]]:
+        sampler = self.sampler
+        batches = read_batches(
+            self._batches,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=seeded_generator("workers", sampler.seed, sampler.epoch),
+        )
+        # The DataLoader hands batches out in the order of its batch sampler however far its workers
+        # run ahead, so a second pass over the same plans stays in step with it.
+        return zip(sampler.plans(), batches, strict=True)
+
+    def _end(self, epoch: int) -> None:
+        """Nothing: the number of steps is known, and the last one went on to the next epoch."""
 
     def _identity(self) -> dict[str, int]:
         return {
@@ -222,10 +284,9 @@ class EvaluationBatches:
         """Iterate over the batches, in dataset order."""
         if not self._shard:
             return
-        batches = _read_batches(
-            self._dataset,
-            [[SampleKey(0, index) for index in indices] for indices in self._shard],
-            _Collate(self._dataset),
+        batches = read_batches(
+            _Batches(self._dataset, Collator()),
+            batch_sampler=[[SampleKey(0, index) for index in indices] for indices in self._shard],
             num_workers=self._num_workers,
             pin_memory=False,
             generator=seeded_generator("evaluation"),
@@ -235,8 +296,7 @@ class EvaluationBatches:
 
     def empty_batch(self) -> tuple[Tensor, Tensor, list[int]]:
         """A batch of no sample, for a rank that cannot read its own but has to keep up."""
-        shape = self._dataset[0][0].shape
-        return torch.empty((0, *shape)), torch.empty(0, dtype=torch.int64), []
+        return *_Batches(self._dataset, Collator()).empty, []
 
 
 def evaluation_batches(
@@ -251,7 +311,7 @@ def evaluation_batches(
     """Divide the first ``num_examples`` samples among the ranks, in dataset order.
 
     Args:
-        dataset: Map-style dataset of ``(x, y)``.
+        dataset: Map-style dataset, of samples as :class:`dat_ds.data.samples.Collator` takes them.
         batch_size: Largest batch, at least 1.
         rank: This process, ``0 .. ranks - 1``.
         ranks: Number of processes; may exceed the number of samples.
@@ -262,8 +322,10 @@ def evaluation_batches(
         This rank's batches.
 
     Raises:
-        DataError: ``num_examples`` below 1; reading raises it for an unreadable sample.
+        DataError: No map-style dataset, or ``num_examples`` below 1; reading raises it for an
+            unreadable sample.
     """
+    refuse_unless_map_style(dataset)
     if num_examples is not None and num_examples < 1:
         raise DataError(
             f"num_examples={num_examples} must be at least 1; write null to use every sample."
@@ -273,20 +335,33 @@ def evaluation_batches(
     return EvaluationBatches(dataset, shard_evenly(total, rank, ranks, batch_size), num_workers)
 
 
-def _read_batches(
+def read_batches(
     dataset: Dataset[Any],
-    keys: Iterable[list[SampleKey]],
-    collate: _Collate,
     *,
+    batch_sampler: Iterable[list[SampleKey]] | None,
     num_workers: int,
     pin_memory: bool,
     generator: torch.Generator,
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
+    """Whole batches of a dataset, read by it, in its process or in workers.
+
+    Args:
+        dataset: Gives a batch for each list of keys; or, being iterable, one after another.
+        batch_sampler: The lists of keys; None for an iterable dataset.
+        num_workers: Worker processes; 0 reads in this process.
+        pin_memory: Whether batches are put into page-locked memory.
+        generator: Seeds the workers.
+
+    Raises:
+        DataError: That the dataset gave in the place of a batch. It is given and not raised: torch
+            would raise it in the main process with the worker's whole traceback as its message.
+    """
+    # torch asks for a Sampler but uses an iterable of lists, which is all that is needed here.
+    batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
     loader: DataLoader[Any] = DataLoader(
-        _Samples(dataset),
-        # torch asks for a Sampler but uses an iterable of lists, which is all that is needed here.
-        batch_sampler=cast(Any, keys),
-        collate_fn=collate,
+        dataset,
+        **cast(Any, batching),
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         # Without its own generator a DataLoader draws one number per epoch from the global one.
@@ -298,10 +373,13 @@ def _read_batches(
         for batch in iterator:
             if isinstance(batch, DataError):
                 raise batch
-            x, y = batch
-            yield x, y
+            yield batch
     finally:
         del iterator  # ends the workers, even where a traceback keeps this frame alive
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _outlive_sigterm(_worker: int) -> None:
@@ -313,39 +391,21 @@ def _outlive_sigterm(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
-class _Samples(Dataset[Any]):
-    """Reads the samples of one batch of keys.
-
-    A ``DataError`` is returned and not raised: torch would re-raise it in the main process with the
-    worker's whole traceback as its message.
-    """
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, keys: list[SampleKey]) -> list[Sample] | DataError:
-        try:
-            return [fetch_sample(self.dataset, key) for key in keys]
-        except DataError as error:
-            return error
-
-
-class _Collate:
-    """Stacks samples to ``(B, C, H, W)`` and ``(B,)`` or ``(B, K)``; knows an empty batch's shape.
+class _Batches(Dataset[Any]):
+    """Gives the batch of a list of keys.
 
     Args:
-        dataset: Its first sample shows the shapes.
+        dataset: Its first sample shows the shapes of an empty batch.
+        collator: Makes batches of its samples.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        x, y = fetch_sample(dataset, SampleKey(0, 0))
-        self.image_shape = x.shape
-        self.no_label = torch.as_tensor(y).new_empty((0, *torch.as_tensor(y).shape))
+    def __init__(self, dataset: Dataset[Any], collator: Collator) -> None:
+        self._dataset, self._collator = dataset, collator
+        self.empty = collator.empty(fetch_sample(dataset, SampleKey(0, 0)))
 
-    def __call__(self, samples: list[Sample] | DataError) -> Batch | DataError:
-        if isinstance(samples, DataError):
-            return samples
-        if not samples:
-            return torch.empty((0, *self.image_shape)), self.no_label
-        y = torch.stack([torch.as_tensor(y) for _, y in samples])
-        return torch.stack([x for x, _ in samples]), y
+    def __getitems__(self, keys: list[SampleKey]) -> Batch | DataError:
+        try:
+            samples = [fetch_sample(self._dataset, key) for key in keys]
+            return self._collator(samples, [key.index for key in keys]) if keys else self.empty
+        except DataError as error:
+            return error

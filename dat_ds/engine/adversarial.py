@@ -8,29 +8,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from dat_ds.assembly import evaluate_model
 from dat_ds.attacks import Attack, InputGradient, already_checked, preserved_buffers
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.strategy import Adversarial
 from dat_ds.config import RunConfig, threat_of
 from dat_ds.contracts import as_images
-from dat_ds.data import BatchPlan, DistributedLoader, file_of
-from dat_ds.data.loader import Batch, PlannedBatch
+from dat_ds.data import BatchPlan, DistributedLoader, Loader, file_of
+from dat_ds.data.loader import PlannedBatch
+from dat_ds.data.samples import Batch
 from dat_ds.engine import hooks
 from dat_ds.engine.bare import BareModel, graphs_of
+from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.exported import exported_weights
 from dat_ds.engine.monitor import Monitor
+from dat_ds.engine.random_state import preserved_random_state
 from dat_ds.engine.reductions import attach_compression
 from dat_ds.engine.steplog import StepLog
-from dat_ds.engine.validate import attack_problems
+from dat_ds.engine.validate import attack_problems, evaluation_problems
 from dat_ds.errors import ConfigError, DataError
-from dat_ds.evaluation import Task, task_of
+from dat_ds.evaluation import Record, Task, task_of
 from dat_ds.minmax import (
     Access,
     BatchReader,
@@ -45,7 +52,7 @@ from dat_ds.minmax import (
     weight_perturbation,
 )
 from dat_ds.objectives import AlignmentProbes, Objective
-from dat_ds.optim import CompressedOptimizer
+from dat_ds.optim import CompressedOptimizer, WeightEma
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
@@ -72,6 +79,8 @@ class AdversarialEngine:
         compression: Averages gradients through a codec; None where they are not compressed.
         inner: The inner maximisation: attack, its precision, what it carries along.
         monitor: Writes metrics to the monitors that the config enables.
+        ema: Average of the weights (``dat.ema``), moved on by :meth:`step`; None where it is off.
+        loader: Gives this rank's batches of the training data; None without such data.
         traffic: Counts what this process sends.
         watch: Tells of faulty images and labels, which are looked for in every batch: on several
             ranks and on a GPU when :attr:`metrics` are read and before a checkpoint.
@@ -89,7 +98,7 @@ class AdversarialEngine:
         total_steps: int | None = None,
         helper: nn.Module | None = None,
         reference: nn.Module | None = None,
-        loader: DistributedLoader | None = None,
+        loader: Loader | None = None,
         averaging_optimizer: CompressedOptimizer | None = None,
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
@@ -102,7 +111,9 @@ class AdversarialEngine:
         self.monitor = monitor
         self._objective = objective
         self._total_steps = total_steps
-        self._loader = loader
+        self.loader = loader
+        self._data_position = None if loader is None else loader.state_dict()
+        self._has_gradients = False
         dat, threat = run.dat, threat_of(run.dat)
         self._reader = BatchReader(
             objective,
@@ -113,7 +124,7 @@ class AdversarialEngine:
             reference=self._original_outputs,
         )
         self.watch = self._reader.watch
-        if loader is not None:
+        if isinstance(loader, DistributedLoader):
             self.watch.file_name = functools.partial(file_of, loader.dataset)
         self._bare = BareModel(engine, run, ranks.device, self._reader.gate)
         self.inner = InnerMaximisation(
@@ -153,6 +164,9 @@ class AdversarialEngine:
             count_gradients=self.inner.input_gradient,
         )
         self.traffic = self._log.traffic
+        self.ema: WeightEma | None = None
+        if dat.ema.decay > 0:
+            self.ema = WeightEma(lambda: hooks.held_weights(engine), dat.ema.decay)
 
     # ---- training
 
@@ -165,6 +179,11 @@ class AdversarialEngine:
     def micro_step(self) -> int:
         """Micro-steps done since the last optimizer step."""
         return int(self.deepspeed.micro_steps) % self.accumulation
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Whether gradients are held that the optimizer has not applied, or weights perturbed."""
+        return self.micro_step > 0 or self._has_gradients or self._weights.are_moved
 
     @property
     def progress(self) -> float:
@@ -214,8 +233,8 @@ class AdversarialEngine:
                 "of a step as one, so they have to be known together: call "
                 "engine.train_step([(x, y), ...]), or write dat.engine.attack_micro_batches=1."
             )
-        if plan is None and self._loader is not None:
-            plan = self._loader.plan
+        if plan is None and self.loader is not None:
+            plan = self.loader.plan
         ((part, found),) = self._maximise([(x, y, plan)])
         return self._outer_loss(part, found)
 
@@ -239,7 +258,7 @@ class AdversarialEngine:
                 f"it takes the gradient_accumulation_steps={self.accumulation} of a whole step."
             )
         planned = [(b[0], b[1], b[2] if len(b) > 2 else None) for b in batches]
-        plans = () if self._loader is None else self._loader.plans
+        plans = () if self.loader is None else self.loader.plans
         if len(plans) == len(planned):
             planned = [
                 (x, y, known if plan is None else plan)
@@ -271,15 +290,23 @@ class AdversarialEngine:
         if self.compression is not None and self.micro_step == self.accumulation - 1:
             self.compression.check_done()
         self.inner.after_backward(self._log.pending.gradient)
+        self._has_gradients = True
 
     def step(self) -> None:
-        """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping."""
+        """DeepSpeed's step: an optimizer step after the last micro-step, else bookkeeping.
+
+        After an optimizer step :attr:`ema` is moved on too.
+        """
         completes = self.micro_step == self.accumulation - 1
         with self._log.phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
         self._log.pending.timer.leave()
+        self._has_gradients = False
         if completes:
             self._log.complete()
+            self._data_position = None if self.loader is None else self.loader.state_dict()
+            if self.ema is not None:
+                self.ema.update()
             if self.monitor.is_due(self.global_steps, self._total_steps):
                 metrics = {**self.reduced_metrics(), "lr": self.deepspeed.get_lr()[0]}
                 self.monitor.write(self.global_steps, {f"train/{k}": v for k, v in metrics.items()})
@@ -372,7 +399,145 @@ class AdversarialEngine:
         moment = self._moment(slot, first_image)
         return self._reader.read(x, y, moment, weight=weight, samples=samples)
 
+    # ---- checkpoints
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write all that training needs to go on exactly; a collective, as DeepSpeed's.
+
+        That is DeepSpeed's checkpoint, and what it does not know of: what the attack carries along,
+        the errors of compression and of 1-bit optimizers, the average of the weights, BatchNorm's
+        statistics of every rank, the position of the loader, the precision that ``auto`` chose, and
+        the states of the global random generators. The position is that after the last optimizer
+        step, also where a further batch was handed out since.
+
+        Args:
+            folder: The same on all ranks; it may hold other checkpoints, which are kept.
+            tag: Name of the checkpoint; an earlier one of that name is replaced. None for ``step-``
+                and the number of steps.
+            client_state: What this rank wants back: numbers, texts, tensors, and lists, tuples and
+                dicts of them.
+
+        Returns:
+            Folder of the checkpoint.
+
+        Raises:
+            CheckpointError: In the middle of an optimizer step, for a tag or client state that
+                cannot be written, or if there is no room; earlier checkpoints are intact.
+            NumericsError: If weights are not finite.
+        """
+        checkpoints = Checkpoints(Path(folder), keep=None)
+        return checkpoints.save(self, {}, tag=tag, client_state=client_state)
+
+    def load_checkpoint(
+        self, folder: str | Path, tag: str | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """Go on from a checkpoint, of :meth:`save_checkpoint` or of a run; a collective.
+
+        Args:
+            folder: Folder of the checkpoints.
+            tag: Name of the checkpoint; None for the one written last.
+
+        Returns:
+            Folder of the checkpoint, and this rank's client state.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint, or it is incomplete or belongs to
+                another config or number of ranks, with all differences; the engine is then as
+                before.
+        """
+        checkpoints = Checkpoints(Path(folder), keep=None)
+        with self.ranks.together():
+            checkpoint = checkpoints.named(tag)
+        _, client_state = checkpoints.load(checkpoint, self)
+        return checkpoint, client_state
+
+    @property
+    def data_position(self) -> dict[str, int] | None:
+        """The loader's position after the last optimizer step; None without a loader."""
+        return self._data_position
+
+    def move_loader(self, step: int, position: Mapping[str, int] | None) -> None:
+        """Let the loader go on where a checkpoint says.
+
+        Args:
+            step: Optimizer steps done.
+            position: The loader's; None where there was no loader; empty where it is not known.
+
+        Raises:
+            CheckpointError: If it is the position in other data.
+        """
+        if self.loader is None or position is None:
+            return
+        if position:
+            self.loader.load_state_dict(position)
+        elif self.loader.steps_per_epoch is not None:
+            self.loader.set_position(*divmod(step, self.loader.steps_per_epoch))
+        self._data_position = self.loader.state_dict()
+
     # ---- evaluation
+
+    def evaluate(
+        self,
+        data: Dataset[Any],
+        attacks: Sequence[str] | str | None = None,
+        *,
+        num_examples: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> Record:
+        """Attack the model in training and count what it withstands; a collective.
+
+        It is evaluated as it would be exported: in eval mode, with its average (:attr:`ema`) in the
+        place of its weights, and BatchNorm's statistics averaged over ranks. Training goes on as if
+        it had not been.
+
+        Args:
+            data: Map-style dataset, of samples as ``training_data`` of :func:`dat_ds.initialize`.
+            attacks: Names, as ``dat.evaluation.attacks``, which they default to.
+            num_examples: First images of ``data``. Default: ``dat.evaluation.num_examples``.
+            batch_size: Images per forward and rank. Default: ``dat.evaluation.batch_size``.
+            seed: Of random starts. Default: ``dat.seed``.
+
+        Returns:
+            The same record on every rank.
+
+        Raises:
+            ConfigError: For an attack that is none, or that does not go along with the objective.
+            DataError: For data that cannot be read, on every rank, or between a forward with
+                perturbed weights and its backward.
+        """
+        if isinstance(attacks, str):
+            attacks = [attacks]
+        if attacks is not None:
+            problems = evaluation_problems(attacks, self._objective, self.run)
+            if problems:
+                raise ConfigError("\n".join(problems))
+        if self._weights.are_moved:
+            raise DataError(
+                "The weights are perturbed (dat.weight_perturbation) until the backward: call "
+                "engine.backward(loss) before engine.evaluate."
+            )
+        with (
+            preserved_random_state(self.ranks.device),
+            exported_weights(self),
+            self.frozen() as model,
+        ):
+            return evaluate_model(
+                model,
+                data,
+                self.run,
+                self.ranks,
+                self.task,
+                attacks=attacks,
+                num_examples=num_examples,
+                batch_size=batch_size,
+                seed=seed,
+            )
 
     @property
     def task(self) -> Task | None:

@@ -33,7 +33,7 @@ from dat_ds.config import (
     threat_of,
     without_monitors,
 )
-from dat_ds.data import DistributedLoader
+from dat_ds.data import CollateFunction, Loader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.launch import setup_ranks
@@ -64,19 +64,24 @@ def initialize(
     model: nn.Module,
     config: str | Path | Mapping[str, Any] | RunConfig,
     training_data: Dataset[Any] | None = None,
+    collate_fn: CollateFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     attack: Attack | UserAttack | None = None,
     objective: Objective | None = None,
     ranks: Ranks | None = None,
-) -> tuple[AdversarialEngine, torch.optim.Optimizer, DistributedLoader | None, LRScheduler | None]:
+) -> tuple[AdversarialEngine, torch.optim.Optimizer, Loader | None, LRScheduler | None]:
     """Set up adversarial training of ``model`` under DeepSpeed.
 
     Args:
         model: Pixels ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``; normalisation is inside it.
             Every rank passes the same weights (or rank 0's are broadcast by DeepSpeed).
         config: Path or content of a DeepSpeed JSON with our ``"dat"`` section.
-        training_data: Dataset of ``(x, y)`` with ``x`` float pixels ``(C, H, W)``. Gives a loader
-            that cuts every epoch into global batches, and the schedule its length.
+        training_data: Dataset of ``(image, label)`` or of dicts; images are tensors, arrays or PIL
+            images (:class:`dat_ds.data.samples.Collator`). Gives a loader that cuts every epoch
+            into global batches, and the schedule its length. A stream (``IterableDataset``), which
+            every rank reads whole, needs ``dat.schedule.max_steps``.
+        collate_fn: A function from a list of samples to ``(x, y)``, ``x`` pixels
+            ``(B, C, H, W)``; None stacks samples. It is called with one sample beforehand.
         optimizer: A torch optimizer over the model's parameters, instead of the config's.
         attack: An attack, or a function ``(model, x, y, generator) -> x_adv``, instead of
             ``dat.attack``. A function gets a frozen model and does the same number of forwards on
@@ -92,6 +97,7 @@ def initialize(
 
     Raises:
         ConfigError: With all problems of the config.
+        DataError: For training data that give no batches; on all ranks.
     """
     ranks = setup_ranks() if ranks is None else ranks
     run = adapt_to_device(
@@ -105,6 +111,8 @@ def initialize(
             logger.info("Note: %s", note)
     objective = run.dat.objective if objective is None else objective
     problems: list[str] = []
+    if collate_fn is not None and training_data is None:
+        problems.append("collate_fn makes batches of training_data: pass both, or neither.")
     attack = attack_of(run.dat, objective) if attack is None else _own_attack(attack, run, problems)
     if attack is not None:
         problems += attack_problems(attack, objective, run, accumulation) + misfits(attack, model)
@@ -126,10 +134,16 @@ def initialize(
         reference = frozen_copy(model, run.dat.objective.name, remedy=remedy)
     loader = None
     if training_data is not None:
-        replays = 1 if attack is None else attack.strategy().replays
-        loader = build_loader(
-            training_data, run.dat, ranks, micro_batch, accumulation, replays=replays
-        )
+        with ranks.together():
+            loader = build_loader(
+                training_data,
+                run.dat,
+                ranks,
+                micro_batch,
+                accumulation,
+                replays=1 if attack is None else attack.strategy().replays,
+                collate_fn=collate_fn,
+            )
     schedule = build_schedule(run.dat, None if loader is None else loader.steps_per_epoch)
     if schedule is None:
         _refuse_shares_of_the_run(run.dat)

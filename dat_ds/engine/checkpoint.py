@@ -1,12 +1,12 @@
 """Checkpoints of a run: complete, exact, and never half written.
 
-``<run>/checkpoints/``::
+``<run>/checkpoints/``, or a folder of the user's own::
 
     latest            name of the newest complete checkpoint
     step-00000120/    DeepSpeed's files (parameters, optimizer, schedule, loss scale), and
       rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA,
-                      error feedback
-      state.json      step, ranks, config, best validation so far
+                      error feedback, what the attack carries along, the user's client state
+      state.json      step, ranks, config, data position, sizes of the files, state of the trainer
       model.safetensors, model.json    the model alone, for dat_ds.models.load
   reference/      the model as it was at the start, where the objective needs it
     best/             model.safetensors, model.json of the best validation
@@ -14,28 +14,37 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dat_ds.config import RunConfig
 from dat_ds.engine import hooks
-from dat_ds.engine.adversarial import AdversarialEngine
-from dat_ds.errors import CheckpointError
+from dat_ds.engine.exported import exported_weights
+from dat_ds.engine.random_state import random_state, restore_random_state
+from dat_ds.errors import CheckpointError, NumericsError
 from dat_ds.files import replace_text, write_json, writing
 from dat_ds.models import PixelModel, save_weights
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import WEIGHTS_NAME
-from dat_ds.optim import WeightEma
+
+if TYPE_CHECKING:
+    from dat_ds.engine.adversarial import AdversarialEngine
 
 REFERENCE = "reference"
 _FORMAT = 1
+_LISTED = 8
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 # May differ between a run and its continuation: they do not change the trajectory.
 _FREE_KEYS = (
     "dat.evaluation",
@@ -65,11 +74,11 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: ``<run>/checkpoints``.
-        keep: Newest checkpoints to keep.
+        folder: ``<run>/checkpoints``, or a folder of the user's own.
+        keep: Newest checkpoints to keep; None for all.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder
         self._keep = keep
 
@@ -85,13 +94,40 @@ class Checkpoints:
             return None
         return self.folder / pointer.read_text(encoding="utf-8").strip()
 
+    def latest_in_words(self) -> str:
+        """A sentence that says where the newest checkpoint is."""
+        latest = self.latest()
+        return "No checkpoint was written yet." if latest is None else f"Last checkpoint: {latest}."
+
+    def named(self, tag: str | None) -> Path:
+        """The checkpoint ``tag``, or the newest one.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint, with those that there are.
+        """
+        if tag is not None:
+            _check_name(tag)
+        checkpoint = self.latest() if tag is None else self.folder / tag
+        if checkpoint is not None and checkpoint.is_dir():
+            return checkpoint
+        if (self.folder / "state.json").exists():
+            raise CheckpointError(
+                f"{self.folder} is one checkpoint: write the folder that it lies in, "
+                f"{str(self.folder.parent)!r}, and tag={self.folder.name!r}."
+            )
+        what = "no checkpoint" if checkpoint is None else f"no checkpoint {checkpoint.name!r}"
+        there = sorted(path.parent.name for path in self.folder.glob("*/state.json"))
+        known = f"it has {', '.join(there)}" if there else "nor any other"
+        raise CheckpointError(f"There is {what} in {self.folder} ({known}).")
+
     def save(
         self,
         engine: AdversarialEngine,
-        ema: WeightEma | None,
         state: Mapping[str, Any],
-        model_state: Mapping[str, Tensor],
-    ) -> None:
+        *,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write a checkpoint of this moment; a collective.
 
         It is written beside the earlier ones and renamed when complete, so a crash or a full disk
@@ -99,21 +135,37 @@ class Checkpoints:
 
         Args:
             engine: The engine, between two optimizer steps.
-            ema: Its weight average.
             state: JSON-serialisable state of the training loop.
-            model_state: The model alone, on rank 0.
+            tag: Name of the checkpoint; None for ``step-`` and the number of steps.
+            client_state: What this rank wants back: plain types and tensors.
+
+        Returns:
+            Folder of the checkpoint.
 
         Raises:
-            CheckpointError: If there is no room or the files cannot be written.
+            CheckpointError: In the middle of an optimizer step, for a tag or client state that
+                cannot be written, or if there is no room or the files cannot be written.
+            DataError: If a batch since the last look held a faulty image or label.
+            NumericsError: If weights are not finite.
         """
-        ranks, name = engine.ranks, f"step-{engine.global_steps:08d}"
-        partial = self.folder / ".partial"
+        ranks, partial = engine.ranks, self.folder / _PARTIAL
+        name = f"step-{engine.global_steps:08d}" if tag is None else tag
+        with ranks.together():
+            refuse_mid_step(engine)
+            _check_name(name)
+            _check_client_state(client_state)
+        _refuse_different_places(engine, self.folder / name)
+        engine.watch.check()
+        with exported_weights(engine):
+            model_state = hooks.full_state_dict(engine.deepspeed)
+        self._refuse_damage(engine, model_state)
         with ranks.together():
             if ranks.is_main:
                 self._make_room(partial, engine)
         try:
             engine.deepspeed.save_checkpoint(str(partial), tag=name, save_latest=False)
-            torch.save(_rank_state(engine, ema), partial / name / f"rank-{ranks.rank}.pt")
+            own = {**_rank_state(engine), "client_state": dict(client_state or {})}
+            torch.save(own, partial / name / f"rank-{ranks.rank}.pt")
             if ranks.is_main:
                 _save_model(partial / name, engine, model_state)
                 if engine.reference is not None:
@@ -124,54 +176,85 @@ class Checkpoints:
                 raise
             raise CheckpointError(
                 f"Cannot write a checkpoint into {partial}: {error}. Earlier checkpoints are "
-                "intact: make room and repeat the command with --resume auto."
+                "intact: make room and continue from the newest (dat-ds train: --resume auto)."
             ) from None
+        ranks.barrier()  # until every rank's files are there
         with ranks.together():
             if ranks.is_main:
-                identity = {"format": _FORMAT, "step": engine.global_steps, "ranks": ranks.count}
-                config = engine.run.to_dict()
-                write_json(partial / name / "state.json", {**identity, "config": config, **state})
+                written = {
+                    "format": _FORMAT,
+                    "step": engine.global_steps,
+                    "ranks": ranks.count,
+                    "config": engine.run.to_dict(),
+                    "data_position": engine.data_position,
+                    "files": _sizes(partial / name),
+                }
+                write_json(partial / name / "state.json", {**written, **state})
         with ranks.together():
             if ranks.is_main:
                 self._publish(partial / name)
+        return self.folder / name
 
-    def save_best(self, engine: AdversarialEngine, model_state: Mapping[str, Tensor]) -> None:
+    def save_best(self, engine: AdversarialEngine) -> None:
         """Keep the model alone as the best so far; a collective."""
+        with exported_weights(engine):
+            model_state = hooks.full_state_dict(engine.deepspeed)
         with engine.ranks.together():
             if engine.ranks.is_main:
                 _save_model(self.best_folder, engine, model_state)
 
     def load(
-        self, checkpoint: Path, engine: AdversarialEngine, ema: WeightEma | None
-    ) -> dict[str, Any]:
-        """Continue ``engine`` and ``ema`` from a checkpoint; a collective.
+        self, checkpoint: Path, engine: AdversarialEngine
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Continue ``engine``, with all that belongs to it, from a checkpoint; a collective.
 
         Returns:
-            The state of the training loop that was saved with it.
+            The state of the training loop that was saved with it, and this rank's client state.
 
         Raises:
-            CheckpointError: If it is incomplete or belongs to another run, with all differences.
+            CheckpointError: If it is incomplete or belongs to another run, with all differences;
+                the engine is then as before.
         """
         ranks = engine.ranks
         with ranks.together():
+            refuse_mid_step(engine)
             state = read_state(checkpoint)
             _check_identity(checkpoint, state, engine.run, ranks.count)
-            rank_file = checkpoint / f"rank-{ranks.rank}.pt"
-            if not rank_file.exists():
-                raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: {rank_file.name}.")
-            if engine.reference is not None and not (checkpoint / REFERENCE).exists():
-                raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: {REFERENCE}.")
-        engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        own = torch.load(rank_file, map_location="cpu", weights_only=True)
-        if ema is not None and not _holds_ema(engine):
-            main = torch.load(checkpoint / "rank-0.pt", map_location="cpu", weights_only=True)
-            own["ema"] = main["ema"]
-        _restore_rank_state(own, engine, ema)
+            _check_complete(checkpoint, state, engine)
+            _check_model(checkpoint, engine)
+            own = _read_rank_state(checkpoint / f"rank-{ranks.rank}.pt")
+            if engine.ema is not None and not _holds_ema(engine):
+                own["ema"] = _read_rank_state(checkpoint / "rank-0.pt")["ema"]
+            engine.move_loader(state["step"], state.get("data_position", {}))
+        place, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if place is None:
+            raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: DeepSpeed reads none.")
+        _restore_rank_state(own, engine)
         if engine.reference is not None:
             # Not what the model was made from this time, but what the run started with.
             file = checkpoint / REFERENCE / WEIGHTS_NAME
             engine.reference.load_state_dict(read_weights(file))
-        return state
+        return state, own.get("client_state", {})
+
+    def _refuse_damage(self, engine: AdversarialEngine, model_state: Mapping[str, Tensor]) -> None:
+        """Refuse to put a damaged run in the place of a good checkpoint; a collective.
+
+        Whatever has to hold before a checkpoint is written is checked here.
+
+        Args:
+            engine: The engine, between two optimizer steps.
+            model_state: The model alone, on the main rank.
+
+        Raises:
+            NumericsError: If weights are not finite.
+        """
+        finite = all(bool(t.isfinite().all()) for t in model_state.values())
+        if engine.ranks.max(not finite):
+            raise NumericsError(
+                f"Weights are not finite after step {engine.global_steps}, so no checkpoint is "
+                f"written. {self.latest_in_words()} Usual causes: a learning rate that is too "
+                "high, or too short a warm-up."
+            )
 
     def _make_room(self, partial: Path, engine: AdversarialEngine) -> None:
         try:
@@ -187,18 +270,129 @@ class Checkpoints:
             raise CheckpointError(
                 f"No room for a checkpoint in {self.folder}: it takes about {needed / 1e6:.0f} MB, "
                 f"{free / 1e6:.0f} MB are free. Earlier checkpoints are intact: make room and "
-                "repeat the command with --resume auto."
+                "continue from the newest (dat-ds train: --resume auto)."
             )
 
     def _publish(self, complete: Path) -> None:
-        final = self.folder / complete.name
-        shutil.rmtree(final, ignore_errors=True)
+        final, replaced = self.folder / complete.name, self.folder / _REPLACED
         with writing(final):
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                os.replace(final, replaced)
             os.replace(complete, final)
         replace_text(self.folder / "latest", final.name)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self._keep is None:
+            return
         for old in sorted(self.folder.glob("step-*"))[: -self._keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_mid_step(engine: AdversarialEngine) -> None:
+    """Refuse to save or load in the middle of an optimizer step.
+
+    Raises:
+        CheckpointError: With how much of the step is done.
+    """
+    if engine.is_mid_step:
+        raise CheckpointError(
+            f"In the middle of optimizer step {engine.global_steps + 1} ({engine.micro_step} of "
+            f"{engine.accumulation} micro-steps done, with gradients or perturbed weights that a "
+            "checkpoint does not hold): call it after the engine.step() that ends the step."
+        )
+
+
+def _check_name(tag: object) -> None:
+    if not isinstance(tag, str) or not re.fullmatch(r"[\w-][\w.=+-]*", tag) or tag == "latest":
+        raise CheckpointError(
+            f"tag={tag!r} cannot name a checkpoint: write letters, digits, '-', '_' and '.', such "
+            "as 'epoch-3', and not 'latest'."
+        )
+
+
+def _check_client_state(client_state: object) -> None:
+    """Refuse at once what could not be read again without running code of the file."""
+    if client_state is None:
+        return
+    if not isinstance(client_state, Mapping):
+        raise CheckpointError(
+            f"client_state is of class {type(client_state).__name__}: give a dict."
+        )
+    for key, value in client_state.items():
+        file = io.BytesIO()
+        try:
+            torch.save({key: value}, file)
+            file.seek(0)
+            torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # whatever pickling the user's objects raises
+            raise CheckpointError(
+                f"client_state[{key!r}] is of class {type(value).__name__}: give numbers, texts, "
+                "tensors, and lists, tuples and dicts of them, such as a state_dict()."
+            ) from None
+
+
+def _refuse_different_places(engine: AdversarialEngine, place: Path) -> None:
+    places = engine.ranks.gather(str(place))
+    for rank, other in enumerate(places):
+        if other != places[0]:
+            raise CheckpointError(
+                f"Ranks name different checkpoints, rank 0 {places[0]} and rank {rank} {other}: "
+                "give one folder and tag, on a file system that all ranks share."
+            )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in ``folder``, by its name there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_complete(checkpoint: Path, state: Mapping[str, Any], engine: AdversarialEngine) -> None:
+    # Checkpoints of earlier versions do not list their files.
+    needed = dict.fromkeys([f"rank-{engine.ranks.rank}.pt", WEIGHTS_NAME]) | state.get("files", {})
+    if engine.reference is not None:
+        needed.setdefault(f"{REFERENCE}/{WEIGHTS_NAME}", None)
+    for name, size in needed.items():
+        file = checkpoint / name
+        if not file.exists():
+            raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: {name} is missing.")
+        if size is not None and file.stat().st_size != size:
+            raise CheckpointError(
+                f"Checkpoint {checkpoint} is incomplete: {name} has {file.stat().st_size} of "
+                f"{size} bytes."
+            )
+
+
+def _check_model(checkpoint: Path, engine: AdversarialEngine) -> None:
+    with safe_open(checkpoint / WEIGHTS_NAME, "pt") as file:  # reads no weight
+        saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    now = {
+        name: list(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3's are sharded
+        for name, tensor in engine.module.state_dict(keep_vars=True).items()
+    }
+    none = "has none"
+    differences = [
+        f"  {name}: checkpoint {saved.get(name, none)}, this model {now.get(name, none)}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if differences:
+        listed = "\n".join(differences[:_LISTED])
+        more = len(differences) - _LISTED
+        raise CheckpointError(
+            f"Checkpoint {checkpoint} is of another model:\n{listed}"
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+
+def _read_rank_state(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"Cannot read {file}: {reason}. The file is damaged.") from None
+    return state
 
 
 def _is_write_error(error: OSError | RuntimeError) -> bool:
@@ -229,9 +423,10 @@ def _save_model(folder: Path, engine: AdversarialEngine, state: Mapping[str, Ten
     save_weights(folder, state, spec)
 
 
-def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, Any]:
+def _rank_state(engine: AdversarialEngine) -> dict[str, Any]:
+    ema = engine.ema
     state: dict[str, Any] = {
-        "rng_cpu": torch.get_rng_state(),
+        **random_state(engine.ranks.device),
         "buffers": {name: b.detach().cpu() for name, b in engine.module.named_buffers()},
         "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
         "strategy": engine.inner.strategy.state_dict(),
@@ -241,8 +436,6 @@ def _rank_state(engine: AdversarialEngine, ema: WeightEma | None) -> dict[str, A
         state["optimizer"] = engine.averaging_optimizer.rank_state_dict()
     if engine.compression is not None:
         state["compression"] = engine.compression.state_dict()
-    if engine.ranks.device.type == "cuda":
-        state["rng_cuda"] = torch.cuda.get_rng_state(engine.ranks.device)
     return state
 
 
@@ -253,13 +446,11 @@ def _holds_ema(engine: AdversarialEngine) -> bool:
 
 
 @torch.no_grad()
-def _restore_rank_state(
-    state: Mapping[str, Any], engine: AdversarialEngine, ema: WeightEma | None
-) -> None:
+def _restore_rank_state(state: Mapping[str, Any], engine: AdversarialEngine) -> None:
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state["buffers"][name])
-    if ema is not None and state["ema"] is not None:
-        ema.load_state_dict(state["ema"])
+    if engine.ema is not None and state["ema"] is not None:
+        engine.ema.load_state_dict(state["ema"])
     if engine.averaging_optimizer is not None:
         engine.averaging_optimizer.load_rank_state_dict(state["optimizer"])
         hooks.copy_master_weights(engine.deepspeed)
@@ -269,9 +460,7 @@ def _restore_rank_state(
     carried = state["strategy"] if "strategy" in state else state["free"]
     engine.inner.strategy.load_state_dict(carried or {})
     engine.inner.precision = state["attack_precision"]
-    torch.set_rng_state(state["rng_cpu"])
-    if "rng_cuda" in state and engine.ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng_cuda"], engine.ranks.device)
+    restore_random_state(state, engine.ranks.device)
 
 
 def _check_identity(checkpoint: Path, state: Mapping[str, Any], run: RunConfig, ranks: int) -> None:
@@ -287,7 +476,8 @@ def _check_identity(checkpoint: Path, state: Mapping[str, Any], run: RunConfig, 
     if differences:
         raise CheckpointError(
             f"Checkpoint {checkpoint} belongs to another run:\n" + "\n".join(differences) + "\n"
-            "Repeat the command that made it, or start a new run with --set dat.output_dir=..."
+            "Use the config that made it, or start a new run in another folder (dat-ds train: "
+            "--set dat.output_dir=...)."
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,22 @@ def attack_problems(
         accumulation=accumulation,
     )
     return problems
+
+
+def evaluation_problems(attacks: Sequence[str], objective: Objective, run: RunConfig) -> list[str]:
+    """Problems of attacks in the place of ``dat.evaluation.attacks``, as messages to the user.
+
+    Args:
+        attacks: Their names.
+        objective: From the config, or of the user's own.
+        run: The run; what is wrong with it already is not told again.
+    """
+    evaluation = dataclasses.replace(run.dat.evaluation, attacks=list(attacks))
+    known: list[str] = []
+    check_run(run.dat, {}, known, objective=objective)
+    found = list(evaluation.problems())
+    check_run(dataclasses.replace(run.dat, evaluation=evaluation), {}, found, objective=objective)
+    return [problem for problem in found if problem not in known]
 
 
 def check_deepspeed(settings: Mapping[str, Any]) -> None:

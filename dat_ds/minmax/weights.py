@@ -149,6 +149,9 @@ class PerturbedWeights:
         ranks: The processes of the run.
         start: Share of the run after which weights are perturbed.
         whole: Gives a context in which a forward leaves all parameters on the device, whole.
+
+    Attributes:
+        are_moved: Whether weights are perturbed now.
     """
 
     def __init__(
@@ -166,6 +169,7 @@ class PerturbedWeights:
         self._start = start
         self._whole = whole
         self._applied = contextlib.ExitStack()
+        self.are_moved = False
 
     def applies(self, progress: float) -> bool:
         """Whether weights are perturbed at a point of the run, ``progress`` in [0, 1]."""
@@ -179,10 +183,12 @@ class PerturbedWeights:
             self._applied.enter_context(
                 self._perturbation.applied(self._module, loss, self._ranks, scale=scale)
             )
+            self.are_moved = True
 
     def restore(self) -> None:
         """Bring the weights back, bit for bit, if they are moved."""
         self._applied.close()
+        self.are_moved = False
 
     @contextlib.contextmanager
     def restored_on_error(self) -> Iterator[None]:

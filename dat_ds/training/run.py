@@ -17,7 +17,7 @@ from dat_ds.config import (
     adapt_to_device,
     threat_of,
 )
-from dat_ds.data import DatasetMethod, DataSplits, evaluation_batches
+from dat_ds.data import DatasetMethod, DataSplits, DistributedLoader, evaluation_batches
 from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
 from dat_ds.engine.launch import setup_ranks
@@ -137,7 +137,7 @@ def _train_one(
     engine, _, loader, _ = initialize(
         model=model, config=run, training_data=splits.train, ranks=ranks
     )
-    assert loader is not None
+    assert isinstance(loader, DistributedLoader)
     trainer = Trainer(engine, loader, splits.validation, output, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)

@@ -8,26 +8,21 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat_ds.assembly import build_schedule
-from dat_ds.config import threat_of
 from dat_ds.data import DistributedLoader, PlannedBatch
-from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
-from dat_ds.errors import DataError, NumericsError
-from dat_ds.evaluation import Record, evaluate
+from dat_ds.errors import CheckpointError, DataError, NumericsError
+from dat_ds.evaluation import Record
 from dat_ds.files import append_row, keep_rows_until
-from dat_ds.optim import WeightEma
 from dat_ds.training.guard import Guard, GuardReading, multi_step
 from dat_ds.training.stopping import StopSignal
 
@@ -63,11 +58,6 @@ class Trainer:
         self.run = engine.run
         self.ranks = engine.ranks
         self.checkpoints = Checkpoints(output / "checkpoints", self.run.dat.checkpoint.keep)
-        self.ema: WeightEma | None = None
-        if self.run.dat.ema.decay > 0:
-            self.ema = WeightEma(
-                lambda: hooks.held_weights(engine.deepspeed), self.run.dat.ema.decay
-            )
         schedule = build_schedule(self.run.dat, loader.steps_per_epoch)
         assert schedule is not None
         self.total_steps = schedule.total_steps
@@ -95,14 +85,18 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where ``checkpoint`` was written; a collective."""
-        state = self.checkpoints.load(checkpoint, self.engine, self.ema)
+        state, _ = self.checkpoints.load(checkpoint, self.engine)
+        if "history" not in state:
+            raise CheckpointError(
+                f"Checkpoint {checkpoint} was written by engine.save_checkpoint in a loop of its "
+                "own: continue it there, with engine.load_checkpoint."
+            )
         self.best, self.history = state["best"], state["history"]
         self.seconds_before = state["seconds"]
         self.events = state["events"]
         if state["strengthened"]:
             self._strengthen()
         self._checkpointed_at = self.engine.global_steps
-        self.loader.set_position(*divmod(self.engine.global_steps, self.loader.steps_per_epoch))
 
     def fit(self) -> bool:
         """Train to the end, or until asked to stop.
@@ -131,7 +125,7 @@ class Trainer:
                         if error is not None:
                             raise error
                     return False
-                self._train_step(batches)
+                self.engine.train_step(batches)
                 bar.update()
                 self._after_step(batches, bar)
         return True
@@ -157,11 +151,6 @@ class Trainer:
     def _stream(self) -> Generator[list[PlannedBatch], None, None]:
         while True:
             yield from self.loader.steps()
-
-    def _train_step(self, batches: list[PlannedBatch]) -> None:
-        self.engine.train_step(batches)
-        if self.ema is not None:
-            self.ema.update()
 
     def _after_step(self, batches: list[PlannedBatch], bar: tqdm[Any]) -> None:
         step, dat = self.engine.global_steps, self.run.dat
@@ -209,7 +198,7 @@ class Trainer:
             self._log_step(batches[-1], bar)
             raise NumericsError(
                 f"{words} Training stopped (dat.guard.action='stop'). "
-                f"{self._last_checkpoint_words()} To go on, start a run with "
+                f"{self.checkpoints.latest_in_words()} To go on, start a run with "
                 "dat.guard.action='rollback' or a multi-step attack."
             )
         latest = self.checkpoints.latest()
@@ -265,8 +254,8 @@ class Trainer:
         if not math.isfinite(metrics["loss"]) and not self._skips_overflows():
             raise NumericsError(
                 f"The loss is {metrics['loss']} in step {step}; training stopped. "
-                f"{self._last_checkpoint_words()} Usual causes: a learning rate that is too high, "
-                "or too short a warm-up."
+                f"{self.checkpoints.latest_in_words()} Usual causes: a learning rate that is too "
+                "high, or too short a warm-up."
             )
         self._warn_of_skips(metrics)
         seconds = metrics["seconds_attack"] + metrics["seconds_update"]
@@ -321,10 +310,6 @@ class Trainer:
                     skipped,
                 )
 
-    def _last_checkpoint_words(self) -> str:
-        latest = self.checkpoints.latest()
-        return "No checkpoint was written yet." if latest is None else f"Last checkpoint: {latest}."
-
     @contextlib.contextmanager
     def _progress(self) -> Iterator[tqdm[Any]]:
         shows = self.ranks.is_main and self.run.dat.logging.progress and os.isatty(2)
@@ -344,47 +329,31 @@ class Trainer:
     # ---- validation
 
     def _validate(self) -> None:
-        if len(self.validation) == 0:  # type: ignore[arg-type]
+        size = len(cast(Sized, self.validation))
+        if size == 0:
             return
         trains_naturally = self.run.dat.attack.name == "none"
         attacks = [] if trains_naturally else [self.run.dat.evaluation.validation_attack]
         step = self.engine.global_steps
-        with self.exported_weights():
-            with self.engine.frozen() as model:
-                record = self._evaluate(model, attacks)
-            epoch = step / self.loader.steps_per_epoch
-            row = {"step": step, "epoch": epoch, **record.means()}
-            self.history.append(row)
-            value, is_loss = _value_of(record, attacks[0] if attacks else None)
-            sign = -1 if is_loss else 1
-            if self.best is None or sign * value >= sign * self.best["value"]:
-                self.best = {"value": value, **row}
-                self.checkpoints.save_best(
-                    self.engine, hooks.full_state_dict(self.engine.deepspeed)
-                )
+        num_examples = self.run.dat.evaluation.validation_examples
+        record = self.engine.evaluate(
+            self.validation,
+            attacks,
+            num_examples=size if num_examples is None else num_examples,
+        )
+        epoch = step / self.loader.steps_per_epoch
+        row = {"step": step, "epoch": epoch, **record.means()}
+        self.history.append(row)
+        value, is_loss = _value_of(record, attacks[0] if attacks else None)
+        sign = -1 if is_loss else 1
+        if self.best is None or sign * value >= sign * self.best["value"]:
+            self.best = {"value": value, **row}
+            self.checkpoints.save_best(self.engine)
         natural = {"natural_acc": record.natural_acc, "natural_loss": record.natural_loss}
         named = {**natural, **record.robust_acc, **record.robust_loss}
         self._monitor.write(step, {f"validation/{k}": v for k, v in named.items()})
         if self.ranks.is_main:
             self._say_validation(record, attacks)
-
-    def _evaluate(self, model: Any, attacks: list[str]) -> Record:
-        evaluation = self.run.dat.evaluation
-        return evaluate(
-            model,
-            self.validation,
-            threat_of(self.run.dat),
-            attacks,
-            num_examples=evaluation.validation_examples,
-            batch_size=evaluation.batch_size,
-            seed=self.run.dat.seed,
-            device=self.ranks.device,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-            gather=self.ranks.gather,
-            num_workers=self.run.dat.data.num_workers,
-            task=self.engine.task,
-        )
 
     def _say_validation(self, record: Record, attacks: list[str]) -> None:
         epoch = self.engine.global_steps / self.loader.steps_per_epoch
@@ -397,66 +366,15 @@ class Trainer:
             training,
         )
 
-    @contextlib.contextmanager
-    def exported_weights(self) -> Iterator[None]:
-        """Evaluate and export what a user gets: averaged weights, averaged over ranks."""
-        with self._averaged_weights(), self._averaged_over_ranks():
-            yield
-
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        with self.ema.swapped_in():
-            hooks.release_parameters(self.engine.deepspeed)
-            yield
-        hooks.release_parameters(self.engine.deepspeed)
-
-    @contextlib.contextmanager
-    def _averaged_over_ranks(self) -> Iterator[None]:
-        """Replace what ranks have of their own by its mean over them, until exit.
-
-        These are floating-point buffers, and the weights of replicas that step by themselves.
-        """
-        own = [b for b in self.engine.module.buffers() if b.is_floating_point()]
-        if self.engine.replicas_differ:
-            own += hooks.held_weights(self.engine.deepspeed)
-        if self.ranks.count == 1 or not own:
-            yield
-            return
-        saved = [tensor.clone() for tensor in own]
-        for tensor in own:
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            mean = tensor.to(wide, copy=True)
-            dist.all_reduce(mean)
-            tensor.copy_(mean.div_(self.ranks.count))
-        try:
-            yield
-        finally:
-            for tensor, value in zip(own, saved, strict=True):
-                tensor.copy_(value)
-
     # ---- checkpoints
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this moment, unless there is one already; a collective."""
         if self._checkpointed_at == self.engine.global_steps:
             return
-        self.engine.watch.check()
-        with self.exported_weights():
-            model_state = hooks.full_state_dict(self.engine.deepspeed)
-        # (Gathered on the main rank.) A checkpoint of NaNs would replace a good one.
-        finite = all(bool(t.isfinite().all()) for t in model_state.values())
-        if self.ranks.max(not finite):
-            raise NumericsError(
-                f"Weights are not finite after step {self.engine.global_steps}; training stopped. "
-                f"{self._last_checkpoint_words()} Usual causes: a learning rate that is too high, "
-                "or too short a warm-up."
-            )
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
         state |= {"strengthened": self.is_strengthened, "events": self.events}
-        self.checkpoints.save(self.engine, self.ema, state, model_state)
+        self.checkpoints.save(self.engine, state)
         self._checkpointed_at = self.engine.global_steps
 
     def all_events(self) -> list[dict[str, Any]]:

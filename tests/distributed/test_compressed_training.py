@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,23 +131,18 @@ CASES = [
 
 def resume(stage: int, **sections: Any) -> dict[str, bool]:
     """Two steps, a checkpoint, two more; and two more from the checkpoint in another engine."""
-    from dat_ds.engine.checkpoint import Checkpoints
-
     compression = {"name": "sign", "block_size": 64}
     engine = start(stage, compression, **sections)
-    folder = [tempfile.mkdtemp() if engine.ranks.is_main else ""]
-    checkpoints = Checkpoints(Path(str(engine.ranks.gather(folder[0])[0])), keep=1)
+    folder = str(engine.ranks.gather(tempfile.mkdtemp() if engine.ranks.is_main else "")[0])
     advance(engine, 2)
-    checkpoints.save(engine, None, {}, {})
+    engine.save_checkpoint(folder)
     advance(engine, 2)
     finished = weights(engine)
     engine.close()
     results = {}
     for with_errors in (True, False):
         engine = start(stage, compression, **sections)
-        latest = checkpoints.latest()
-        assert latest is not None
-        checkpoints.load(latest, engine, None)
+        engine.load_checkpoint(folder)
         if not with_errors:
             engine.compression.load_state_dict({"scale": 1.0, "buckets": {}})
         advance(engine, 2)

@@ -151,20 +151,16 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
 def train_and_resume(config: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     """Two steps; then the second again, in a new engine that loads the state after the first."""
     import dat_ds
-    from dat_ds.engine.checkpoint import Checkpoints
 
     engine, *_ = dat_ds.initialize(model=tiny.MODELS[model](), config=config)
     start = weights_of(engine)
     step_on(engine, 0)
-    checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save(engine, None, {}, weights_of(engine))
+    engine.save_checkpoint(folder)
     step_on(engine, 1)
     metrics, end = engine.metrics, weights_of(engine)
     engine.close()
     again, *_ = dat_ds.initialize(model=tiny.MODELS[model](seed=1), config=config)
-    latest = checkpoints.latest()
-    assert latest is not None
-    checkpoints.load(latest, again, None)
+    again.load_checkpoint(folder)
     step_on(again, 1)
     resumed, metrics_again = weights_of(again), again.metrics
     again.close()

@@ -66,38 +66,30 @@ def weights_of(engine: Any) -> Tensor:
 
 def train_and_resume(name: str, precision: str, folder: Path) -> dict[str, Any]:
     """A run past the freeze, and its end again in a new engine that loads what was saved."""
-    from dat_ds.engine import hooks
-    from dat_ds.engine.checkpoint import Checkpoints
-    from dat_ds.optim import WeightEma
 
-    def average_of(engine: Any) -> WeightEma:
-        return WeightEma(lambda: hooks.held_weights(engine.deepspeed), 0.5)
+    def averages_of(engine: Any) -> list[Tensor]:
+        return [average.clone() for average in engine.ema.state_dict()["averages"]]
 
     sections = {**section(name), **PRECISIONS[precision]}
-    engine, checkpoints = start(**sections), Checkpoints(folder, keep=1)
-    ema = average_of(engine)
+    sections["dat"] = {**sections.get("dat", {}), "ema": {"decay": 0.5}}
+    engine = start(**sections)
     weights, sent, reduces = [weights_of(engine)], [], []
     for step in range(STEPS):
         if step == SAVED:
-            checkpoints.save(engine, ema, {}, engine.module.state_dict())
+            engine.save_checkpoint(folder)
         step_on(engine, step)
-        ema.update()
         weights.append(weights_of(engine))
         sent.append(dict(engine.metrics["bytes_sent"]))
         reduces.append(engine.deepspeed.enable_backward_allreduce)
-    latest = checkpoints.latest()
-    assert latest is not None
     # In a new engine, and in the used one, as the guard's roll-back does.
     resumed = {"new": start(seed=1, **sections), "used": engine}
-    ends, averages = {}, [ema.state_dict()["averages"]]
+    ends, averages = {}, [averages_of(engine)]
     for place, again in resumed.items():
-        again_ema = average_of(again)
-        checkpoints.load(latest, again, again_ema)
+        again.load_checkpoint(folder)
         for step in range(SAVED, STEPS):
             step_on(again, step)
-            again_ema.update()
         ends[place] = weights_of(again)
-        averages.append(again_ema.state_dict()["averages"])
+        averages.append(averages_of(again))
     report = {
         "weights": weights,
         "sent": sent,
@@ -168,27 +160,23 @@ def train_without_quantisation() -> dict[str, Any]:
     return report
 
 
-def export_between_agreements(folder: Path) -> dict[str, Tensor]:
+def export_between_agreements() -> dict[str, Tensor]:
     """0/1 Adam's weights where replicas differ: its own, while exported, and afterwards."""
     import dat_ds
-    from dat_ds.training.trainer import Trainer
+    from dat_ds.engine.exported import exported_weights
 
-    logging = {"tensorboard": False, "progress": False}
     schedule = {"name": "constant", "max_steps": STEPS}
     engine, _, loader, _ = dat_ds.initialize(
         model=tiny.vit(),
-        config=tiny.config(
-            0, **section("ZeroOneAdam"), dat={"logging": logging, "schedule": schedule}
-        ),
+        config=tiny.config(0, **section("ZeroOneAdam"), dat={"schedule": schedule}),
         training_data=TensorDataset(*tiny.images(RANKS * BATCH)),
     )
     for _ in range(SAVED):
         for x, y in loader:
             engine.backward(engine(x, y))
             engine.step()
-    trainer = Trainer(engine, loader, TensorDataset(*tiny.images(0)), folder)
     report = {"own": weights_of(engine)}
-    with trainer.exported_weights():
+    with exported_weights(engine):
         report["exported"] = weights_of(engine)
     report["after"] = weights_of(engine)
     engine.close()
@@ -278,7 +266,7 @@ def on_two_ranks(folder: str) -> dict[Any, Any]:
     # Finite in bf16, but its norm is not in float32.
     reports["huge"] = train_with_one_bad_gradient("OneBitAdam", "bf16", 1e30)
     reports["exact"] = train_without_quantisation()
-    reports["export"] = export_between_agreements(Path(folder) / "export")
+    reports["export"] = export_between_agreements()
     reports["rule"] = freeze_by_the_rule()
     reports["losses"] = learn()
     reports["reference"] = train_ours()

@@ -132,7 +132,21 @@ def test_resume_is_bit_exact_where_micro_batches_are_attacked_together(tmp_path:
     check_resume(tmp_path, values)
 
 
-def check_resume(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_a_checkpoint_of_an_earlier_version_resumes_too(tmp_path: Path) -> None:
+    check_resume(tmp_path, tiny_run.config(tmp_path / "whole"), earlier=True)
+
+
+def make_earlier(checkpoint: Path) -> None:
+    """Take out of a checkpoint what earlier versions did not write."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["data_position"], state["files"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    own = torch.load(checkpoint / "rank-0.pt", weights_only=True)
+    del own["rng_python"], own["rng_numpy"], own["client_state"]
+    torch.save(own, checkpoint / "rank-0.pt")
+
+
+def check_resume(tmp_path: Path, values: dict[str, Any], *, earlier: bool = False) -> None:
     """A run that is broken off and resumed goes on as the whole one, bit by bit."""
     assert train(tmp_path, values) == 0
     # What a kill -9 after step 18 leaves: the checkpoint of step 15 and rows beyond it.
@@ -144,6 +158,8 @@ def check_resume(tmp_path: Path, values: dict[str, Any]) -> None:
     (interrupted / "checkpoints" / "latest").write_text("step-00000015")
     for late in ("step-00000020", "step-00000024", "best"):
         shutil.rmtree(interrupted / "checkpoints" / late)
+    if earlier:
+        make_earlier(interrupted / "checkpoints" / "step-00000015")
     torch.manual_seed(12345)
     assert train(tmp_path, values, "--resume", "auto") == 0
     whole, resumed = tiny_run.rows(tmp_path / "whole"), tiny_run.rows(interrupted)
@@ -182,3 +198,28 @@ def test_three_line_loop(tmp_path: Path) -> None:
     assert metrics["seconds_attack"] > 0
     assert metrics["bytes_sent"] == dict.fromkeys(metrics["bytes_sent"], 0)
     engine.close()
+
+
+def test_a_loop_of_ones_own_continues_a_run_and_not_the_other_way_round(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dat_ds
+    from dat_ds.assembly import build_data_of, build_model_of
+
+    values = json.loads((finished / "config.json").read_text())
+    run = load_config(values)
+    splits = build_data_of(run)
+    engine, _, loader, _ = dat_ds.initialize(
+        model=build_model_of(run, splits), config=run, training_data=splits.train
+    )
+    assert loader is not None
+    path, client_state = engine.load_checkpoint(finished / "checkpoints")
+    assert path == finished / "checkpoints" / "step-00000024"
+    assert client_state == {}
+    assert (engine.global_steps, loader.position) == (24, (2, 0))
+    values["dat"]["output_dir"] = str(tmp_path / "own")
+    (tmp_path / "own").mkdir()
+    engine.save_checkpoint(tmp_path / "own" / "checkpoints")
+    engine.close()
+    assert train(tmp_path, values, "--resume", "auto") == 2
+    assert "written by engine.save_checkpoint in a loop of its own" in capsys.readouterr().err
