@@ -25,7 +25,7 @@ from dat_ds.contracts.labels import (
 from dat_ds.contracts.outputs import logits_of, tensor_of
 from dat_ds.errors import DataError, ModelError, UserError
 
-_OF_SHAPES = re.compile(r"\b(shapes?|sizes?|channels?|dimensions?|dtype|type|match)\b")
+_OF_SHAPES = re.compile(r"\b(shapes?|sizes?|channels?|dimensions?|match|same d?type|be the same)\b")
 Reads = Literal["classes", "partly labelled", "own"]
 """What ``y`` and the outputs are: true labels and logits of classes; the same with pseudo-labels;
 or what a loss of the user's own, or one of features, compares."""
