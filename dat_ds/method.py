@@ -533,7 +533,8 @@ def _convert_scalar(value: Any, hint: Any, path: str, problems: list[str]) -> An
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
-    if hint is int and is_number and (isinstance(value, int) or value.is_integer()):
+    is_whole = is_number and (isinstance(value, int) or value.is_integer())
+    if hint is int and is_whole and abs(value) < 2**63:
         return int(value)
     if hint in (bool, str) and isinstance(value, hint):
         return value
