@@ -223,7 +223,7 @@ class Checkpoints:
             _check_complete(checkpoint, state, engine)
             _check_model(checkpoint, engine)
             own = _read_rank_state(checkpoint / f"rank-{ranks.rank}.pt")
-            if engine.ema is not None and not _holds_ema(engine):
+            if engine.ema is not None and own["ema"] is None:  # one for all ranks
                 own["ema"] = _read_rank_state(checkpoint / "rank-0.pt")["ema"]
             engine.move_loader(state["step"], state.get("data_position", {}))
         place, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
