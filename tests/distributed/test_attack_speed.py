@@ -137,10 +137,10 @@ def chosen_after_resume() -> Any:
     for choice in ("bf16", None, "auto"):
         engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
         engine.inner.precision = choice
-        state = _rank_state(engine, None)
+        state = _rank_state(engine)
         engine.close()
         again, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
-        _restore_rank_state(state, again, None)
+        _restore_rank_state(state, again)
         found.append(again.attack_precision)
         again.close()
     return found

@@ -67,11 +67,11 @@ def train_in_whole_steps(norm: str, stage: int) -> dict[str, Any]:
             engine.train_step(batches)
     carried = engine.inner.strategy.state_dict()
     thrown_away = engine.attack(*tiny.images(MICRO_BATCH))
-    state, weights = _rank_state(engine, None), weights_of(engine)
+    state, weights = _rank_state(engine), weights_of(engine)
     engine.close()
     state["free"] = state.pop("strategy")
     again, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
-    _restore_rank_state(state, again, None)
+    _restore_rank_state(state, again)
     found = again.inner.strategy.state_dict()
     again.close()
     same = [torch.equal(carried[slot], delta) for slot, delta in found.items()]
