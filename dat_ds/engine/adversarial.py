@@ -29,7 +29,7 @@ from dat_ds.data.loader import PlannedBatch
 from dat_ds.data.samples import Batch
 from dat_ds.engine import hooks
 from dat_ds.engine.bare import BareModel, graphs_of
-from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.checkpoint import Checkpoints, tell_of_partial_checkpoints
 from dat_ds.engine.exported import exported_weights
 from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.random_state import preserved_random_state
@@ -103,6 +103,7 @@ class AdversarialEngine:
     ) -> None:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
+        tell_of_partial_checkpoints(engine)
         self.module: nn.Module = engine.module
         self.run = run
         self.ranks = ranks

@@ -14,8 +14,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import safe_open
 from torch import Tensor
 
@@ -40,6 +43,8 @@ from dat_ds.models.saved import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from dat_ds.engine.adversarial import AdversarialEngine
+
+logger = logging.getLogger("dat_ds")
 
 REFERENCE = "reference"
 _FORMAT = 1
@@ -68,6 +73,26 @@ _FREE_KEYS = (
     "wandb",
     "comet",
 )
+
+
+def tell_of_partial_checkpoints(engine: DeepSpeedEngine) -> None:
+    """Have DeepSpeed's own ``save_checkpoint`` say, once, what it leaves out.
+
+    Args:
+        engine: DeepSpeed's engine.
+    """
+
+    @functools.wraps(engine.save_checkpoint)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        vars(engine).pop("save_checkpoint", None)  # uncovers the class's own
+        logger.warning(
+            "engine.deepspeed.save_checkpoint leaves out what DeepSpeed does not know of, such as "
+            "carried perturbations, the errors of compression, the average of the weights and the "
+            "loader's position: call engine.save_checkpoint, and engine.load_checkpoint."
+        )
+        return engine.save_checkpoint(*args, **kwargs)
+
+    vars(engine)["save_checkpoint"] = save_checkpoint
 
 
 class Checkpoints:
@@ -163,7 +188,9 @@ class Checkpoints:
             if ranks.is_main:
                 self._make_room(partial, engine)
         try:
-            engine.deepspeed.save_checkpoint(str(partial), tag=name, save_latest=False)
+            DeepSpeedEngine.save_checkpoint(
+                engine.deepspeed, str(partial), tag=name, save_latest=False
+            )
             own = {**_rank_state(engine), "client_state": dict(client_state or {})}
             torch.save(own, partial / name / f"rank-{ranks.rank}.pt")
             if ranks.is_main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import re
@@ -387,3 +388,18 @@ def test_the_blocks_of_the_page_run(outcomes):
     blocks = outcomes[1][0]["page"]
     assert len(blocks) >= 6
     assert "engine.save_checkpoint" in "".join(blocks)
+
+
+def test_deepspeeds_own_checkpoint_says_once_what_it_leaves_out(tmp_path, caplog, monkeypatch):
+    import dat_ds
+
+    monkeypatch.setattr(logging.getLogger("dat_ds"), "propagate", True)
+    engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=tiny.config(0))
+    for tag in ("one", "two"):
+        engine.deepspeed.save_checkpoint(str(tmp_path), tag=tag)
+    told = [r.getMessage() for r in caplog.records if "call engine.save_checkpoint" in r.message]
+    assert len(told) == 1
+    caplog.clear()
+    assert engine.save_checkpoint(tmp_path / "whole").exists()
+    assert "leaves out" not in caplog.text
+    engine.close()
