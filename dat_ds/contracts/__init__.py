@@ -22,7 +22,7 @@ from dat_ds.contracts.labels import (
     classes_of,
     pseudo_label,
 )
-from dat_ds.contracts.outputs import logits_of, tensor_of
+from dat_ds.contracts.outputs import check_finite, logits_of, tensor_of
 
 __all__ = [
     "PIXEL_SLACK",
@@ -35,6 +35,7 @@ __all__ = [
     "as_labels",
     "as_pictures",
     "check_batch",
+    "check_finite",
     "check_images",
     "classes_of",
     "describe_faulty",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dat_ds.contracts.images import as_images, check_images
+from dat_ds.contracts.images import as_images, check_images, layout_hint
 from dat_ds.contracts.labels import (
     Labels,
     as_labels,
@@ -22,7 +22,7 @@ from dat_ds.contracts.labels import (
     describe_out_of_range,
     out_of_range,
 )
-from dat_ds.contracts.outputs import logits_of, tensor_of
+from dat_ds.contracts.outputs import check_finite, logits_of, tensor_of
 from dat_ds.errors import DataError, ModelError, UserError
 
 _OF_SHAPES = re.compile(r"\b(shapes?|sizes?|channels?|dimensions?|match|same d?type|be the same)\b")
@@ -47,7 +47,7 @@ class Gate:
     ) -> None:
         self._reads = reads
         self._without_label = without_label
-        self._awaiting: Tensor | None = None
+        self._awaiting: Labels | None = None
         self.num_classes: int | None = None
 
     def labels(self, y: Any, num_images: int) -> Labels | None:
@@ -60,7 +60,7 @@ class Gate:
             return None
         labels = as_labels(y, num_images)
         if self.num_classes is not None:
-            check_width(labels.y, self.num_classes)
+            check_width(labels, self.num_classes)
         return labels
 
     def outside(self, y: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class Gate:
             raise DataError(problem)
         return labels.y
 
-    def expect(self, y: Tensor) -> None:
+    def expect(self, labels: Labels) -> None:
         """Compare labels with the model's first outputs, where there were none yet."""
         if self.num_classes is None:
-            self._awaiting = y
+            self._awaiting = labels
 
     def outputs(self, outputs: Any, num_images: int) -> Tensor:
         """The tensor that losses read: logits ``(B, K)``, or of any shape for a loss of one's own.
@@ -107,9 +107,9 @@ class Gate:
         if self.num_classes is None:
             self.num_classes = logits.shape[1]
         if self._awaiting is not None:
-            y, self._awaiting = self._awaiting, None
-            check_width(y, self.num_classes)
-            problem = self.problem_of(y)
+            labels, self._awaiting = self._awaiting, None
+            check_width(labels, self.num_classes)
+            problem = self.problem_of(labels.y)
             if problem is not None:
                 raise DataError(problem)
         return logits
@@ -128,25 +128,33 @@ class GatedModel:
     Args:
         model: Images to whatever it puts out.
         gate: Reads that.
+        refuses_damage: Whether the first outputs have to be finite.
     """
 
-    def __init__(self, model: Callable[[Tensor], Any], gate: Gate) -> None:
+    def __init__(
+        self, model: Callable[[Tensor], Any], gate: Gate, *, refuses_damage: bool = True
+    ) -> None:
         self._model = model
         self._gate = gate
+        self._refuses_damage = refuses_damage
         self._was_called = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Its output tensor for ``x``.
 
         Raises:
-            ModelError: Where the first call fails, with the shape that it was given.
+            ModelError: Where the first call fails, with the shape that it was given, or gives
+                outputs that are not finite.
         """
         if self._was_called:
             return self._gate.outputs(self._model(x), len(x))
         with named_forward_errors(x):
             outputs = self._model(x)
         self._was_called = True
-        return self._gate.outputs(outputs, len(x))
+        found = self._gate.outputs(outputs, len(x))
+        if self._refuses_damage:
+            check_finite(found)
+        return found
 
 
 @contextlib.contextmanager
@@ -168,7 +176,8 @@ def named_forward_errors(x: Tensor) -> Iterator[None]:
         if _OF_SHAPES.search(str(error)) is None:
             raise
         raise ModelError(
-            f"The model's forward failed on images of shape {tuple(x.shape)}, {x.dtype}: {error}"
+            f"The model's forward failed on images of shape {tuple(x.shape)}, {x.dtype}"
+            f"{layout_hint(x)}: {error}"
         ) from error
 
 
@@ -193,5 +202,5 @@ def check_batch(
     labels = gate.labels(y, len(x))
     if labels is not None:
         y = gate.check(labels, y)
-        gate.expect(y)
+        gate.expect(labels)
     return x, y

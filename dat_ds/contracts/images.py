@@ -26,10 +26,10 @@ def as_images(x: Tensor, model: object = None) -> Tensor:
 
     Args:
         x: Candidates.
-        model: Who is to take them. A module of float32 or shorter parameters takes no float64.
+        model: Who is to take them: a module takes float64 where that is what it is in.
 
     Returns:
-        ``x`` in float32, in float64 where it is and the model may take it; detached.
+        ``x`` in float32, in float64 where the model or, for other callables, ``x`` is; detached.
 
     Raises:
         DataError: For what is not a floating-point tensor with a dimension for the samples.
@@ -39,6 +39,8 @@ def as_images(x: Tensor, model: object = None) -> Tensor:
             f"Images are a {type(x).__module__}.{type(x).__name__}: give a tensor of "
             "floating-point pixels in [0, 1], such as torch.from_numpy(x)."
         )
+    if x.layout != torch.strided:
+        raise DataError(f"Images are a {x.layout} tensor: give a dense one, as x.to_dense().")
     if not x.is_floating_point():
         raise DataError(
             f"Images are {x.dtype}: give floating-point pixels in [0, 1], as x.float() / 255."
@@ -48,8 +50,8 @@ def as_images(x: Tensor, model: object = None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if isinstance(model, nn.Module):
         floats = [p.dtype for p in model.parameters() if p.dtype.is_floating_point]
-        if floats and torch.float64 not in floats:
-            dtype = torch.float32
+        if floats:
+            dtype = torch.float64 if set(floats) == {torch.float64} else torch.float32
     x = x.detach().to(dtype)
     return x.clone() if x.is_inference() else x  # autograd cannot keep inference tensors
 
@@ -61,14 +63,19 @@ def as_pictures(x: Tensor) -> Tensor:
         DataError: As there, and for other shapes, with the call that mends them.
     """
     x = as_images(x)
-    remedy = ""
-    if x.ndim == 3:
-        remedy = ": x.unsqueeze(1) for grey images, x.unsqueeze(0) for a single one"
-    elif x.ndim == 4 and x.shape[1] not in _CHANNELS and x.shape[3] in _CHANNELS:
-        remedy = ": x.permute(0, 3, 1, 2)"
-    elif x.ndim == 4:
+    hint = layout_hint(x)
+    if x.ndim == 4 and not hint:
         return x
-    raise DataError(f"Images have the shape {tuple(x.shape)}: give (B, C, H, W){remedy}.")
+    if x.ndim == 3:
+        hint = " (x.unsqueeze(1) for grey images, x.unsqueeze(0) for a single one)"
+    raise DataError(f"Images have the shape {tuple(x.shape)}: give (B, C, H, W){hint}.")
+
+
+def layout_hint(x: Tensor) -> str:
+    """The call that mends images with their channels last; nothing for others."""
+    if x.ndim == 4 and x.shape[1] not in _CHANNELS and x.shape[3] in _CHANNELS:
+        return " (channels last: x.permute(0, 3, 1, 2))"
+    return ""
 
 
 def faulty_images(x: Tensor, lower: float, upper: float, slack: float = PIXEL_SLACK) -> Tensor:

@@ -44,11 +44,13 @@ class Labels:
         y: Class indices ``(B,)`` int64, or probabilities ``(B, K)``.
         faulty: Rows whose values are not what ``kind`` says ``(B,)``; None where all are.
         kind: What they were taken for.
+        width: Classes that a row has a place for; None for class indices.
     """
 
     y: Tensor
     faulty: Tensor | None
     kind: str
+    width: int | None = None
 
 
 def pseudo_label(classes: Tensor) -> Tensor:
@@ -88,15 +90,16 @@ def as_labels(y: Any, num_images: int) -> Labels:
     if y.ndim == 1 and y.is_floating_point():
         inside = (y >= 0) & (y <= 1)
         p = y.to(torch.promote_types(y.dtype, torch.float32))
-        return Labels(torch.stack([1 - p, p], dim=1), ~inside, "one number an image")
+        return Labels(torch.stack([1 - p, p], dim=1), ~inside, "one number an image", 2)
     if y.ndim == 1:
         return Labels(y.to(torch.int64), None, "class indices")
     if y.is_floating_point():
         sums_to_one = (y.float().sum(dim=1) - 1).abs() <= _SUM_SLACK
-        return Labels(y, ~(sums_to_one & (y >= 0).all(dim=1)), "probabilities")
+        fits = sums_to_one & (y >= 0).all(dim=1)
+        return Labels(y, ~fits, "probabilities", y.shape[1])
     y = y.to(torch.int64)
     one_hot = (y.sum(dim=1) == 1) & ((y == 0) | (y == 1)).all(dim=1)
-    return Labels(y.argmax(dim=1), ~one_hot, "one-hot")
+    return Labels(y.argmax(dim=1), ~one_hot, "one-hot", y.shape[1])
 
 
 def describe_faulty_labels(labels: Labels, given: Any) -> str:
@@ -122,21 +125,22 @@ def _at(row: int, y: Tensor) -> str:
     return f" (image {row} of {len(y)})" if len(y) > 1 else ""
 
 
-def check_width(y: Tensor, num_classes: int) -> None:
-    """Refuse probabilities of another number of classes than the model has.
+def check_width(labels: Labels, num_classes: int) -> None:
+    """Refuse rows for another number of classes than the model has.
 
     Raises:
         DataError: With both numbers.
     """
-    if y.is_floating_point() and y.shape[1] != num_classes:
-        if y.shape[1] == 2:
-            words = (
-                "one floating-point number or two probabilities an image: that is for models of "
-                "two classes or of one output; give class indices, as y.long()"
-            )
-        else:
-            words = f"probabilities of {y.shape[1]} classes: give {num_classes}"
-        raise DataError(f"The model has {num_classes} outputs, and the labels are {words}.")
+    if labels.width in (None, num_classes):
+        return
+    if labels.kind == "one number an image":
+        words = (
+            "one floating-point number an image: that is for models of two classes or of one "
+            "output; give class indices, as y.long()"
+        )
+    else:
+        words = f"rows for {labels.width} classes: give {num_classes} columns, or class indices"
+    raise DataError(f"The model has {num_classes} outputs, and the labels are {words}.")
 
 
 def out_of_range(

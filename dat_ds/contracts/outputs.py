@@ -68,6 +68,20 @@ def logits_of(outputs: Any, num_images: int) -> Tensor:
     return found
 
 
+def check_finite(outputs: Tensor) -> None:
+    """Refuse outputs that are not finite, among which none is the largest; waits for the device.
+
+    Raises:
+        ModelError: With their number.
+    """
+    finite = outputs.isfinite().flatten(1).all(dim=1) if outputs.ndim > 1 else outputs.isfinite()
+    if not bool(finite.all()):
+        raise ModelError(
+            f"The model returns NaN or infinite outputs for {int((~finite).sum())} of "
+            f"{len(outputs)} images: its weights or its forward are damaged."
+        )
+
+
 def _found_in(outputs: Any, num_images: int) -> Tensor:
     named = outputs.get("logits") if isinstance(outputs, Mapping) else None
     named = getattr(outputs, "logits", None) if named is None else named

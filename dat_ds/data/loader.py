@@ -296,7 +296,14 @@ class EvaluationBatches:
 
     def empty_batch(self) -> tuple[Tensor, Tensor, list[int]]:
         """A batch of no sample, for a rank that cannot read its own but has to keep up."""
-        return *_Batches(self._dataset, Collator()).empty, []
+        readable, error = Collator(), None
+        for index in range(len(cast(Any, self._dataset))):
+            try:
+                sample = fetch_sample(self._dataset, SampleKey(0, index))
+                return *readable.empty(sample), []
+            except DataError as found:
+                error = error or found
+        raise DataError("There is no readable sample.") from error
 
 
 def evaluation_batches(

@@ -275,7 +275,16 @@ class AdversarialEngine:
         return torch.stack(losses).mean()
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached."""
+        """DeepSpeed's backward; reduces gradients when the last micro-step of a step is reached.
+
+        Raises:
+            ConfigError: For a loss that was computed without gradients.
+        """
+        if not loss.requires_grad:
+            raise ConfigError(
+                "The loss has no gradient: engine(x, y) was called under torch.no_grad or "
+                "torch.inference_mode, or the loss was detached. Train outside of it."
+            )
         if self.averaging_optimizer is not None:
             hooks.reduce_in_backward(
                 self.deepspeed, self.averaging_optimizer.needs_averaged_gradients

@@ -21,11 +21,11 @@ from dat_ds.attacks import (
     attack_mode,
 )
 from dat_ds.attacks.gradient import Model
-from dat_ds.attacks.named import run_attack, stream_of
+from dat_ds.attacks.named import EvaluationAttack, run_attack, stream_of
 from dat_ds.config import parse_evaluation_attack
-from dat_ds.contracts import Gate, GatedModel, as_images, check_images
+from dat_ds.contracts import Gate, GatedModel, as_images, check_finite, check_images
 from dat_ds.data import EvaluationBatches, evaluation_batches
-from dat_ds.errors import DataError
+from dat_ds.errors import ConfigError, DataError, ModelError, UserError
 from dat_ds.evaluation.task import Task
 
 
@@ -135,18 +135,16 @@ def evaluate(
         The same record on every rank.
 
     Raises:
-        ValueError: For an unknown attack name.
+        ValueError: For an unknown attack name, or one that compares more classes than there are.
         DataError: If any rank met an image or a label that cannot be read, or is none; on every
             rank.
         ModelError: For outputs that are no logits.
     """
-    if len(cast(Any, data)) == 0:
-        raise DataError("There is no image to evaluate: the dataset is empty.")
     parsed = [parse_evaluation_attack(name) for name in dict.fromkeys(attacks)]
     device = _device_of(model) if device is None else torch.device(device)
     task = _CLASSIFICATION if task is None else task
     gate = Gate("classes" if task is _CLASSIFICATION else "own")
-    called = GatedModel(model, gate)
+    called = GatedModel(model, gate, refuses_damage=False)
     batches = _Batches(
         evaluation_batches(
             data,
@@ -159,6 +157,18 @@ def evaluate(
         lambda x, y: _checked(x, y, model, gate, threat),
         alone=ranks == 1,
     )
+    if len(cast(Any, data)) == 0:
+        raise DataError("There is no image to evaluate: the dataset is empty.")
+
+    def judge(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs = called(images)
+        try:
+            check_finite(outputs)
+        except ModelError as error:
+            batches.tell(error)
+        return _judged(outputs, y, task.loss)
+
     names = ["natural", *(attack.name for attack in parsed)]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     largest = dict.fromkeys(attacks, 0.0)
@@ -170,15 +180,16 @@ def evaluate(
             first_index = indices[0] if indices else 0
             views = SampleGenerator(seed, 0, first_index, stream="evaluation views")
             x, y = task.inputs(x.to(device), y.to(device), views)
-            natural = _judge(called, x, y, task.loss)
+            natural = judge(x)
+            _check_classes(parsed, gate.num_classes)
             if task is _CLASSIFICATION and (problem := gate.problem_of(y)):
-                # Known only now, and every rank has to go on with the same number of forwards.
-                batches.error, y = problem, torch.zeros_like(y)
+                batches.tell(DataError(problem))  # known only now
+                y = torch.zeros_like(y)
             found["natural"].append(natural[:count].cpu())
             for attack in parsed:
                 generator = stream_of(attack, seed, first_index * task.num_views)
                 x_adv = run_attack(called, x, y, threat, attack, generator, task.loss)
-                robust = _judge(called, x_adv, y, task.loss)
+                robust = judge(x_adv)
                 robust = robust & natural if task.loss is None else robust
                 found[attack.name].append(robust[:count].cpu())
                 if count:
@@ -189,10 +200,24 @@ def evaluate(
     return _combine(names, gathered, task)
 
 
-@torch.no_grad()
-def _judge(model: Model, x: Tensor, y: Tensor, loss: InnerLoss | None) -> Tensor:
+def _check_classes(attacks: Sequence[EvaluationAttack], num_classes: int | None) -> None:
+    """Refuse attacks whose losses compare more classes than there are.
+
+    Raises:
+        ConfigError: With all of them.
+    """
+    problems = [
+        f"{attack.name!r} compares the {attack.needed_classes} largest logits, and the model has "
+        f"{num_classes} outputs: write 'apgd-ce-{attack.steps}'."
+        for attack in attacks
+        if num_classes is not None and num_classes < attack.needed_classes
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _judged(outputs: Tensor, y: Tensor, loss: InnerLoss | None) -> Tensor:
     """Each image's loss, or whether it is classified correctly ``(B,)``."""
-    outputs = model(x)
     if loss is None:
         return outputs.argmax(1) == y
     return loss(outputs.double(), y.double() if y.is_floating_point() else y)
@@ -214,7 +239,10 @@ def _checked(
     classes = gate.check(labels, y)
     if classes.is_floating_point():
         if not bool(((classes == 0) | (classes == 1)).all()):
-            raise DataError("Accuracy needs class indices, and labels are probabilities.")
+            raise DataError(
+                "Accuracy needs class indices, and labels are probabilities: give such as "
+                "y.argmax()."
+            )
         classes = classes.argmax(dim=1)
     return x, classes
 
@@ -228,7 +256,7 @@ class _Batches:
         alone: Whether there are no other ranks, so that an error is raised at once.
 
     Attributes:
-        error: Error of reading; None where there was none.
+        error: The first error; None where there was none.
     """
 
     def __init__(
@@ -251,15 +279,31 @@ class _Batches:
             if self.error is None:
                 try:
                     x, y, indices = next(iterator)
-                    x, y = self._check(x, y)
+                    x, y = self._checked(x, y, indices)
                 except DataError as error:
-                    if self._alone:
-                        raise
-                    self.error = str(error)
+                    self.tell(error)
                 else:
                     yield x, y, indices
                     continue
             yield self._batches.empty_batch()
+
+    def tell(self, error: UserError) -> None:
+        """Raise an error, or keep the first where other ranks expect as many forwards."""
+        if self._alone:
+            raise error
+        self.error = self.error or str(error)
+
+    def _checked(self, x: Tensor, y: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A checked batch; the error names the first sample that is at fault by itself."""
+        try:
+            return self._check(x, y)
+        except DataError:
+            for row, index in enumerate(indices):
+                try:
+                    self._check(x[row : row + 1], y[row : row + 1])
+                except DataError as error:
+                    raise DataError(f"Sample {index}: {error}") from None
+            raise
 
 
 def _combine(names: Sequence[str], gathered: list[object], task: Task) -> Record:

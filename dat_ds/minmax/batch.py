@@ -218,7 +218,7 @@ class BatchReader:
         found, outside = labels.y, self.gate.outside(labels.y)
         faulty |= outside if labels.faulty is None else labels.faulty | outside
         self.watch.see(faulty, x, given, moment, samples)
-        self.gate.expect(found)
+        self.gate.expect(labels)
         if found.is_floating_point():
             return found
         return found.masked_fill(outside, 0)  # as an index it would end the process on a GPU

@@ -20,7 +20,7 @@ from dat_ds.assembly import build_schedule
 from dat_ds.data import DistributedLoader, PlannedBatch
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
-from dat_ds.errors import CheckpointError, DataError, NumericsError
+from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError
 from dat_ds.evaluation import Record
 from dat_ds.files import append_row, keep_rows_until
 from dat_ds.training.guard import Guard, GuardReading, multi_step
@@ -166,7 +166,7 @@ class Trainer:
         if self._is_due(step, dat.evaluation.validation_every_epochs) or is_last:
             try:
                 self._validate()
-            except DataError:
+            except (DataError, ModelError):  # a checkpoint refuses damaged weights by name
                 self.save_checkpoint()
                 raise
         if saves or is_last:

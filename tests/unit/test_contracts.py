@@ -165,11 +165,11 @@ def test_a_gate_knows_the_classes_once_the_model_has_put_them_out():
     gate = Gate("classes")
     y = torch.tensor([0, 3])
     assert not gate.outside(y).any()
-    gate.expect(y)
+    gate.expect(as_labels(y, 2))
     with pytest.raises(DataError, match=r"hold 3 \(image 1 of 2\): class indices go from 0 to 2"):
         gate.outputs(torch.zeros(2, 3), 2)
     assert gate.outside(y).tolist() == [False, True]
-    with pytest.raises(DataError, match="probabilities of 5 classes: give 3"):
+    with pytest.raises(DataError, match="rows for 5 classes: give 3"):
         gate.labels(torch.full((2, 5), 0.2), 2)
 
 
@@ -349,6 +349,52 @@ def test_a_model_that_cannot_take_the_images_says_which():
     attack = build_attack({"name": "pgd", "threat_model": {"norm": "linf", "eps": 0.1}})
     with pytest.raises(ModelError, match=r"images of shape \(4, 1, 8, 8\), torch\.float32"):
         attack(network(), pictures()[:, :1], torch.zeros(4).long())
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_rows_for_another_number_of_classes_are_refused(width):
+    y = torch.tensor([0, 1, 2, 0])
+    for rows in (nn.functional.one_hot(y, width), nn.functional.one_hot(y, width).float()):
+        with pytest.raises(DataError, match=f"4 outputs, and the labels are rows for {width}"):
+            pgd(network(), pictures(), rows, threat=THREAT, steps=1, step_size=0.1)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_a_model_in_float64_is_attacked_in_float64(given):
+    model, y = network().double(), torch.tensor([0, 1, 2, 3])
+    assert pgd(model, pictures().to(given), y, threat=THREAT, steps=1, step_size=0.1).dtype == (
+        torch.float64
+    )
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    model, y = network(), torch.tensor([0, 1, 2, 3])
+    data = list(zip(pictures(), y, strict=True))
+    with torch.no_grad():
+        model[3].bias[1] = NAN
+    with pytest.raises(ModelError, match="NaN or infinite outputs for 4 of 4 images"):
+        pgd(model, pictures(), y, threat=THREAT, steps=1, step_size=0.1)
+    with pytest.raises(ModelError, match="NaN or infinite outputs for 4 of 4 images"):
+        evaluate(model, data, THREAT, [])
+
+
+def test_an_evaluation_names_the_sample_that_is_at_fault():
+    x = pictures(6)
+    x[4, 0, 0, 0] = NAN
+    data = list(zip(x, [0] * 6, strict=True))
+    with pytest.raises(DataError, match=r"Sample 4: Images hold NaN"):
+        evaluate(network(), data, THREAT, [], batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "attack"), [(2, "apgd-t-5"), (2, "apgd-dlr-5"), (1, "apgd-t-5")]
+)
+def test_an_evaluation_attack_of_more_classes_than_there_are_is_refused(outputs, attack):
+    data = list(zip(pictures(), [0, 1, 1, 0], strict=True))
+    with pytest.raises(
+        ConfigError, match=f"'{attack}' compares the . largest logits, and the model has 2"
+    ):
+        evaluate(network(outputs), data, THREAT, [attack])
 
 
 # ---- batches of a run
