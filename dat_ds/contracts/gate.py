@@ -123,7 +123,7 @@ class Gate:
 
 
 class GatedModel:
-    """A model whose outputs are read, and whose first call tells what images it was given.
+    """A model whose outputs are read, and that says what images it cannot take.
 
     Args:
         model: Images to whatever it puts out.
@@ -137,22 +137,19 @@ class GatedModel:
         self._model = model
         self._gate = gate
         self._refuses_damage = refuses_damage
-        self._was_called = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Its output tensor for ``x``.
 
         Raises:
-            ModelError: Where the first call fails, with the shape that it was given, or gives
+            ModelError: Where the call fails, with the shape that it was given, or the first gives
                 outputs that are not finite.
         """
-        if self._was_called:
-            return self._gate.outputs(self._model(x), len(x))
         with named_forward_errors(x):
             outputs = self._model(x)
-        self._was_called = True
         found = self._gate.outputs(outputs, len(x))
         if self._refuses_damage:
+            self._refuses_damage = False
             check_finite(found)
         return found
 

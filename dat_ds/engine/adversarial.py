@@ -23,7 +23,7 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.strategy import Adversarial
 from dat_ds.config import RunConfig, threat_of
-from dat_ds.contracts import as_images
+from dat_ds.contracts import as_images, as_pictures
 from dat_ds.data import BatchPlan, DistributedLoader, Loader, file_of
 from dat_ds.data.loader import PlannedBatch
 from dat_ds.data.samples import Batch
@@ -400,6 +400,7 @@ class AdversarialEngine:
             plan: As for :meth:`__call__`, but without a default.
             ahead: In how many micro-steps its turn is.
         """
+        x = as_pictures(x)
         slot, first_image = self.micro_step + ahead, None
         weight, samples = 1.0, None
         if plan is not None and len(plan.indices) == len(x):

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -59,7 +58,7 @@ class BareModel:
     ) -> None:
         self.module: nn.Module = engine.module
         self._engine, self._device = engine, device
-        self._gate, self._was_called = gate, False
+        self._gate = gate
         precision = precision_of(run.deepspeed)
         self._autocasts = precision == "autocast"
         # Before anything is compiled, which the casts belong to.
@@ -121,24 +120,19 @@ class BareModel:
 
         Raises:
             ConfigError: If an operation of the model's own takes 16-bit weights with float32.
-            ModelError: For outputs that are not what the objective compares.
+            ModelError: For images that the model cannot take, and outputs that are not what the
+                objective compares.
         """
         x = x.to(torch.float32, memory_format=self._layout)
         filled = fill_up(x, self.module) if training else x
-        outputs = model(filled) if self._was_called else self._first_call(model, filled)
-        found = self._gate.outputs(outputs, len(filled))
-        return found if filled is x else found[: len(x)]
-
-    def _first_call(self, model: Model, x: Tensor) -> Any:
-        """A call that tells what the model cannot take."""
-        with named_forward_errors(x):
+        with named_forward_errors(filled):
             try:
-                outputs = model(x)
+                outputs = model(filled)
             except RuntimeError as error:
                 refuse_mixed_dtypes(self.module, error, _ADVICE)
                 raise
-        self._was_called = True
-        return outputs
+        found = self._gate.outputs(outputs, len(filled))
+        return found if filled is x else found[: len(x)]
 
     @torch.no_grad()
     def outputs_of(self, model: Model, x: Tensor) -> Tensor:

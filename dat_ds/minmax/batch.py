@@ -56,12 +56,6 @@ class MicroBatch:
     samples: Sequence[int] | None = None
 
 
-def _on(device: torch.device, y: Any) -> Tensor:
-    """Labels on a device."""
-    tensor: Tensor = y if isinstance(y, Tensor) else torch.as_tensor(y)
-    return tensor.to(device, non_blocking=True)
-
-
 def joined(parts: Sequence[MicroBatch]) -> MicroBatch:
     """Micro-batches of one optimizer step as one, to be attacked: images in their order."""
     first = parts[0].moment
@@ -208,15 +202,20 @@ class BatchReader:
         Raises:
             DataError: As :meth:`read`.
         """
-        given = _on(self._device, y)
+        if y is None and not self._has_classes:
+            y = torch.zeros(len(x), dtype=torch.int64)
+        if isinstance(y, Tensor):
+            y = y.to(self._device, non_blocking=True)
         slack = max(rounding, PIXEL_SLACK)
         faulty = faulty_images(x, self._threat.lower, self._threat.upper, slack)
-        labels = self.gate.labels(given, len(x))
+        labels = self.gate.labels(y, len(x))
+        given: Tensor = torch.as_tensor(y).to(self._device, non_blocking=True)
         if labels is None:
             self.watch.see(faulty, x, given, moment, samples)
             return given
-        found, outside = labels.y, self.gate.outside(labels.y)
-        faulty |= outside if labels.faulty is None else labels.faulty | outside
+        found = labels.y.to(self._device, non_blocking=True)
+        outside = self.gate.outside(found)
+        faulty |= outside if labels.faulty is None else labels.faulty.to(self._device) | outside
         self.watch.see(faulty, x, given, moment, samples)
         self.gate.expect(labels)
         if found.is_floating_point():

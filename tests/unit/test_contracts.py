@@ -454,6 +454,17 @@ def test_a_label_out_of_range_never_becomes_an_index():
         batches.watch.check_here()
 
 
+@pytest.mark.parametrize("y", [["a"] * 4, None, 3])
+def test_other_things_than_labels_are_refused_in_training_too(y):
+    with pytest.raises(DataError, match=r"^Labels are"):
+        reader(1).read(pictures(), y, moment(0))
+
+
+def test_an_objective_without_labels_needs_none():
+    part = reader(1, "rotation").read(pictures(), None, moment(0))
+    assert len(part.y) == len(part.x)
+
+
 def test_an_empty_batch_is_no_fault():
     part = reader(1).read(pictures(0), torch.zeros(0).long(), moment(0))
     assert part.x.shape == (1, 3, 8, 8)
