@@ -50,6 +50,11 @@ class Gate:
         self._awaiting: Labels | None = None
         self.num_classes: int | None = None
 
+    @property
+    def reads_classes(self) -> bool:
+        """Whether labels are classes, and not the affair of a loss."""
+        return self._reads != "own"
+
     def labels(self, y: Any, num_images: int) -> Labels | None:
         """Labels of ``num_images`` images, without waiting; None where they are the loss's affair.
 
@@ -88,6 +93,25 @@ class Gate:
         if problem is not None:
             raise DataError(problem)
         return labels.y
+
+    def true_classes(self, y: Any, num_images: int) -> Tensor:
+        """The one class that is right for each image ``(B,)`` int64; waits for the device.
+
+        Raises:
+            DataError: For what are no labels, or probabilities of several classes.
+        """
+        labels = as_labels(y, num_images)
+        if self.num_classes is not None:
+            check_width(labels, self.num_classes)
+        classes = self.check(labels, y)
+        if not classes.is_floating_point():
+            return classes
+        if not bool(((classes == 0) | (classes == 1)).all()):
+            raise DataError(
+                "Accuracy needs class indices, and labels are probabilities: give such as "
+                "y.argmax()."
+            )
+        return classes.argmax(dim=1)
 
     def expect(self, labels: Labels) -> None:
         """Compare labels with the model's first outputs, where there were none yet."""

@@ -233,18 +233,7 @@ def _checked(
     """
     x = as_images(x, model)
     check_images(x, threat.lower, threat.upper)
-    labels = gate.labels(y, len(x))
-    if labels is None:
-        return x, y
-    classes = gate.check(labels, y)
-    if classes.is_floating_point():
-        if not bool(((classes == 0) | (classes == 1)).all()):
-            raise DataError(
-                "Accuracy needs class indices, and labels are probabilities: give such as "
-                "y.argmax()."
-            )
-        classes = classes.argmax(dim=1)
-    return x, classes
+    return x, gate.true_classes(y, len(x)) if gate.reads_classes else y
 
 
 class _Batches:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import traceback
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -238,12 +237,8 @@ TAKE_ANY_MODEL = [name for name in DOORS if name not in ("the callback", "its ev
 def outcome(door: str, model: nn.Module, x: Any, y: Any, expected: Tensor) -> str:
     try:
         found = DOORS[door](model, x, y)
-    except (UserError, RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, UserError):
-            return "refused" if "\n" not in str(error) else "refused in several lines"
-        frames = traceback.extract_tb(error.__traceback__)
-        assert not any("dat_ds/" in f.filename and "tests/" not in f.filename for f in frames)
-        return "torch's error"
+    except UserError as error:
+        return "refused" if "\n" not in str(error) else "refused in several lines"
     torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=1e-6)
     return "works"
 
@@ -264,7 +259,7 @@ def table(heading: str) -> dict[str, dict[str, str]]:
 
 def check(found: str, door: str, heading: str, kind: str) -> None:
     documented = table(heading)[kind][door]
-    assert documented in ("works", "converted", "refused", "torch's error")
+    assert documented in ("works", "converted", "refused")
     assert found == {"converted": "works"}.get(documented, documented), (door, kind)
 
 

@@ -96,3 +96,24 @@ def test_label_smoothing_gives_the_same_step_too(tmp_path, kind):
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     torch.testing.assert_close(steps(KINDS[kind]), steps(lambda y: y), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_gives_the_models_own_loss_class_indices_too(tmp_path, workers):
+    def evaluated(change: Callable[[Tensor], Any]) -> tuple[dict[str, float], Any]:
+        trainer = trainer_of(
+            vit(),
+            tmp_path,
+            [callback_of(evaluation={"attacks": []})],
+            eval_dataset=Relabelled(PixelDicts(10), change),
+            dataloader_num_workers=workers,
+        )
+        predicted = trainer.predict(Relabelled(PixelDicts(10), change))
+        return trainer.evaluate(), predicted.label_ids
+
+    kinds = KINDS if not workers else {"one-hot floats": KINDS["one-hot floats"]}
+    expected, classes = evaluated(lambda y: y)
+    for change in kinds.values():
+        metrics, label_ids = evaluated(change)
+        assert metrics["eval_loss"] == expected["eval_loss"]
+        assert label_ids.tolist() == classes.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from dat_ds.casting import LayerCasts
 from dat_ds.config import MONITORS, check_num_classes, check_sections
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
-from dat_ds.integrations.hf.evaluation import robust_metrics
+from dat_ds.integrations.hf.evaluation import ClassLabels, robust_metrics
 from dat_ds.integrations.hf.forward import AdversarialForward, PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.integrations.hf.settings import CallbackArguments, Section, Settings
@@ -117,7 +118,11 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         """Check everything that is known, and keep a copy of the model where one is needed."""
         assert model is not None
         self._settings = None  # of an earlier Trainer
-        self._prepare(args, model, processing_class)
+        settings, _ = self._prepare(args, model, processing_class)
+        if settings.objective.head == "classes":
+            config: Any = model.config
+            wrapper = functools.partial(ClassLabels, num_classes=int(config.num_labels))
+            internals.wrap_evaluation_collators(wrapper)
 
     def on_train_begin(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dat_ds.casting import casting_at_layers
+from dat_ds.contracts import Gate
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation import Record, evaluate, task_of
 from dat_ds.integrations.hf.forward import PixelView
@@ -46,6 +47,34 @@ class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
         label = batch["labels"][0] if "labels" in batch else torch.zeros((), dtype=torch.int64)
         pixels = self._pixels.to_pixels(values)[0]
         return pixels.clamp_(self._threat.lower, self._threat.upper), label
+
+
+class ClassLabels:
+    """Hands evaluation's labels over as class indices, which the model's own loss takes too.
+
+    Args:
+        collate: The data loader's own collator.
+        num_classes: Of the model.
+    """
+
+    is_wrapped = True
+
+    def __init__(self, collate: Callable[[Any], Any], num_classes: int) -> None:
+        self.collate = collate
+        self._gate = Gate("classes")
+        self._gate.num_classes = num_classes
+
+    def __call__(self, samples: Any) -> Any:
+        """A batch with ``labels`` as int64 ``(B,)``, where it has some.
+
+        Raises:
+            DataError: For labels that are no classes.
+        """
+        batch = self.collate(samples)
+        labels = batch.get("labels")
+        if labels is not None:
+            batch["labels"] = self._gate.true_classes(labels, len(labels))
+        return batch
 
 
 def robust_metrics(

@@ -5,11 +5,12 @@ Written against transformers 5.24 and accelerate 1.15.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 
@@ -30,6 +31,32 @@ def come_first(callback: TrainerCallback) -> None:
         frame = frame.f_back
 
 
+def wrap_evaluation_collators(wrapper: Callable[[Any], Any]) -> None:
+    """Put ``wrapper`` around the collators of what a Trainer that is being made evaluates on.
+
+    No event comes before an evaluation's first forward. The Trainer is known only as the one that
+    is telling its callbacks of its end of ``__init__``.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            for name in ("get_eval_dataloader", "get_test_dataloader"):
+                setattr(trainer, name, _wrapping(getattr(trainer, name), wrapper))
+            return
+        frame = frame.f_back
+
+
+def _wrapping(make: Callable[..., Any], wrapper: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        loader = make(*args, **kwargs)
+        wrap_collator(loader, wrapper)
+        return loader
+
+    return made
+
+
 def evaluation_prefix(logs: Mapping[str, float]) -> str | None:
     """``"eval"`` of an evaluation's logs, or the prefix it was given; None for other logs."""
     ending = "_samples_per_second"
@@ -40,7 +67,7 @@ def evaluation_prefix(logs: Mapping[str, float]) -> str | None:
 def wrap_collator(loader: Any, wrapper: Callable[[Any], Any]) -> None:
     """Put ``wrapper`` around the collator of a Trainer's data loader, before it is iterated."""
     loader = getattr(loader, "base_dataloader", loader)
-    if not isinstance(loader.collate_fn, wrapper):  # type: ignore[arg-type]
+    if not getattr(loader.collate_fn, "is_wrapped", False):
         loader.collate_fn = wrapper(loader.collate_fn)
 
 

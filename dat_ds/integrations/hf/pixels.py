@@ -174,6 +174,8 @@ class Float32Collator:
         collate: The data loader's own collator.
     """
 
+    is_wrapped = True
+
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
