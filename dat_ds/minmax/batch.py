@@ -124,6 +124,7 @@ class BatchReader:
         self._unlabelled_weight = unlabelled_weight
         self._reference = reference
         self._source = source
+        self._slack = PIXEL_SLACK
         self.gate = Gate("partly labelled" if self._has_classes else "own", without_label)
         self.watch = BatchWatch(ranks, self._explain)
 
@@ -206,8 +207,8 @@ class BatchReader:
             y = torch.zeros(len(x), dtype=torch.int64)
         if isinstance(y, Tensor):
             y = y.to(self._device, non_blocking=True)
-        slack = max(rounding, PIXEL_SLACK)
-        faulty = faulty_images(x, self._threat.lower, self._threat.upper, slack)
+        self._slack = max(rounding, PIXEL_SLACK)
+        faulty = faulty_images(x, self._threat.lower, self._threat.upper, self._slack)
         labels = self.gate.labels(y, len(x))
         given: Tensor = torch.as_tensor(y).to(self._device, non_blocking=True)
         if labels is None:
@@ -225,7 +226,7 @@ class BatchReader:
     def _explain(self, x: Tensor, y: Tensor) -> str | None:
         """Words for a faulty image ``(1, C, H, W)`` and its label."""
         try:
-            check_images(x, self._threat.lower, self._threat.upper)
+            check_images(x, self._threat.lower, self._threat.upper, self._slack)
         except DataError as error:
             return f"{error}{self._source}"
         try:

@@ -100,7 +100,7 @@ class BatchWatch:
             self._any = self._any | is_faulty
         self._seen.append(_Seen(moment, samples, faulty))
         if at_once or len(self._seen) >= _MOST_AWAITED:
-            self._raise_if_faulty()
+            self.check_here()
 
     def check(self) -> None:
         """Tell what was wrong since the last time; a collective that waits for the device.
@@ -109,7 +109,7 @@ class BatchWatch:
             DataError: On every rank, if a rank saw a faulty image.
         """
         with self._ranks.together():
-            self._raise_if_faulty()
+            self.check_here()
 
     def check_here(self) -> None:
         """:meth:`check` of this rank alone.
@@ -117,9 +117,6 @@ class BatchWatch:
         Raises:
             DataError: If this rank saw a faulty image.
         """
-        self._raise_if_faulty()
-
-    def _raise_if_faulty(self) -> None:
         seen, first, found = self._seen, self._first, self._any
         self._seen, self._first, self._any = [], None, None
         if found is None or first is None or not bool(found):
@@ -127,7 +124,8 @@ class BatchWatch:
         hits = [(s, s.faulty.nonzero().flatten().tolist()) for s in seen]
         hits = [(s, rows) for s, rows in hits if rows]
         (where, rows), (image, label) = hits[0], first
-        words = self._explain(image, label)
+        # Of images of several sizes the first faulty one was perhaps not kept.
+        words = self._explain(image, label) or "An image or its label is faulty."
         place = f"image {rows[0]} of micro-step {where.moment.slot} in step {where.moment.step + 1}"
         samples = [s.samples[row] for s, rows in hits for row in rows if s.samples is not None]
         total = sum(len(rows) for _, rows in hits)

@@ -444,6 +444,23 @@ def test_on_several_ranks_it_is_told_when_asked_for_with_every_sample(tmp_path):
     batches.watch.check_here()
 
 
+def test_images_of_several_sizes_are_watched_alike(tmp_path):
+    batches = reader(2)
+    batches.watch.folder = tmp_path
+    batches.read(pictures(), torch.zeros(4).long(), moment(0))
+    batches.read(pictures(), torch.zeros(4).long(), moment(1))
+    batches.read(torch.full((2, 3, 12, 12), NAN), torch.zeros(2).long(), moment(2))
+    with pytest.raises(DataError, match="faulty. This is image 0 of micro-step 0 in step 3"):
+        batches.watch.check_here()
+
+
+def test_a_faulty_label_is_named_beside_pixels_that_were_rounded():
+    x = pictures()
+    x[0, 0, 0, 0] = 1.0005
+    with pytest.raises(DataError, match="^Labels hold -100"):
+        reader(1).read(x, torch.tensor([-100, 0, 0, 0]), moment(0), rounding=1e-3)
+
+
 def test_a_label_out_of_range_never_becomes_an_index():
     batches = reader(2)
     batches.gate.num_classes = 4
