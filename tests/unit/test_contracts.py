@@ -450,14 +450,14 @@ def test_images_of_several_sizes_are_watched_alike(tmp_path):
     batches.read(pictures(), torch.zeros(4).long(), moment(0))
     batches.read(pictures(), torch.zeros(4).long(), moment(1))
     batches.read(torch.full((2, 3, 12, 12), NAN), torch.zeros(2).long(), moment(2))
-    with pytest.raises(DataError, match="faulty. This is image 0 of micro-step 0 in step 3"):
+    with pytest.raises(DataError, match=r"faulty\. This is image 0 of micro-step 0 in step 3"):
         batches.watch.check_here()
 
 
 def test_a_faulty_label_is_named_beside_pixels_that_were_rounded():
     x = pictures()
     x[0, 0, 0, 0] = 1.0005
-    with pytest.raises(DataError, match="^Labels hold -100"):
+    with pytest.raises(DataError, match=r"^Labels hold -100"):
         reader(1).read(x, torch.tensor([-100, 0, 0, 0]), moment(0), rounding=1e-3)
 
 
