@@ -16,7 +16,7 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import FEATURE_LOSSES, InnerLoss
 from dat_ds.attacks.modes import ModelMode, attack_mode
 from dat_ds.attacks.threat import ThreatModel
-from dat_ds.contracts import Gate, GatedModel, as_images, check_batch, check_images
+from dat_ds.contracts import Gate, GatedModel, as_images, check_images
 from dat_ds.errors import ConfigError
 
 _checked: ContextVar[bool] = ContextVar("checked", default=False)
@@ -73,11 +73,10 @@ def admitted(
     is_own = callable(loss) or loss in FEATURE_LOSSES
     gate = Gate("own" if is_own else "classes")
     with already_checked(), attack_mode(model, model_mode):
-        if loss in REFERENCE_LOSSES and not reads_labels:
-            x = as_images(x, model)
-            check_images(x, threat.lower, threat.upper)
-        else:
-            x, y = check_batch(gate, model, x, y, threat.lower, threat.upper)
+        x = as_images(x, model)
+        check_images(x, threat.lower, threat.upper)
+        if reads_labels or loss not in REFERENCE_LOSSES:
+            y = gate.settled(y, len(x))
         yield GatedModel(model, gate), x, y
 
 

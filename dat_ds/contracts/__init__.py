@@ -4,7 +4,6 @@ from dat_ds.contracts.gate import (
     Gate,
     GatedModel,
     Reads,
-    check_batch,
     named_forward_errors,
 )
 from dat_ds.contracts.images import (
@@ -12,7 +11,6 @@ from dat_ds.contracts.images import (
     as_images,
     as_pictures,
     check_images,
-    describe_faulty,
     faulty_images,
 )
 from dat_ds.contracts.labels import (
@@ -34,11 +32,9 @@ __all__ = [
     "as_images",
     "as_labels",
     "as_pictures",
-    "check_batch",
     "check_finite",
     "check_images",
     "classes_of",
-    "describe_faulty",
     "faulty_images",
     "logits_of",
     "named_forward_errors",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dat_ds.contracts.images import as_images, check_images, layout_hint
+from dat_ds.contracts.images import layout_hint
 from dat_ds.contracts.labels import (
     Labels,
     as_labels,
@@ -93,6 +93,19 @@ class Gate:
         if problem is not None:
             raise DataError(problem)
         return labels.y
+
+    def settled(self, y: Any, num_images: int) -> Any:
+        """``y`` as losses take it, with values that are right; waits for the device.
+
+        Raises:
+            DataError: With the first that is wrong; for classes that the model does not have, at
+                its first outputs.
+        """
+        labels = self.labels(y, num_images)
+        if labels is None:
+            return y
+        self.expect(labels)
+        return self.check(labels, y)
 
     def true_classes(self, y: Any, num_images: int) -> Tensor:
         """The one class that is right for each image ``(B,)`` int64; waits for the device.
@@ -200,28 +213,3 @@ def named_forward_errors(x: Tensor) -> Iterator[None]:
             f"The model's forward failed on images of shape {tuple(x.shape)}, {x.dtype}"
             f"{layout_hint(x)}: {error}"
         ) from error
-
-
-def check_batch(
-    gate: Gate, model: object, x: Tensor, y: Any, lower: float, upper: float
-) -> tuple[Tensor, Tensor]:
-    """Images and labels of one batch, all of them checked; waits for the device.
-
-    Args:
-        gate: Of the door.
-        model: Who is to take the images.
-        x: Images.
-        y: Their labels, or what the loss compares.
-        lower: Smallest pixel value.
-        upper: Largest pixel value.
-
-    Raises:
-        DataError: With what is wrong.
-    """
-    x = as_images(x, model)
-    check_images(x, lower, upper)
-    labels = gate.labels(y, len(x))
-    if labels is not None:
-        y = gate.check(labels, y)
-        gate.expect(labels)
-    return x, y

@@ -171,12 +171,7 @@ def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
 
     A dataset without a method ``raw`` gives the item itself.
     """
-    if isinstance(dataset, Subset):
-        return fetch_raw(dataset.dataset, dataset.indices[index])
-    if isinstance(dataset, ConcatDataset):
-        ends = dataset.cumulative_sizes
-        part = bisect.bisect_right(ends, index)
-        return fetch_raw(dataset.datasets[part], index - (ends[part - 1] if part else 0))
+    dataset, index = _owner(dataset, index)
     raw = getattr(dataset, "raw", None)
     sample: Sample = dataset[index] if raw is None else raw(index)
     return sample
@@ -184,12 +179,7 @@ def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
 
 def file_of(dataset: Dataset[Any], index: int) -> str | None:
     """File that item ``index`` is read from; None where there is none, or it is not known."""
-    if isinstance(dataset, Subset):
-        return file_of(dataset.dataset, dataset.indices[index])
-    if isinstance(dataset, ConcatDataset):
-        ends = dataset.cumulative_sizes
-        part = bisect.bisect_right(ends, index)
-        return file_of(dataset.datasets[part], index - (ends[part - 1] if part else 0))
+    dataset, index = _owner(dataset, index)
     named = getattr(dataset, "file_of", None)
     if named is not None:
         found: str | None = named(index)
@@ -198,6 +188,17 @@ def file_of(dataset: Dataset[Any], index: int) -> str | None:
         return file_of(dataset.dataset, index)
     samples = getattr(dataset, "samples", None)  # of torchvision's folders too
     return str(samples[index][0]) if isinstance(samples, list) else None
+
+
+def _owner(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int]:
+    """The dataset below any ``Subset`` and ``ConcatDataset``, and the item's index in it."""
+    if isinstance(dataset, Subset):
+        return _owner(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, ConcatDataset):
+        ends = dataset.cumulative_sizes
+        part = bisect.bisect_right(ends, index)
+        return _owner(dataset.datasets[part], index - (ends[part - 1] if part else 0))
+    return dataset, index
 
 
 def _random_int(stop: int, generator: torch.Generator) -> int:

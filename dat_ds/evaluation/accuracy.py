@@ -180,11 +180,13 @@ def evaluate(
             first_index = indices[0] if indices else 0
             views = SampleGenerator(seed, 0, first_index, stream="evaluation views")
             x, y = task.inputs(x.to(device), y.to(device), views)
+            is_first = gate.num_classes is None
             natural = judge(x)
-            _check_classes(parsed, gate.num_classes)
-            if task is _CLASSIFICATION and (problem := gate.problem_of(y)):
-                batches.tell(DataError(problem))  # known only now
-                y = torch.zeros_like(y)
+            if is_first and gate.reads_classes:  # how many classes there are is known only now
+                _check_classes(parsed, gate.num_classes)
+                if problem := gate.problem_of(y):
+                    batches.tell(DataError(problem))
+                    y = torch.zeros_like(y)
             found["natural"].append(natural[:count].cpu())
             for attack in parsed:
                 generator = stream_of(attack, seed, first_index * task.num_views)

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -25,6 +24,7 @@ from dat_ds.attacks import ThreatModel, apgd, pgd
 from dat_ds.errors import UserError
 from dat_ds.evaluation import evaluate
 from dat_ds.integrations.hf import AdversarialTrainingCallback
+from tests.hf_tiny import trainer_of, vit
 
 PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
 THREAT = ThreatModel("linf", 0.05)
@@ -161,41 +161,12 @@ def by_engine(model: nn.Module, x: Any, y: Any) -> Tensor:
         engine.close()
 
 
-def vit(labels: int = CLASSES) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        image_size=8,
-        patch_size=4,
-        num_labels=labels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
 class Columns(Samples):
     def __getitem__(self, index: int) -> Any:
         return {"pixel_values": self.x[index], "labels": self.y[index]}
 
 
 def trainer(x: Tensor, y: Tensor, tested: Tensor, tested_y: Tensor) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        max_steps=1,
-        per_device_train_batch_size=COUNT,
-        per_device_eval_batch_size=COUNT,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
     callback = AdversarialTrainingCallback(
         threat_model={"norm": "linf", "eps": THREAT.eps},
         attack=PGD,
@@ -203,12 +174,15 @@ def trainer(x: Tensor, y: Tensor, tested: Tensor, tested_y: Tensor) -> Any:
         std=[1.0] * 3,
         evaluation={"attacks": ["pgd-2"]},
     )
-    return transformers.Trainer(
-        model=vit(),
-        args=arguments,
+    return trainer_of(
+        vit(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        tempfile.mkdtemp(),
+        [callback],
         train_dataset=Columns(x, y),
         eval_dataset=Columns(tested, tested_y),
-        callbacks=[callback],
+        max_steps=1,
+        per_device_train_batch_size=COUNT,
+        per_device_eval_batch_size=COUNT,
     )
 
 

@@ -20,15 +20,11 @@ def come_first(callback: TrainerCallback) -> None:
     What a callback adds to the logs is seen by those after it alone, and the Trainer puts its
     reporters (TensorBoard, W&B) first. The list is known only to the handler that is calling.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            if callback in handler.callbacks and handler.callbacks[0] is not callback:
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back
+    handler = _caller(CallbackHandler)
+    if handler is None or callback not in handler.callbacks or handler.callbacks[0] is callback:
+        return
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
 
 
 def wrap_evaluation_collators(wrapper: Callable[[Any], Any]) -> None:
@@ -37,14 +33,21 @@ def wrap_evaluation_collators(wrapper: Callable[[Any], Any]) -> None:
     No event comes before an evaluation's first forward. The Trainer is known only as the one that
     is telling its callbacks of its end of ``__init__``.
     """
+    trainer = _caller(Trainer)
+    if trainer is not None:
+        for name in ("get_eval_dataloader", "get_test_dataloader"):
+            setattr(trainer, name, _wrapping(getattr(trainer, name), wrapper))
+
+
+def _caller(kind: type[Any]) -> Any:
+    """The nearest object of a kind among those whose methods are being carried out; else None."""
     frame = inspect.currentframe()
     while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer):
-            for name in ("get_eval_dataloader", "get_test_dataloader"):
-                setattr(trainer, name, _wrapping(getattr(trainer, name), wrapper))
-            return
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
         frame = frame.f_back
+    return None
 
 
 def _wrapping(make: Callable[..., Any], wrapper: Callable[[Any], Any]) -> Callable[..., Any]:
