@@ -78,6 +78,7 @@ FLOORS = (
     {"assembly"},
     {"engine", "integrations"},
     {"training"},
+    {"export", "judge"},
     {"bench"},
     {"cli"},
 )

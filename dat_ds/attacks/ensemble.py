@@ -1,0 +1,73 @@
+"""Ensembles of evaluation attacks, taken apart into stages that see only samples still standing.
+
+Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dat_ds.attacks.gradient import Model
+from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
+from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.threat import ThreatModel
+
+RunStage = Callable[[Model, Tensor, Tensor, SampleGenerator], Tensor]
+"""``(model, x, y, generator) -> x_adv``: what becomes of a sample does not depend on the others."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass of an ensemble over the samples that no stage before has broken.
+
+    Args:
+        attack: Name of the attack that it belongs to: ``"apgd-t-100"``.
+        label: Its own name within the ensemble: ``"apgd-t-100 target 3"``.
+        run: Makes adversarial images, inside the threat model.
+        is_black_box: Whether it takes no gradient.
+    """
+
+    attack: str
+    label: str
+    run: RunStage
+    is_black_box: bool = False
+
+
+ENSEMBLES: dict[str, Callable[[ThreatModel], tuple[str, ...]]] = {
+    "standard": lambda threat: ("apgd-ce-100", "apgd-t-100"),
+}
+"""Names of the attacks of each ensemble, in order."""
+
+
+def attack_names(names: Sequence[str], threat: ThreatModel) -> list[str]:
+    """Names of attacks with those of ensembles written out.
+
+    Raises:
+        ValueError: For a name that is neither, or that comes twice.
+    """
+    written = [
+        n for name in names for n in (ENSEMBLES[name](threat) if name in ENSEMBLES else (name,))
+    ]
+    for name in written:
+        parse_evaluation_attack(name)
+    if len(set(written)) < len(written):
+        raise ValueError(f"attacks={list(names)} names an attack twice.")
+    return written
+
+
+def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -> list[Stage]:
+    """The stages of an attack: one for each restart and, where it is targeted, each target.
+
+    Args:
+        attack: The attack.
+        threat: Allowed perturbations.
+        num_classes: Classes of the model ``K``.
+    """
+
+    def run(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
+        return run_attack(model, x, y, threat, attack, generator)
+
+    return [Stage(attack.name, attack.name, run)]

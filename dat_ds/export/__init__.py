@@ -1,0 +1,1 @@
+"""Handing a trained model on in the formats of others."""

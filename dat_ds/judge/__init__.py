@@ -1,0 +1,1 @@
+"""Judging a finished model: evaluation, self-checks, reports."""
