@@ -53,6 +53,9 @@ class Measured:
     value: float | None = None
 
 
+RANDOM = Measured("skipped", "the model draws random numbers, which hides it")
+
+
 def verdict(
     alarm: bool, found: str, value: float | None = None, *, fails: bool = False
 ) -> Measured:

@@ -153,8 +153,8 @@ MODEL_CHECKS: tuple[Check[Probe], ...] = (
     Check(
         "unbounded_attack",
         strength.measure_unbounded_attack,
-        "With eps of half the pixel range all images can become the same, and no model can be right "
-        "about them: the attack does not find what exists.",
+        "With eps of half the pixel range all images can become the same, and no model can be "
+        "right about them: the attack does not find what exists.",
         _BPDA,
     ),
     Check(
@@ -192,9 +192,14 @@ MODEL_CHECKS: tuple[Check[Probe], ...] = (
 )
 """Checks in order: cheap ones first, in case time runs out."""
 
-_ATTACKING = frozenset(
-    ("verification", "unbounded_attack", "convergence", "attack_unit_test")
-    + ("black_box", "transfer", "estimated_gradient")
+_ATTACKING = (
+    strength.measure_verification,
+    strength.measure_unbounded_attack,
+    strength.measure_convergence,
+    unit_test.measure_attack_unit_test,
+    strength.measure_black_box,
+    strength.measure_transfer,
+    strength.measure_estimated_gradient,
 )
 _MAY_FAIL = (RuntimeError, ValueError, IndexError, UserError)
 
@@ -255,7 +260,7 @@ def check_model(
 def _findings(probe: Probe) -> Iterator[Finding]:
     out_of_range = False
     for check in MODEL_CHECKS:
-        if out_of_range and check.name in _ATTACKING:
+        if out_of_range and check.measure in _ATTACKING:
             measured = Measured("skipped", _NEEDS_PIXELS)
         elif probe.seconds_left < 0:
             measured = Measured("skipped", "the time for checks is over")

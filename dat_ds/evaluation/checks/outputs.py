@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dat_ds.evaluation.checks.finding import Measured, verdict
-from dat_ds.evaluation.checks.probe import Probe
+from dat_ds.attacks import rand_like
+from dat_ds.evaluation.checks.finding import RANDOM, Measured, verdict
+from dat_ds.evaluation.checks.probe import NOISE, Probe
 
-_NOISE = 100  # multiples of the rounding of weights: what the order of sums may change
+_GRADIENT_NOISE = 0.01
+_KERNELS = 10  # other batch sizes, other kernels: more than the order of sums
 _ALONE = 8  # images shown alone
 _SUM = 1e-3  # deviation of a sum of probabilities that may be rounding
 _LARGEST_MARGIN = 103.0  # exp(-103) is smaller than every float32
@@ -19,19 +23,14 @@ _SATURATED = 5e-3
 
 def measure_randomness(probe: Probe) -> Measured:
     """Two forwards, and two gradients, of the same images."""
-    rows = probe.rows
-    changed = probe.change(probe.logits(probe.images), rows)
-    again = probe.change(probe.logits(probe.images), rows)
-    worst = float(torch.maximum(changed, again).amax()) if len(rows) else 0.0
+    worst = probe.redrawn
     found = f"logits of the same images differ by up to {worst:.2g} of their size between forwards"
-    if worst > _NOISE * probe.rounding:
+    if probe.is_random:
         return verdict(True, found, worst, fails=True)
     first = probe.gradient
-    if first is None or not len(rows):
+    second = None if first is None else probe.gradient_at(probe.images, probe.labels)
+    if first is None or second is None or not len(first):
         return verdict(False, found, worst)
-    del probe.gradient  # take it again
-    second = probe.gradient
-    assert second is not None
     size = first.flatten(1).norm(dim=1).clamp_min(torch.finfo(first.dtype).tiny)
     differs = float(((second - first).flatten(1).norm(dim=1) / size).median())
     if differs > _GRADIENT_NOISE:
@@ -39,38 +38,39 @@ def measure_randomness(probe: Probe) -> Measured:
     return verdict(differs > _GRADIENT_NOISE, found, max(worst, differs))
 
 
-_GRADIENT_NOISE = 0.01
-
-
 def measure_batch_dependence(probe: Probe) -> Measured:
     """Logits of images alone, in another order, and beside other images."""
-    rows = probe.rows
-    if len(rows) < 2:
-        return Measured("skipped", "fewer than two correctly classified images")
     x = probe.images
-    strangers = torch.rand(x.shape, generator=_cpu_generator(), dtype=x.dtype).to(x.device)
-    strangers = probe.threat.lower + (probe.threat.upper - probe.threat.lower) * strangers
+    if len(x) < 2:
+        return Measured("skipped", "fewer than two correctly classified images")
+    if probe.is_random:
+        return RANDOM
+    few = x[:_ALONE]
+    strangers = _noise_images(probe)
     worst, where = 0.0, "in another batch"
-    for name, logits_of_rows in (
-        ("alone", lambda: torch.cat([probe.logits(row[None]) for row in x[:_ALONE]])),
-        ("in reverse order", lambda: probe.logits(x.flip(0)).flip(0)),
-        ("beside noise images", lambda: probe.logits(torch.cat([x[:_ALONE], strangers]))[:_ALONE]),
-        ("in half a batch", lambda: probe.logits(x[: len(x) // 2])),
-    ):
+    ways: dict[str, Callable[[], Tensor]] = {
+        "alone": lambda: torch.cat([probe.logits(few[i : i + 1]) for i in range(len(few))]),
+        "in reverse order": lambda: probe.logits(x.flip(0)).flip(0),
+        "beside noise images": lambda: probe.logits(torch.cat([few, strangers]))[: len(few)],
+        "in half a batch": lambda: probe.logits(x[: len(x) // 2]),
+    }
+    for name, logits_of_rows in ways.items():
         try:
             logits = logits_of_rows()
         except (RuntimeError, ValueError) as error:
             first_line = str(error).partition("\n")[0]
             return verdict(True, f"the forward of images {name} fails: {first_line}", fails=True)
-        changed = float(probe.change(logits, rows[: len(logits)]).amax())
+        changed = float(probe.change(logits).amax())
         if changed > worst:
             worst, where = changed, name
     found = f"logits change by up to {worst:.2g} of their size when an image is shown {where}"
-    return verdict(worst > 10 * _NOISE * probe.rounding, found, worst, fails=True)
+    return verdict(worst > _KERNELS * NOISE * probe.rounding, found, worst, fails=True)
 
 
-def _cpu_generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _noise_images(probe: Probe) -> Tensor:
+    """Images of uniform noise over the pixel range, like the attacked ones."""
+    noise = rand_like(probe.images, probe.generator("strangers"))
+    return probe.threat.lower + (probe.threat.upper - probe.threat.lower) * noise
 
 
 def measure_probabilities(probe: Probe) -> Measured:

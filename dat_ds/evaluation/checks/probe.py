@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from dat_ds.attacks import InputGradient, SampleGenerator, ThreatModel, cw_margin, pgd
+from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, cw_margin, pgd
 from dat_ds.attacks.gradient import Model
 from dat_ds.contracts.outputs import logits_of
 from dat_ds.errors import ModelError
@@ -22,6 +22,8 @@ _CHUNK = 128  # images of a forward
 _PASSES = 700  # forwards that the checks make for each attacked image, roughly
 _FEWEST, _MOST = 16, 32  # attacked images
 WHITE_BOX_STEPS = 50
+NOISE = 100
+"""Multiples of the weights' rounding by which the order of sums may change logits."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Probe:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits ``(B, K)`` in float64, in chunks."""
-        return torch.cat([self.call(part).double() for part in x.split(_CHUNK)])
+        return torch.cat([self.call(part).double() for part in torch.split(x, _CHUNK)])
 
     def generator(self, purpose: str) -> SampleGenerator:
         """Random numbers for one purpose."""
@@ -122,16 +124,15 @@ class Probe:
             dtypes |= {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    def change(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Largest change of each row's logits from the clean ones, as a share of their size.
+    def change(self, logits: Tensor) -> Tensor:
+        """Largest change of logits from those of :attr:`images`, as a share of their size ``(B,)``.
 
         Args:
-            logits: Of the images ``rows``.
-            rows: Their indices.
+            logits: Of all of :attr:`images`, or of the first of them, shown some other way.
         """
-        clean = self.clean[rows]
-        size = clean.abs().amax(dim=1).maximum(self.spread[rows])
-        return (logits - clean).abs().amax(dim=1) / size
+        before = self.shown[: len(logits)]
+        size = before.abs().amax(dim=1).maximum(self.spread[self.rows[: len(logits)]])
+        return (logits - before).abs().amax(dim=1) / size
 
     # ---- the images that are attacked
 
@@ -161,25 +162,47 @@ class Probe:
         """Classes of :attr:`rows`."""
         return self.y[self.rows]
 
+    @cached_property
+    def shown(self) -> Tensor:
+        """Logits of :attr:`images`, shown as one batch."""
+        return self.logits(self.images)
+
+    @cached_property
+    def redrawn(self) -> float:
+        """Largest change of the logits between forwards of the same batch; 0 without images."""
+        if not len(self.rows):
+            return 0.0
+        return max(float(self.change(self.logits(self.images)).amax()) for _ in range(2))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether forwards of the same batch differ by more than the order of sums can explain."""
+        return self.redrawn > NOISE * self.rounding
+
     def fooled(self, x: Tensor, y: Tensor) -> Tensor:
         """Which images are classified as another class than ``y`` ``(B,)``."""
         return self.logits(x).argmax(dim=1) != y
 
-    @cached_property
-    def gradient(self) -> Tensor | None:
-        """Gradient of the margin ``max_{k != y} z_k - z_y`` at :attr:`images`; None without one.
+    def gradient_at(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Gradient of the margin ``max_{k != y} z_k - z_y`` at ``x``, unscaled, in float64.
 
-        Unscaled, float64.
+        Returns:
+            Like ``x``; None where the graph does not reach the pixels.
         """
-        leaf = self.images.detach().clone().requires_grad_()
+        leaf = x.detach().clone().requires_grad_()
         try:
             with torch.enable_grad():
-                margin = cw_margin(self.call(leaf), self.labels)
+                margin = cw_margin(self.call(leaf), y)
                 (gradient,) = torch.autograd.grad(margin.sum(), leaf)
-        except RuntimeError:  # autograd's word for a graph that does not reach the pixels
+        except RuntimeError:  # autograd's word for it
             return None
         found: Tensor = gradient.double()
         return found
+
+    @cached_property
+    def gradient(self) -> Tensor | None:
+        """:meth:`gradient_at` of :attr:`images`."""
+        return self.gradient_at(self.images, self.labels)
 
     def attack(
         self,
@@ -191,22 +214,32 @@ class Probe:
         threat: ThreatModel | None = None,
         model: Callable[[Tensor], Tensor] | None = None,
         loss: str = "ce",
+        adapts_steps: bool = False,
     ) -> Tensor:
-        """Images by PGD, with steps of ``2.5 eps / steps``; ``x`` itself without a gradient."""
+        """Images by PGD, with steps of ``2.5 eps / steps``, or by APGD.
+
+        Returns:
+            Like ``x``; ``x`` itself where the graph does not reach the pixels.
+        """
         threat = self.threat if threat is None else threat
         if len(x) == 0:
             return x
+        called = self.call if model is None else model
+        generator = self.generator(purpose)
         try:
+            if adapts_steps:
+                return apgd(
+                    called, x, y, threat=threat, steps=steps, loss=loss, generator=generator
+                )
             return pgd(
-                self.call if model is None else model,
+                called,
                 x,
                 y,
                 threat=threat,
                 steps=steps,
                 step_size=2.5 * threat.eps / steps,
                 loss=loss,
-                generator=self.generator(purpose),
-                gradient=InputGradient(),
+                generator=source,
             )
         except (ModelError, RuntimeError):
             return x

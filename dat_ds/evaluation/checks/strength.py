@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def measure_transfer(probe: Probe) -> Measured:
     return _beaten(probe, "a transfer from a surrogate", transferred)
 
 
-def _beaten(probe: Probe, name: str, attack: object) -> Measured:
+def _beaten(probe: Probe, name: str, attack: Callable[[Tensor, Tensor], Tensor]) -> Measured:
     if not len(probe.rows) or probe.threat.eps == 0:
         return _NO_IMAGES
     left = probe.standing
@@ -62,7 +62,7 @@ def _beaten(probe: Probe, name: str, attack: object) -> Measured:
         count = f"{len(left)} of {len(probe.rows)} images" if len(left) else "no image"
         return Measured("ok", f"the white-box attack leaves {count}: nothing to gain", 0.0)
     x, y = probe.images[left], probe.labels[left]
-    fooled = int(probe.fooled(attack(x, y), y).sum())  # type: ignore[operator]
+    fooled = int(probe.fooled(attack(x, y), y).sum())
     found = f"{name} breaks {fooled} of the {len(left)} images that PGD-{WHITE_BOX_STEPS} leaves"
     alarm = fooled >= max(_FEWEST, _SHARE * len(left))
     return verdict(alarm, found, fooled / len(left), fails=fooled > len(left) / 2)

@@ -28,7 +28,7 @@ _EASY = 0.5  # success at random that makes the test say little
 
 
 def measure_attack_unit_test(probe: Probe) -> Measured:
-    """Share of planted adversarial examples that PGD finds, and that random images find."""
+    """Share of planted adversarial examples that APGD finds, and that random images find."""
     if len(probe.rows) < 4 or probe.threat.eps == 0:
         return Measured("skipped", "too few images are classified correctly, or eps is 0")
     generator = probe.generator("unit test")
@@ -53,7 +53,7 @@ def measure_attack_unit_test(probe: Probe) -> Measured:
         return torch.stack([-score, score], dim=1)
 
     y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    x_adv = probe.attack(x, y, "unit test", steps=_STEPS, model=binary)
+    x_adv = probe.attack(x, y, "unit test", steps=_STEPS, model=binary, adapts_steps=True)
     at_random = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with torch.no_grad():
         found_by_attack = classifier.score(features(x_adv)) > 0
@@ -62,7 +62,7 @@ def measure_attack_unit_test(probe: Probe) -> Measured:
             at_random |= classifier.score(features(images)) > 0
     success = float(found_by_attack.double().mean())
     random = float(at_random.double().mean())
-    found = f"PGD-{_STEPS} finds {success:.0%} of {len(x)} planted adversarial examples, "
+    found = f"APGD-{_STEPS} finds {success:.0%} of {len(x)} planted adversarial examples, "
     found += f"random images {random:.0%}"
     if random >= _EASY and success >= _LEAST:
         found += " (an easy test)"
