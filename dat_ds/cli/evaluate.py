@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dat_ds.cli.arguments import add_command, add_set
+from dat_ds.cli.arguments import add_case, add_command, add_output_folder
 from dat_ds.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -24,6 +24,8 @@ def add(commands: Any) -> None:
         commands, "eval", _evaluate, "evaluate a model under attack", description=_DESCRIPTION
     )
     add_case(parser)
+    parser.add_argument("--seed", type=int, metavar="N", help="of the attacks; default 0")
+    add_output_folder(parser)
     parser.add_argument(
         "--attacks",
         nargs="+",
@@ -42,26 +44,6 @@ def add(commands: Any) -> None:
         choices=["bf16", "fp16"],
         help="a first pass of the first attack in 16 bits; float32 confirms what it breaks",
     )
-
-
-def add_case(parser: argparse.ArgumentParser) -> None:
-    """The target, and what it is judged by."""
-    parser.add_argument("target", metavar="TARGET", help="the model")
-    parser.add_argument(
-        "--data",
-        metavar="NAME[:PATH]",
-        help="images, such as npz:FILE, imagefolder:DIR or digits; default those of the run",
-    )
-    parser.add_argument(
-        "--threat", metavar="NORM:EPS", help="the ball, such as linf:8/255; default that of the run"
-    )
-    parser.add_argument(
-        "--num_examples", type=int, metavar="N", help="first images of the data; default all"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of the attacks; default 0")
-    parser.add_argument("--output", metavar="DIR", help="folder of the results, made if need be")
-    parser.set_defaults(makes_output=True)
-    add_set(parser)
 
 
 _QUESTION = (
