@@ -32,12 +32,9 @@ from dat_ds.data.samples import Collator
 from dat_ds.data.transforms import fetch_sample
 from dat_ds.errors import DataError
 from dat_ds.evaluation.samples import Journal, Sample, rounded
-from dat_ds.evaluation.watched import AllBroken, Passes, WatchedModel
+from dat_ds.evaluation.watched import ROWS, AllBroken, Passes, WatchedModel, padded
 from dat_ds.ranks import Ranks
 
-ROWS = 32
-"""The model is called with a multiple of so many images: of this size on, libraries of matrix
-products compute a row alike whatever the other rows and the number of threads are."""
 _CACHED_BYTES = 2 << 30
 _NATURAL = "natural"
 
@@ -93,7 +90,7 @@ class EnsembleEvaluation:
         threat: Allowed perturbations.
         attacks: In order; each attacks the samples that none before has broken.
         indices: Samples of ``data``, ascending.
-        batch_size: Images of a forward at most, taken up to a multiple of :data:`ROWS`.
+        batch_size: Images of a forward at most, taken up to a multiple of 32.
         seed: Of the attacks' random numbers.
         ranks: The processes.
         journal: Keeps what is found.
@@ -149,7 +146,7 @@ class EnsembleEvaluation:
 
     def _natural(self) -> tuple[dict[int, Sample], list[StageCost]]:
         def judge(indices: list[int], passes: Passes) -> list[Sample]:
-            x, y = self._images(indices, is_new=True)
+            x, y, _ = self._images(indices, is_new=True)
             with torch.no_grad():
                 logits = self._called(x)
             passes.forwards += len(x)
@@ -189,71 +186,18 @@ class EnsembleEvaluation:
         passes: Passes,
     ) -> list[Sample]:
         """One batch of a stage."""
-        x, y = self._images([sample.index for sample in before])
-        indices = _padded([sample.index for sample in before])
+        x, y, indices = self._images([sample.index for sample in before])
         generator = SampleGenerator(
             self.seed, 0, indices=indices, stream=f"evaluation {stage.label}"
         )
-        shorter = contextlib.nullcontext(self._called)
-        with shorter if precision is None else shorter_floats(self._called, precision) as model:
-            watched = WatchedModel(model, x, y, self.threat, passes)
+        plain: contextlib.AbstractContextManager[Model] = contextlib.nullcontext(self._called)
+        with plain if precision is None else shorter_floats(self._called, precision) as model:
+            watched = WatchedModel(model, self._called, x, y, self.threat, passes)
             with contextlib.suppress(AllBroken):
                 x_adv = stage.run(watched, x, y, generator)
                 with torch.no_grad():
                     watched(x_adv)
-        return self._verified(stage, watched, x, before, passes)
-
-    def _verified(
-        self,
-        stage: Stage,
-        watched: WatchedModel,
-        x: Tensor,
-        before: list[Sample],
-        passes: Passes,
-    ) -> list[Sample]:
-        """Samples after a stage: what it found counts where a plain forward confirms it."""
-        rows = [row for row in range(len(before)) if bool(watched.broken[row])]
-        after = {
-            row: dataclasses.replace(
-                sample, margin=min(sample.margin, rounded(float(watched.margin[row])))
-            )
-            for row, sample in enumerate(before)
-        }
-        if rows:
-            chosen = torch.tensor(_padded(rows), device=x.device)
-            x_adv = watched.found[chosen]
-            with torch.no_grad():
-                logits = self._called(x_adv)
-            passes.forwards += len(x_adv)
-            distance = self.threat.distance(x_adv, x[chosen])
-            for place, row in enumerate(rows):
-                after[row] = self._judged(
-                    stage,
-                    before[row],
-                    int(watched.step[row]),
-                    logits[place],
-                    float(distance[place]),
-                )
-        return [after[row] for row in range(len(before))]
-
-    def _judged(
-        self, stage: Stage, sample: Sample, step: int, logits: Tensor, distance: float
-    ) -> Sample:
-        label = torch.tensor([sample.label], device=logits.device)
-        margin = rounded(-float(cw_margin(logits.double().unsqueeze(0), label)))
-        predicted = int(logits.argmax())
-        if predicted == sample.label or not bool(logits.isfinite().all()):
-            return dataclasses.replace(sample, margin=min(sample.margin, margin), verified=False)
-        return dataclasses.replace(
-            sample,
-            margin=margin,
-            broken_by=stage.attack,
-            stage=stage.label,
-            step=step,
-            predicted_under_attack=predicted,
-            distance=rounded(distance),
-            verified=True,
-        )
+        return [_after(stage, sample, watched, row) for row, sample in enumerate(before)]
 
     # ---- dividing the work
 
@@ -337,17 +281,20 @@ class EnsembleEvaluation:
 
     # ---- images
 
-    def _images(self, indices: list[int], *, is_new: bool = False) -> tuple[Tensor, Tensor]:
-        """Images and class indices, the last repeated up to a multiple of :data:`ROWS`."""
+    def _images(
+        self, indices: list[int], *, is_new: bool = False
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Images, class indices and sample indices, the last repeated as :func:`padded` does."""
         pairs = [self._image(index, is_new) for index in indices]
-        pairs += [pairs[-1]] * (len(_padded(indices)) - len(indices))
         if len({tuple(x.shape) for x, _ in pairs}) > 1:
             raise DataError(
                 f"Samples {indices[0]} to {indices[-1]} are images of several shapes: give "
                 "dat.data.img_size."
             )
-        x = torch.stack([x for x, _ in pairs]).to(self.ranks.device)
-        return x, torch.stack([y for _, y in pairs]).to(self.ranks.device)
+        places = padded(torch.arange(len(indices)))
+        x = torch.stack([x for x, _ in pairs])[places].to(self.ranks.device)
+        y = torch.stack([y for _, y in pairs])[places].to(self.ranks.device)
+        return x, y, [indices[place] for place in places.tolist()]
 
     def _image(self, index: int, is_new: bool) -> tuple[Tensor, Tensor]:
         if index in self._cache:
@@ -371,6 +318,21 @@ class EnsembleEvaluation:
         return pair
 
 
-def _padded(items: list[int]) -> list[int]:
-    """The items with the last repeated up to a multiple of :data:`ROWS`."""
-    return items + [items[-1]] * (-len(items) % ROWS)
+def _after(stage: Stage, sample: Sample, watched: WatchedModel, row: int) -> Sample:
+    """A sample after a stage."""
+    margin = rounded(float(watched.margin[row]))
+    if not bool(watched.broken[row]):
+        is_denied = sample.verified is False or bool(watched.denied[row])
+        return dataclasses.replace(
+            sample, margin=min(sample.margin, margin), verified=False if is_denied else None
+        )
+    return dataclasses.replace(
+        sample,
+        margin=margin,
+        broken_by=stage.attack,
+        stage=stage.label,
+        step=int(watched.step[row]),
+        predicted_under_attack=int(watched.predicted[row]),
+        distance=rounded(float(watched.distance[row])),
+        verified=True,
+    )

@@ -36,8 +36,9 @@ class Sample:
         step: Forward of that part, from 1, that found the adversarial image.
         predicted_under_attack: Class of the adversarial image.
         distance: Its distance from the image in the threat model's norm, pixel units.
-        verified: Whether a plain float32 forward of the kept image confirmed it; False where one
-            was found that it denies, and the sample stands; None where none was found.
+        verified: True where a plain float32 forward of the adversarial image has confirmed it;
+            False where the sample stands although an attack has found one that it denies; else
+            None.
     """
 
     index: int
