@@ -1,6 +1,7 @@
 """What is judged: a model from wherever it is, the images, and the threat model.
 
-Nothing that a file contains is executed, and a module is imported only where it is asked for.
+Nothing that a file contains is executed, except a program of ``torch.export``, which torch reads with
+pickle; a module is imported only where it is asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 import logging
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,7 +408,8 @@ def _of_timm(text: str, options: dict[str, Any]) -> nn.Module:
 def _of_program(path: Path) -> nn.Module:
     try:
         return torch.export.load(path).module()
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+    # torch.export has no error class of its own.
+    except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(
             f"{str(path)!r} is no program of torch.export that this torch reads: {error}"
         ) from error
