@@ -11,6 +11,7 @@ from torch import Tensor
 from dat_ds.attacks import ThreatModel
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import cw_margin
+from dat_ds.contracts import check_finite
 
 ROWS = 32
 """The model is called with a multiple of so many images: of this size on, libraries of matrix
@@ -79,6 +80,7 @@ class WatchedModel:
 
         Raises:
             AllBroken: When there is no row left to attack.
+            ModelError: For an image in the ball whose outputs are not finite.
         """
         logits = self._model(x_adv)
         self._passes.forwards += len(x_adv)
@@ -95,9 +97,10 @@ class WatchedModel:
     def _look(self, x_adv: Tensor, logits: Tensor) -> None:
         self._calls += 1
         inside = self._threat.distance(x_adv, self._x) <= self._reach
-        inside &= logits.isfinite().all(dim=1) & ~self.broken
+        inside &= ~self.broken
         margin = -cw_margin(logits.double(), self._y)
-        fools = inside & (logits.argmax(dim=1) != self._y)
+        # Outputs that are not finite are no classification: the plain forward decides.
+        fools = inside & ((logits.argmax(dim=1) != self._y) | ~logits.isfinite().all(dim=1))
         smaller = inside & ~fools & (margin < self.margin)
         self.margin = torch.where(smaller, margin, self.margin)
         if bool(fools.any()):
@@ -106,13 +109,18 @@ class WatchedModel:
             raise AllBroken
 
     def _verify(self, x_adv: Tensor, rows: Tensor) -> None:
-        """Look at these rows again by a plain forward."""
+        """Look at these rows again by a plain forward.
+
+        Raises:
+            ModelError: For outputs that are not finite.
+        """
         rows = padded(rows)
         images = self._threat.project(x_adv[rows], self._x[rows])
         logits = self._plain(images)
         self._passes.forwards += len(images)
+        check_finite(logits)
         predicted = logits.argmax(dim=1)
-        confirmed = (predicted != self._y[rows]) & logits.isfinite().all(dim=1)
+        confirmed = predicted != self._y[rows]
         self.denied[rows[~confirmed]] = True
         rows, images, logits = rows[confirmed], images[confirmed], logits[confirmed]
         self.broken[rows] = True

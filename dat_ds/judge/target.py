@@ -1,7 +1,7 @@
 """What is judged: a model from wherever it is, the images, and the threat model.
 
-Nothing that a file contains is executed, except a program of ``torch.export``, which torch reads with
-pickle; a module is imported only where it is asked for.
+Nothing that a file contains is executed, except a program of ``torch.export``, which torch reads
+with pickle; a module is imported only where it is asked for.
 """
 
 from __future__ import annotations

@@ -279,6 +279,19 @@ def test_bad_input_is_refused(case: dict[str, Any], error: type[Exception], word
         evaluation(model, data).run()
 
 
+def test_outputs_that_are_not_finite_near_an_image_are_refused() -> None:
+    class Fragile(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            moved = (x * 1e4).round() != x * 1e4
+            return super().forward(x) / (~moved.flatten(1).any(dim=1, keepdim=True)).float()
+
+    data = images()
+    exact = TensorImages((data.images * 16).round() / 16, data.labels)
+    exact.labels = Linear()(exact.images).argmax(1)
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        evaluation(Fragile(), exact).run()
+
+
 def test_it_works_under_inference_mode_and_leaves_no_trace() -> None:
     model = Linear()
     expected: Outcome = evaluation(model).run()

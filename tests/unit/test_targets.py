@@ -1,4 +1,4 @@
-"""Targets of an evaluation: every kind is loaded or refused with its reason, nothing is executed."""
+"""Targets of an evaluation: every kind is loaded, or refused with its reason."""
 
 from __future__ import annotations
 
