@@ -17,6 +17,7 @@ _VANISHED = 1e-4
 _INSIDE = 0.01
 _STEPS = (1e-5, 1e-4)  # of a difference quotient, as shares of the pixel range
 _DISAGREEMENT = 0.5
+_RESOLUTION = 30  # multiples of a logit's rounding that a difference of two shows
 _RADII = (1e-6, 1e-5, 1e-4, 1 / 510, 1 / 255, 2 / 255)
 _CONSTANT_RADII = (1e-6, 1e-5, 1e-4)
 _JUMP = 0.3
@@ -85,6 +86,8 @@ def measure_gradient_agreement(probe: Probe) -> Measured:
     other = probe.logits(x).scatter(1, y[:, None], float("-inf")).argmax(dim=1)
     pair = torch.stack([y, other], dim=1)
     error = torch.full((len(x),), float("inf"), dtype=torch.float64, device=x.device)
+    visible = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    rounding = _RESOLUTION * probe.rounding * probe.shown.abs().amax(dim=1)
     for step in _STEPS:
         move = _noise(probe, "directions", step)
         ahead, behind = x + move, x - move
@@ -95,6 +98,12 @@ def measure_gradient_agreement(probe: Probe) -> Measured:
         expected = (gradient.flatten(1) * moved).sum(dim=1)
         size = torch.maximum(quotient.abs(), expected.abs()).clamp_min(1e-300)
         error = torch.minimum(error, (quotient - expected).abs() / size)
+        visible |= size > rounding
+    if float(visible.double().mean()) < _SHARE:
+        return Measured(
+            "skipped", "small changes of the pixels drown in the rounding of the logits"
+        )
+    error = error[visible]
     differing = float((error > _DISAGREEMENT).double().mean())
     found = (
         f"difference quotients differ from the gradient by more than {_DISAGREEMENT:.0%} for "

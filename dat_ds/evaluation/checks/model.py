@@ -213,7 +213,7 @@ def check_model(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     train_class_names: Sequence[str] | None = None,
-    training: bool | None = None,
+    training: Sequence[str] | None = None,
     seconds: float = 100.0,
 ) -> list[Finding]:
     """Look for what makes an evaluation of this model untrustworthy.
@@ -228,7 +228,8 @@ def check_model(
         seed: Seed of all random numbers.
         class_names: Names of the classes of the data, in order.
         train_class_names: Those of the data that the model was trained on.
-        training: Whether the model was handed over in training mode. None: as its modules are now.
+        training: Names of the modules that were in training mode when the model was delivered,
+            where whoever calls has put them in eval mode since. None: those that are in it now.
         seconds: Time to take, roughly. It decides how many images are attacked; checks that would
             start after it are skipped.
 
@@ -239,9 +240,7 @@ def check_model(
         DataError: For what are no images.
     """
     x = as_images(x, model)
-    layers = [] if training is False else layers_in_training(model)
-    if training and not layers:
-        layers = ["the model"]
+    layers = layers_in_training(model, training)
     names = Names(class_names, train_class_names)
     with attack_mode(model), already_checked():
         probe = Probe(
@@ -278,11 +277,19 @@ def _measured(measure: Callable[[Probe], Measured], probe: Probe) -> Measured:
         return Measured("skipped", f"it could not be run: {str(error).partition(chr(10))[0]}")
 
 
-def layers_in_training(model: object) -> list[str]:
-    """Names of the layers that are in training mode and behave differently there."""
+def layers_in_training(model: object, training: Sequence[str] | None = None) -> list[str]:
+    """Names of the layers that are in training mode, or were, and behave differently there.
+
+    Args:
+        model: The model; one that is no module has no layers.
+        training: Names of the modules that were in training mode; None for those that are.
+    """
     if not isinstance(model, nn.Module):
         return []
-    return [name for name, module in model.named_modules() if module.training and _differs(module)]
+    names = dict(model.named_modules())
+    if training is None:
+        training = [name for name, module in names.items() if module.training]
+    return [name or "model" for name in training if name in names and _differs(names[name])]
 
 
 def _differs(module: nn.Module) -> bool:

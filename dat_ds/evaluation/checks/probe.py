@@ -225,12 +225,10 @@ class Probe:
         if len(x) == 0:
             return x
         called = self.call if model is None else model
-        generator = self.generator(purpose)
+        source = self.generator(purpose)
         try:
             if adapts_steps:
-                return apgd(
-                    called, x, y, threat=threat, steps=steps, loss=loss, generator=generator
-                )
+                return apgd(called, x, y, threat=threat, steps=steps, loss=loss, generator=source)
             return pgd(
                 called,
                 x,
