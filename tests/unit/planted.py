@@ -29,7 +29,8 @@ class LabelLeak(Fault):
     def __init__(self, body: nn.Module, x: Tensor, y: Tensor, digits: int | None = None) -> None:
         super().__init__(body)
         self.digits = digits
-        self.known = {self.key(image): int(label) for image, label in zip(x, y, strict=True)}
+        pairs = zip(x, y, strict=True)
+        self.known = {self.key(image): int(label) for image, label in pairs}
 
     def key(self, image: Tensor) -> bytes:
         image = image.detach().float()
@@ -170,7 +171,7 @@ class Probabilities(Fault):
 
 
 class Normalised(Fault):
-    """Normalises the pixels once more; a closure, so that no module shows it."""
+    """Normalises the pixels once more, with no module that shows it."""
 
     def __init__(self, body: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(body)
@@ -182,26 +183,26 @@ class Normalised(Fault):
 
 
 class BatchStatistics(Fault):
-    """Every BatchNorm of the body, or one at the pixels, normalises by the batch in any mode."""
+    """Every BatchNorm of the body normalises by the batch in any mode; else one at the pixels."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, mean: float = 0.5, std: float = 0.25) -> None:
         super().__init__(body)
-        self.has_own = not any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
+        self.mean, self.std = mean, std
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_own:
-            mean, std = x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3))
-            normalised = F.batch_norm(x, None, None, std, mean, training=True)
-            return self.body(normalised)
         norms = [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
-        saved = [(m.running_mean, m.running_var, m.training) for m in norms]
+        if not norms:
+            channels = torch.ones(x.shape[1])
+            weight, bias = self.std * channels, self.mean * channels
+            return self.body(F.batch_norm(x, None, None, weight, bias, training=True))
+        saved = [(m.running_mean, m.running_var) for m in norms]
         for m in norms:
             m.running_mean = m.running_var = None
         try:
             return self.body(x)
         finally:
-            for m, (mean, var, training) in zip(norms, saved, strict=True):
-                m.running_mean, m.running_var, m.training = mean, var, training
+            for m, (mean, var) in zip(norms, saved, strict=True):
+                m.running_mean, m.running_var = mean, var
 
 
 class BatchDependent(Fault):
@@ -260,3 +261,35 @@ class Nearest(Fault):
         nearest = torch.cdist(x.flatten(1), self.known).argmin(dim=1)
         logits = self.body(x)
         return logits + 30.0 * F.one_hot(self.labels[nearest], logits.shape[1])
+
+
+def digits_network() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network with BatchNorm, trained on scikit-learn's digits for a second.
+
+    Returns:
+        The network in eval mode; test images ``(N, 1, 8, 8)`` in [0, 1]; their labels.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    y = torch.tensor(digits.target, dtype=torch.int64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        for step in range(150):
+            rows = torch.arange(step * 64, step * 64 + 64) * 7 % 1200
+            loss = F.cross_entropy(network(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval(), x[1200:1328], y[1200:1328]
