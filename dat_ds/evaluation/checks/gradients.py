@@ -66,6 +66,14 @@ def _unclear(probe: Probe) -> Measured | None:
     return _COARSE if probe.rounding > _FINEST else None
 
 
+def _inside(probe: Probe) -> Tensor:
+    """The attacked images, each pixel moved a little towards the middle of the range."""
+    threat, x = probe.threat, probe.images
+    width = threat.upper - threat.lower
+    inwards = torch.where(x > (threat.lower + threat.upper) / 2, -width, width)
+    return x + _INSIDE * inwards * rand_like(x, probe.generator("inside"))
+
+
 def measure_gradient_agreement(probe: Probe) -> Measured:
     """The gradient against difference quotients in random directions.
 
@@ -74,10 +82,7 @@ def measure_gradient_agreement(probe: Probe) -> Measured:
     """
     if (unclear := _unclear(probe)) is not None:
         return unclear
-    threat, x, y = probe.threat, probe.images, probe.labels
-    width = threat.upper - threat.lower
-    inwards = torch.where(x > (threat.lower + threat.upper) / 2, -width, width)
-    x = x + _INSIDE * inwards * rand_like(x, probe.generator("inside"))
+    x, y = _inside(probe), probe.labels
     gradient = probe.gradient_at(x, y)
     if gradient is None:
         return Measured("skipped", "there is no gradient")
@@ -124,14 +129,18 @@ def measure_input_quantisation(probe: Probe) -> Measured:
     """Small changes of all pixels that change no logit at all, where larger ones do."""
     if (unclear := _unclear(probe)) is not None:
         return unclear
-    shares = []
-    for radius in _CONSTANT_RADII:
-        logits = probe.logits(probe.images + _noise(probe, "quantisation", radius))
-        shares.append(float((logits == probe.shown).all(dim=1).double().mean()))
-    constant = max(shares)
+    constant, at = 0.0, _CONSTANT_RADII[0]
+    # Pixels may lie at the very values where a rounding jumps, but not all of them inside.
+    inside = _inside(probe)
+    for x, before in ((probe.images, probe.shown), (inside, probe.logits(inside))):
+        for radius in _CONSTANT_RADII:
+            logits = probe.logits(x + _noise(probe, "quantisation", radius))
+            share = float((logits == before).all(dim=1).double().mean())
+            if share > constant:
+                constant, at = share, radius
     found = (
-        f"changing every pixel by {_CONSTANT_RADII[shares.index(constant)]:g} of the range leaves "
-        f"the logits of {constant:.0%} of the images exactly as they were"
+        f"changing every pixel by {at:g} of the range leaves the logits of {constant:.0%} of the "
+        "images exactly as they were"
     )
     return verdict(constant >= _SHARE, found, constant, fails=constant >= 1 - _SHARE)
 

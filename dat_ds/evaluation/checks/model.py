@@ -230,8 +230,8 @@ def check_model(
         train_class_names: Those of the data that the model was trained on.
         training: Names of the modules that were in training mode when the model was delivered,
             where whoever calls has put them in eval mode since. None: those that are in it now.
-        seconds: Time to take, roughly. It decides how many images are attacked; checks that would
-            start after it are skipped.
+        seconds: Time to take, roughly. It decides how many images are attacked; checks that
+            attack are skipped when it is over.
 
     Returns:
         One finding for each of :data:`MODEL_CHECKS`, in that order.
@@ -259,9 +259,9 @@ def check_model(
 def _findings(probe: Probe) -> Iterator[Finding]:
     out_of_range = False
     for check in MODEL_CHECKS:
-        if out_of_range and check.measure in _ATTACKING:
+        if check.measure in _ATTACKING and out_of_range:
             measured = Measured("skipped", _NEEDS_PIXELS)
-        elif probe.seconds_left < 0:
+        elif check.measure in _ATTACKING and probe.seconds_left < 0:
             measured = Measured("skipped", "the time for checks is over")
         else:
             measured = _measured(check.measure, probe)
