@@ -73,7 +73,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def check_folders(options: argparse.Namespace) -> None:
     """Refuse files in folders that are not there, before anything is measured for them."""
-    files = {flag: getattr(options, flag, None) for flag in ("output", "csv", "plot")}
+    files = {flag: getattr(options, flag, None) for flag in ("output", "csv", "plot", "html")}
     missing = [
         f"--{flag} {file}: there is no folder {str(Path(file).parent)!r}: make it."
         for flag, file in files.items()

@@ -104,7 +104,7 @@ def accuracy_against_radius(
                 break
             here = dataclasses.replace(threat, eps=eps)
             rows = standing.nonzero().flatten() if eps > 0 else standing.new_zeros(0).long()
-            for part in rows.split(batch_size):
+            for part in torch.split(rows, batch_size):
                 generator = SampleGenerator(seed, step, indices=part.tolist(), stream="radius")
                 x_adv = apgd(
                     called,
@@ -159,7 +159,7 @@ def accuracy_against_steps(
     with _opened(model) as called:
         correct = _correct(called, x, y, batch_size)
         first = torch.full_like(y, looks[-1] + 1)
-        for part in correct.nonzero().flatten().split(batch_size):
+        for part in torch.split(correct.nonzero().flatten(), batch_size):
             recorder = _Recorder(called, y[part], never=looks[-1] + 1)
             generator = SampleGenerator(seed, 0, indices=part.tolist(), stream="steps")
             apgd(
@@ -276,7 +276,7 @@ def loss_surface(
         towards = x_adv - image
         sideways = threat.steepest(randn_like(image, generator)) * length
         places = torch.cartesian_prod(across, along).to(x.device, x.dtype)
-        for part in places.split(batch_size):
+        for part in torch.split(places, batch_size):
             b, a = (value.view(-1, 1, 1, 1) for value in part.unbind(dim=1))
             shown = (image + a * towards + b * sideways).clamp(threat.lower, threat.upper)
             with torch.no_grad():
@@ -335,7 +335,7 @@ def _opened(model: Model) -> Iterator[Model]:
 @torch.no_grad()
 def _correct(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     """Which images are classified correctly ``(B,)``."""
-    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    parts = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
     return torch.cat([model(images).argmax(dim=1) == labels for images, labels in parts])
 
 

@@ -1,0 +1,32 @@
+"""Numbers and advice as a report words them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Section = tuple[str, str, str]
+"""``(key, title, body)`` of a page."""
+AGAIN = "dat-ds eval TARGET --attacks standard --output DIR"
+"""Command that measures what a report lacks."""
+
+
+def percent_of(share: float) -> str:
+    """``"54.5 %"``."""
+    return f"{100 * share:.1f} %"
+
+
+def interval_of(ends: Sequence[float]) -> str:
+    """``"47.6 to 61.3 %"``."""
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
+
+
+def count_of(value: float | None) -> str:
+    """A count with thousands apart, or a measurement with one digit after the point."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def short_of(value: float | None) -> str:
+    """Four digits; a dash for None."""
+    return "-" if value is None else f"{value:.4g}"
