@@ -27,10 +27,13 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem;
   border-bottom: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .soft, figcaption, caption, .note { color: var(--soft); }
-.missing { color: var(--soft); font-style: italic; }
+.missing { color: var(--soft); }
+.missing code { display: block; background: var(--tile); border: 1px solid var(--line);
+  border-radius: .4rem; padding: .4rem .7rem; margin-top: .4rem; }
 nav { font-size: .9rem; margin: .8rem 0 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 a { color: inherit; text-underline-offset: .15em; }
-a:focus-visible, summary:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
+a:focus-visible, summary:focus-visible, .scroll:focus-visible {
+  outline: 2px solid currentColor; outline-offset: 2px; }
 code { font: .92em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem;
   margin: 1.1rem 0; padding: 0; }
@@ -47,7 +50,12 @@ caption { text-align: left; font-size: .88rem; padding-bottom: .35rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0;
   border-bottom: 1px solid var(--line); }
 thead th { border-bottom-width: 2px; font-weight: 600; }
-tbody th { font-weight: 500; overflow-wrap: anywhere; }
+th, td { overflow-wrap: break-word; }
+td { min-width: 4rem; }
+tbody th { font-weight: 500; min-width: 7rem; }
+td.number + td, th.number + th { padding-left: .9rem; }
+.long td { overflow-wrap: anywhere; }
+.prose td { min-width: 9rem; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .status { font-weight: 650; white-space: nowrap; }
 .status.ok { color: var(--ok); } .status.suspicious { color: var(--suspicious); }
@@ -74,9 +82,13 @@ pre { font: .8rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; whit
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
   h2 { break-after: avoid; margin-top: 1.4rem; }
-  figure, tr, .tiles div, .banner { break-inside: avoid; }
+  figure, tr, .tiles div, .banner, .scroll { break-inside: avoid; }
   .scroll { overflow: visible; }
+  .prose td { min-width: 0; }
   .figures { grid-template-columns: 1fr 1fr; }
+  figure.narrow { max-width: 12cm; }
+  .tiles { grid-template-columns: repeat(4, 1fr); gap: .4rem; }
+  .tiles .value { font-size: 14pt; }
 }
 """
 
@@ -88,9 +100,14 @@ def escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; ``kind`` is ``""``, ``"soft"`` or ``"missing"``."""
-    return f"<p{_class(kind)}>{escape(text)}</p>"
+def note(text: str) -> str:
+    """A paragraph of less weight."""
+    return f'<p class="soft">{escape(text)}</p>'
+
+
+def missing(text: str, command: str) -> str:
+    """What is not there, and the command that makes it."""
+    return f'<p class="missing">{escape(text)} <code>{escape(command)}</code></p>'
 
 
 def banner(text: str, status: str) -> str:
@@ -98,12 +115,13 @@ def banner(text: str, status: str) -> str:
     return f'<p class="banner {escape(status)}" role="note">{escape(text)}</p>'
 
 
-def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Numbers at a glance: ``(label, value, note)`` each."""
+def tiles(entries: Sequence[tuple[str, str, Sequence[str]]]) -> str:
+    """Numbers at a glance: ``(label, value, notes)`` each."""
     boxes = [
         f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="note">{escape(note)}</dd></div>'
-        for label, value, note in entries
+        + "".join(f'<dd class="note">{escape(note)}</dd>' for note in notes)
+        + "</div>"
+        for label, value, notes in entries
     ]
     return f'<dl class="tiles">{"".join(boxes)}</dl>'
 
@@ -115,6 +133,7 @@ def table(
     *,
     numbers: Collection[int] = (),
     status: int | None = None,
+    kind: str = "",
 ) -> str:
     """A table whose first column names its rows.
 
@@ -124,6 +143,7 @@ def table(
         rows: Their cells.
         numbers: Columns of numbers, set flush right.
         status: Column with the status of a check.
+        kind: ``"long"`` for cells whose long words may break anywhere, ``"prose"`` for sentences.
     """
     kinds = ["number" if column in numbers else "" for column in range(len(header))]
     heads = "".join(
@@ -139,8 +159,9 @@ def table(
             cells.append(f"{opening}{_class(kind)}>{shown}</{'th' if column == 0 else 'td'}>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        f"<table{_class(kind)}><caption>{escape(caption)}</caption>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

@@ -34,7 +34,7 @@ def draw_examples(
     """Attack each model on the same images and draw what happens, one block of rows per model.
 
     Args:
-        models: Name to model, pixels to logits.
+        models: Name to model, pixels to logits; a single one needs no name.
         x: Images ``(B, C, H, W)`` with 1 or 3 channels, pixels in [0, 1].
         y: Labels ``(B,)``.
         threat: Allowed perturbations.
@@ -74,7 +74,8 @@ def draw_examples(
                         color=_RIGHT if right else _WRONG,
                         fontsize=9,
                     )
-            row[0].set_ylabel(f"{model_name}\n{word}".replace("$", r"\$"), fontsize=8)
+            label = f"{model_name}\n{word}".strip().replace("$", r"\$")
+            row[0].set_ylabel(label, fontsize=8)
     figure.suptitle("Above each image: the predicted class; a cross where it is wrong.", fontsize=9)
     figure.savefig(path, dpi=110)
     return predicted

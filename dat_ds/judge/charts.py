@@ -21,6 +21,7 @@ from dat_ds.judge.words import AGAIN, Section, interval_of, percent_of, short_of
 from dat_ds.length import parse_length
 
 _LOSSES = {"ce": "cross-entropy", "cw": "the margin", "dlr": "the DLR loss"}
+_TRAIN = "dat-ds train --deepspeed_config FILE"
 _OPEN_CLASSES = 20  # a longer table is opened by the reader
 
 
@@ -55,8 +56,8 @@ def curves_of(evidence: Evidence, album: Album) -> Section:
     """Accuracy against radius and steps, and the margin around an image."""
     curves = evidence.curves
     if curves is None:
-        text = f"There are no curves ({CURVES}): {AGAIN} --report"
-        return ("curves", "Curves", html.paragraph(text, "missing"))
+        text = f"There are no curves ({CURVES}). To measure them:"
+        return ("curves", "Curves", html.missing(text, f"{AGAIN} --report"))
     drawn, tables = [], ""
     if radius := curves.get("against_radius"):
         drawn.append(_radius_of(radius, _eps_of(curves), album))
@@ -74,8 +75,8 @@ def curves_of(evidence: Evidence, album: Album) -> Section:
 def classes_of(evidence: Evidence, album: Album) -> Section:
     """Accuracy of each class."""
     if not evidence.samples:
-        text = f"Accuracy by class needs the samples' outcomes ({SAMPLES}): {AGAIN}"
-        return ("classes", "By class", html.paragraph(text, "missing"))
+        text = f"Accuracy by class needs the outcome of every sample ({SAMPLES}). To write it:"
+        return ("classes", "By class", html.missing(text, AGAIN))
     name = evidence.worst_case_in_words()
     classes = accuracy_by_class(evidence.samples, evidence.evaluation.get("class_names"))
     worst = min(classes, key=lambda row: row["robust_acc"])
@@ -114,8 +115,8 @@ def training_of(evidence: Evidence, album: Album) -> Section:
     """The course of the training run."""
     rows = evidence.metrics
     if not rows:
-        text = f"Training curves need {METRICS}, which dat-ds train writes into a run's folder."
-        return ("training", "Training", html.paragraph(text, "missing"))
+        text = f"Training curves need {METRICS}, which training writes into the folder of a run:"
+        return ("training", "Training", html.missing(text, _TRAIN))
     record = evidence.record or {}
     last = rows[-1]
     words = [f"{last['step']} optimizer steps"]

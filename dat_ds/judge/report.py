@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dat_ds.attacks import ThreatModel, attack_mode
+from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, attack_mode
 from dat_ds.attacks.gradient import Model
 from dat_ds.contracts import Gate, GatedModel, as_images, check_images
 from dat_ds.data import evaluation_batches
@@ -29,6 +29,7 @@ from dat_ds.evaluation.figures import length_in_words, norm_in_words
 from dat_ds.files import replace_text, write_json, writing
 from dat_ds.judge import charts, sections
 from dat_ds.judge.evidence import CURVES, read_evidence
+from dat_ds.judge.words import data_in_words
 
 logger = logging.getLogger("dat_ds")
 
@@ -36,6 +37,7 @@ FIGURES = "figures"
 """Folder of a report's figures, as PNG."""
 _EXAMPLES_ATTACK = "apgd-ce-50"
 _EXAMPLES = 8
+_CANDIDATES = 32  # images of which one is chosen for the surface
 
 
 def write_report(folder: Path, file: Path | None = None) -> Path:
@@ -143,7 +145,7 @@ def measure_curves(
 def _subtitle(evaluation: Mapping[str, Any]) -> str:
     """Data and threat model in a line."""
     words = [f"{evaluation['num_examples']:,} images"]
-    if name := (evaluation.get("data") or {}).get("name"):
+    if name := data_in_words(evaluation.get("data") or {}):
         words.append(f"of {name}")
     if threat := evaluation.get("threat_model"):
         words.append(
@@ -171,16 +173,22 @@ def _images(
     return torch.cat(images), classes
 
 
-@torch.no_grad()
 def _surface(
     model: Model, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, batch_size: int
 ) -> dict[str, Any] | None:
-    """The surface around the first image that is classified correctly; None where none is."""
-    for index, (image, label) in enumerate(zip(x, y, strict=True)):
-        if int(model(image.unsqueeze(0)).argmax()) == int(label):
-            found = loss_surface(model, image, int(label), threat, seed=seed, batch_size=batch_size)
-            return {"index": index, **found}
-    return None
+    """The surface around the first image that the attack breaks, else the first correct one."""
+    x, y = x[:_CANDIDATES], y[:_CANDIDATES]
+    generator = SampleGenerator(seed, 0, stream="choice of a surface")
+    x_adv = apgd(model, x, y, threat=threat, steps=20, loss="cw", generator=generator)
+    with torch.no_grad():
+        correct = model(x).argmax(dim=1) == y
+        broken = correct & (model(x_adv).argmax(dim=1) != y)
+    rows = [*broken.nonzero().flatten().tolist(), *correct.nonzero().flatten().tolist()]
+    if not rows:
+        return None
+    index = rows[0]
+    found = loss_surface(model, x[index], int(y[index]), threat, seed=seed, batch_size=batch_size)
+    return {"index": index, **found}
 
 
 def _examples(
@@ -199,7 +207,7 @@ def _examples(
     with writing(folder / file):
         (folder / file).parent.mkdir(exist_ok=True)
     found = draw_examples(
-        {"model": model},
+        {"": model},
         x[:_EXAMPLES],
         y[:_EXAMPLES],
         threat,
@@ -208,7 +216,7 @@ def _examples(
         class_names=class_names,
         seed=seed,
     )
-    return {"file": str(file), "attack": _EXAMPLES_ATTACK, **found["model"]}
+    return {"file": str(file), "attack": _EXAMPLES_ATTACK, **found[""]}
 
 
 def _device_of(model: Model) -> torch.device:

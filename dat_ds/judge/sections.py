@@ -8,7 +8,15 @@ from typing import Any
 from dat_ds.evaluation import figures, html
 from dat_ds.evaluation.curves import name_of
 from dat_ds.judge.evidence import Evidence, sha256_of
-from dat_ds.judge.words import AGAIN, Section, count_of, interval_of, percent_of, short_of
+from dat_ds.judge.words import (
+    AGAIN,
+    Section,
+    count_of,
+    data_in_words,
+    interval_of,
+    percent_of,
+    short_of,
+)
 
 _ORDER = ("failed", "suspicious", "ok", "skipped")
 
@@ -24,15 +32,17 @@ def lead_of(evidence: Evidence) -> str:
             (
                 "Threat model",
                 f"eps = {length}",
-                f"{figures.norm_in_words(threat['norm'])} norm, pixel values in "
-                f"[{threat.get('lower', 0):g}, {threat.get('upper', 1):g}]",
+                [
+                    f"{figures.norm_in_words(threat['norm'])} norm",
+                    f"pixel values in [{threat.get('lower', 0):g}, {threat.get('upper', 1):g}]",
+                ],
             )
         )
     data = evaluation.get("data") or {}
-    classes = evaluation.get("num_classes")
-    of_classes = f"{classes} classes" if classes else ""
-    words = ", ".join(word for word in (str(data.get("name") or ""), of_classes) if word)
-    entries.append(("Images", f"{total:,}", words))
+    notes = [name] if (name := data_in_words(data)) else []
+    if classes := evaluation.get("num_classes"):
+        notes.append(f"{classes:,} classes")
+    entries.append(("Images", f"{total:,}", notes))
     return _warning_of(evaluation.get("checks") or []) + html.tiles(entries)
 
 
@@ -41,7 +51,7 @@ def attacks_of(evidence: Evidence) -> Section:
     evaluation = evidence.evaluation
     attacks, total = evaluation["attacks"], evaluation["num_examples"]
     if not attacks:
-        return ("attacks", "Attacks", html.paragraph(f"No attack was run: {AGAIN}", "missing"))
+        return ("attacks", "Attacks", html.missing("No attack was run. To run some:", AGAIN))
     in_order = evaluation.get("is_cumulative", True)
     header = ["Attack", "Attacked", "Broken", "Standing after", "Accuracy after"]
     keys = ("forwards", "backwards", "seconds")
@@ -61,17 +71,15 @@ def attacks_of(evidence: Evidence) -> Section:
     body = html.table(caption, header, rows, numbers=numbers)
     body += _stages_of(attacks)
     if evaluation.get("passes") is not None:
-        body += html.paragraph(
+        body += html.note(
             f"{count_of(evaluation['passes'])} forwards and backwards per image, "
-            f"{count_of(evaluation.get('seconds'))} seconds in all.",
-            "soft",
+            f"{count_of(evaluation.get('seconds'))} seconds in all."
         )
     refused = sum(row.get("verified") is False for row in evidence.samples)
     if refused:
-        body += html.paragraph(
+        body += html.note(
             f"{refused} more were misclassified during an attack but not when their image was "
-            "shown alone in float32; they count as standing.",
-            "soft",
+            "shown alone in float32; they count as standing."
         )
     return ("attacks", "Attacks", body)
 
@@ -80,13 +88,13 @@ def checks_of(evidence: Evidence) -> Section:
     """The checks of the evaluation, those that call it into doubt first."""
     checks = evidence.evaluation.get("checks") or []
     if not checks:
-        text = f"The evaluation was not checked for masked gradients and the like: {AGAIN}"
-        return ("checks", "Checks", html.paragraph(text, "missing"))
+        text = "The evaluation was not checked for masked gradients and the like. To check it:"
+        return ("checks", "Checks", html.missing(text, AGAIN))
     ordered = sorted(checks, key=lambda check: _rank(check["status"]))
     rows = [[c["name"], c["status"], c["found"], c["meaning"], c["remedy"]] for c in ordered]
     caption = "Signs that a model only seems robust, or that the evaluation went wrong."
     header = ["Check", "Status", "Found", "What it means", "What to do"]
-    return ("checks", "Checks", html.table(caption, header, rows, status=1))
+    return ("checks", "Checks", html.table(caption, header, rows, status=1, kind="prose"))
 
 
 def pictures_of(evidence: Evidence) -> Section:
@@ -122,8 +130,8 @@ def pictures_of(evidence: Evidence) -> Section:
         if path.is_file()
     ]
     if not shown:
-        text = f"There are no pictures of adversarial images: {AGAIN} --report"
-        return ("pictures", "Pictures", html.paragraph(text, "missing"))
+        text = "There are no pictures of adversarial images. To draw them:"
+        return ("pictures", "Pictures", html.missing(text, f"{AGAIN} --report"))
     return ("pictures", "Pictures", "".join(shown))
 
 
@@ -135,53 +143,54 @@ def provenance_of(evidence: Evidence) -> Section:
     if data:
         rows.append(["Data", ", ".join(str(value) for value in data.values() if value)])
     if threat:
-        rows.append(["Threat model", ", ".join(f"{key} {value}" for key, value in threat.items())])
+        rows.append(["Threat model", _listed(threat)])
     for key in ("ensemble", "command", "seed", "ranks", "commit"):
         if evaluation.get(key) is not None:
             rows.append([key.capitalize(), str(evaluation[key])])
     for key in ("versions", "hardware"):
-        values = evaluation.get(key) or {}
-        rows += [[f"{key.capitalize()}: {name}", str(value)] for name, value in values.items()]
-    body = html.table("Where the numbers come from.", ["What", "Value"], rows)
+        if values := evaluation.get(key):
+            rows.append([key.capitalize(), _listed(values)])
+    body = html.table("Where the numbers come from.", ["What", "Value"], rows, kind="long")
     files = [[path.name, f"{path.stat().st_size:,}", sha256_of(path)] for path in evidence.files]
     caption = "The files that this page was made of."
-    body += html.table(caption, ["File", "Bytes", "SHA-256"], files, numbers=[1])
+    body += html.table(caption, ["File", "Bytes", "SHA-256"], files, numbers=[1], kind="long")
     if config := evaluation.get("config"):
         body += html.collapsed("The run's config", html.values_as_json(config))
     return ("provenance", "Provenance", body)
 
 
-def _accuracy_tiles(evidence: Evidence) -> list[tuple[str, str, str]]:
+def _accuracy_tiles(evidence: Evidence) -> list[tuple[str, str, list[str]]]:
     evaluation, total = evidence.evaluation, evidence.evaluation["num_examples"]
     if evaluation["natural_acc"] is None:
         return []
     intervals = evaluation.get("intervals") or {}
 
-    def tile(label: str, share: float, key: str, note: str) -> tuple[str, str, str]:
-        count = f"{round(share * total):,} of {total:,} images"
-        within = f"95 % interval {interval_of(intervals[key])}" if key in intervals else ""
-        return (label, percent_of(share), "; ".join(word for word in (count, within, note) if word))
+    def tile(label: str, share: float, key: str, *notes: str) -> tuple[str, str, list[str]]:
+        lines = [f"{round(share * total):,} of {total:,} images"]
+        if key in intervals:
+            lines.append(f"95 % CI: {interval_of(intervals[key])}")
+        return (label[0].upper() + label[1:], percent_of(share), [*lines, *notes])
 
-    tiles = [tile("Clean accuracy", evaluation["natural_acc"], "natural_acc", "")]
+    tiles = [tile("Clean accuracy", evaluation["natural_acc"], "natural_acc")]
     worst, names = evidence.worst_case, ", ".join(evidence.attack_names)
     if worst is not None:
-        note = "an upper bound"
+        notes = ["an upper bound: a stronger attack may find more"]
         if evidence.is_ensemble:
-            note = f"worst case over the {evaluation['ensemble']} ensemble ({names}); {note}"
+            notes.insert(0, f"worst case over the {evaluation['ensemble']} ensemble: {names}")
         elif len(evidence.attack_names) > 1:
-            note = f"worst case over {names}; {note}"
-        label = evidence.worst_case_in_words()
-        tiles.append(tile(label[0].upper() + label[1:], worst, "all", note))
+            notes.insert(0, f"worst case over {names}")
+        tiles.append(tile(evidence.worst_case_in_words(), worst, "all", *notes))
     return tiles
 
 
-def _loss_tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _loss_tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
     """Mean losses of a model that does not classify."""
     if evaluation.get("natural_loss") is None:
         return []
-    under = (evaluation.get("robust_loss") or {}).items()
-    tiles = [("Mean loss without an attack", short_of(evaluation["natural_loss"]), "")]
-    return tiles + [(f"Mean loss under {name}", short_of(value), "") for name, value in under]
+    losses = {"without an attack": evaluation["natural_loss"]}
+    for name, value in (evaluation.get("robust_loss") or {}).items():
+        losses[f"under {name}"] = value
+    return [(f"Mean loss {name}", short_of(value), []) for name, value in losses.items()]
 
 
 def _warning_of(checks: Sequence[Mapping[str, Any]]) -> str:
@@ -212,6 +221,10 @@ def _stages_of(attacks: Sequence[Mapping[str, Any]]) -> str:
 
 def _counts(attack: Mapping[str, Any]) -> list[str]:
     return [attack["name"], count_of(attack["attacked"]), count_of(attack["broken"])]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _rank(status: str) -> int:
