@@ -20,6 +20,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import (
     Any,
     ClassVar,
@@ -333,9 +334,13 @@ _imported: set[str] = set()
 def import_methods(module: str) -> None:
     """Import a module and let run configs name its methods, as ``"package.module:Class"``.
 
+    It is looked for in the current folder too, after all others.
+
     Raises:
         ConfigError: If it cannot be imported.
     """
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         importlib.import_module(module)
     except ImportError as error:

@@ -71,9 +71,33 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, metavar="FILE", help="write the numbers as JSON")
 
 
+def add_case(parser: argparse.ArgumentParser) -> None:
+    """The target, and what it is judged by."""
+    parser.add_argument("target", metavar="TARGET", help="the model")
+    parser.add_argument(
+        "--data",
+        metavar="NAME[:PATH]",
+        help="images, such as npz:FILE, imagefolder:DIR or digits; default those of the run",
+    )
+    parser.add_argument(
+        "--threat", metavar="NORM:EPS", help="the ball, such as linf:8/255; default that of the run"
+    )
+    parser.add_argument(
+        "--num_examples", type=int, metavar="N", help="first images of the data; default all"
+    )
+    add_set(parser)
+
+
+def add_output_folder(parser: argparse.ArgumentParser) -> None:
+    """A folder for the results."""
+    parser.add_argument("--output", metavar="DIR", help="folder of the results, made if need be")
+    parser.set_defaults(makes_output=True)
+
+
 def check_folders(options: argparse.Namespace) -> None:
     """Refuse files in folders that are not there, before anything is measured for them."""
-    files = {flag: getattr(options, flag, None) for flag in ("output", "csv", "plot", "html")}
+    flags = ["csv", "plot", "html", *([] if hasattr(options, "makes_output") else ["output"])]
+    files = {flag: getattr(options, flag, None) for flag in flags}
     missing = [
         f"--{flag} {file}: there is no folder {str(Path(file).parent)!r}: make it."
         for flag, file in files.items()

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dat_ds.cli.arguments import add_command, add_config, add_output, load_run
+from dat_ds.cli.arguments import add_case, add_command, add_config, add_output, load_run
 from dat_ds.errors import UserError
 
 _SCALING = (
@@ -39,11 +39,27 @@ def add(commands: Any) -> None:
         add_config(table)
         table.add_argument("--repetitions", type=int, default=20, help="timed steps (>= 5)")
         add_output(table)
+    _add_autoattack(tables)
     _add_scaling(tables)
     _add_predict(tables)
     ratios = "LAMB's and LARS's trust ratios under every ZeRO stage"
     table = add_command(tables, "trust-ratios", _bench_trust_ratios, ratios)
     add_config(table)
+    add_output(table)
+
+
+def _add_autoattack(tables: Any) -> None:
+    summary = "our ensembles beside the official AutoAttack, sample by sample"
+    table = add_command(tables, "autoattack", _bench_autoattack, summary)
+    add_case(table)
+    table.add_argument(
+        "--parts",
+        nargs="+",
+        default=["official", "standard", "strong"],
+        metavar="NAME",
+        help="official (needs pyautoattack) and ensembles, in order",
+    )
+    table.add_argument("--seed", type=int, default=0, help="of the attacks")
     add_output(table)
 
 
@@ -156,6 +172,25 @@ def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> 
     )
     if table := bench_scaling(load_run(options, defaults), plan, **files):
         print(table)
+    return 0
+
+
+def _bench_autoattack(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.autoattack import bench_autoattack
+    from dat_ds.judge.target import open_case
+
+    case = open_case(
+        options.target,
+        data=options.data,
+        threat=options.threat,
+        overrides=options.set,
+        imports=options.imports,
+    )
+    count = len(case.images) if options.num_examples is None else options.num_examples
+    table = bench_autoattack(
+        case, num_examples=count, parts=options.parts, seed=options.seed, output=options.output
+    )
+    print(table)
     return 0
 
 

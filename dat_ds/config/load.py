@@ -68,7 +68,7 @@ def load_config(
         refuse_absurd(source)
     values = _read(source)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     refuse_absurd(values)
     values = _merge(dict(defaults or {}), values)
     ours = values.pop("dat", {})
@@ -176,7 +176,12 @@ def _same_method(below: Mapping[str, Any], top: Mapping[str, Any]) -> bool:
     return len(set(map(str, names))) < 2
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the value of ``"dotted.key=value"`` within nested values.
+
+    Raises:
+        ConfigError: For text of another form.
+    """
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from dat_ds.method import Method, Trait, above, at_least, fraction, option, positive_share
 
 if TYPE_CHECKING:
-    from dat_ds.data.readers.source import Source
+    from dat_ds.data.readers.source import EvaluationImages, Source
 
 _MIXES = {Trait.MIXES_LABELS: lambda v: v > 0, Trait.CONCERNS_LABELS: lambda v: v > 0}
 _PATH = "what it is read from"
@@ -87,6 +87,17 @@ class DatasetMethod(Method):
             DataError: For files that are missing or damaged.
         """
         raise TypeError(f"{type(self).__name__} defines no read.")
+
+    def read_test(self, seed: int) -> EvaluationImages:
+        """The test part alone; a subclass may do without the training part.
+
+        Raises:
+            DataError: For files that are missing or damaged.
+        """
+        from dat_ds.data.readers.source import EvaluationImages
+
+        source = self.read(seed)
+        return EvaluationImages(source.test, source.class_names, source.num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)

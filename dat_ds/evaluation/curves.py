@@ -31,6 +31,7 @@ from dat_ds.attacks import (
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.noise import randn_like
 from dat_ds.contracts import Gate, GatedModel
+from dat_ds.evaluation.samples import wilson_interval
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 """Radii of a curve, as multiples of the threat model's."""
@@ -38,24 +39,8 @@ STEPS = (1, 2, 5, 10, 20, 50, 100)
 """Attack steps at which a run is looked at."""
 
 _LOSS = "cw"
-_Z = 1.959963984540054  # the normal distribution's quantile of 97.5 %
 _SURFACE_ALONG = (-1.0, 1.5)  # 0 is the image, 1 the adversarial image
 _SURFACE_ACROSS = (-1.25, 1.25)
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a fraction (Wilson, JASA 22, 1927).
-
-    Args:
-        count: Successes, ``0 .. total``.
-        total: Trials; with none the interval is all of ``[0, 1]``.
-    """
-    if total == 0:
-        return 0.0, 1.0
-    share, square = count / total, _Z * _Z / total
-    centre = (share + square / 2) / (1 + square)
-    half = math.sqrt(square * share * (1 - share) + square * square / 4) / (1 + square)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def radii_of(threat: ThreatModel) -> list[float]:

@@ -15,8 +15,9 @@ from dat_ds.errors import CheckpointError, DataError
 from dat_ds.evaluation import figures, html
 from dat_ds.evaluation.curves import accuracy_by_class, name_of
 from dat_ds.evaluation.report import describe_training
+from dat_ds.evaluation.samples import SAMPLES
 from dat_ds.files import writing
-from dat_ds.judge.evidence import CURVES, METRICS, SAMPLES, Evidence
+from dat_ds.judge.evidence import CURVES, METRICS, Evidence
 from dat_ds.judge.words import AGAIN, Section, interval_of, percent_of, short_of
 from dat_ds.length import parse_length
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.errors import DataError
-from dat_ds.evaluation.curves import wilson_interval
+from dat_ds.evaluation.samples import EVALUATION, SAMPLES, wilson_interval
 
-EVALUATION, RECORD = "evaluation.json", "record.json"
-SAMPLES, CURVES, METRICS = "samples.jsonl", "curves.json", "metrics.jsonl"
+RECORD, CURVES, METRICS = "record.json", "curves.json", "metrics.jsonl"
 
 _KEYS = {"natural_acc", "robust_acc", "num_examples"}
 _HOW = "Write one with: dat-ds eval TARGET --attacks standard --output DIR"
@@ -24,7 +23,8 @@ class Evidence:
     """Everything that a report shows.
 
     Args:
-        folder: Where it lies.
+        folder: Of the evaluation.
+        run: Folder of the run that was evaluated; ``folder`` where there is none.
         evaluation: In the form of ``evaluation.json``; of a run's record where there is no other.
         record: A run's ``record.json``; None where there is none.
         samples: Rows of ``samples.jsonl``.
@@ -34,6 +34,7 @@ class Evidence:
     """
 
     folder: Path
+    run: Path
     evaluation: dict[str, Any]
     record: dict[str, Any] | None
     samples: list[dict[str, Any]]
@@ -68,6 +69,9 @@ class Evidence:
 def read_evidence(folder: Path) -> Evidence:
     """Read what a folder holds.
 
+    Of a run, the evaluation in its folder ``evaluation/`` is taken where there is one, and of an
+    evaluation, the record and the metrics of the run that was its target.
+
     Args:
         folder: Folder of a run or of an evaluation.
 
@@ -84,20 +88,24 @@ def read_evidence(folder: Path) -> Evidence:
     def rows(path: Path) -> list[dict[str, Any]]:
         return _tried(path, _rows, list, problems, read) or []
 
-    evaluation, record = values(folder / EVALUATION), values(folder / RECORD)
-    for found, name in ((evaluation, EVALUATION), (record, RECORD)):
+    home = folder / "evaluation"
+    home = home if (home / EVALUATION).is_file() else folder
+    evaluation = values(home / EVALUATION)
+    run = _run_of(folder, evaluation)
+    record = values(run / RECORD)
+    for found, path in ((evaluation, home / EVALUATION), (record, run / RECORD)):
         if found is not None and not found.keys() >= _KEYS:
             missing = ", ".join(sorted(_KEYS - found.keys()))
-            problems.append(f"{folder / name} is no result of dat-ds: it lacks {missing}. {_HOW}")
+            problems.append(f"{path} is no result of dat-ds: it lacks {missing}. {_HOW}")
     if not problems and evaluation is None and record is None:
         problems.append(f"No result at {str(folder)!r}: neither {EVALUATION} nor {RECORD}. {_HOW}")
-    samples, curves = rows(folder / SAMPLES), values(folder / CURVES)
-    metrics = rows(_run_of(folder, evaluation) / METRICS)
+    samples, curves, metrics = rows(home / SAMPLES), values(home / CURVES), rows(run / METRICS)
     if problems:
         raise DataError("\n".join(problems))
     chosen = evaluation or record or {}
     return Evidence(
-        folder=folder,
+        folder=home,
+        run=run,
         evaluation=chosen if "attacks" in chosen else _evaluation_of(chosen, folder),
         record=record,
         samples=samples,
@@ -114,11 +122,11 @@ def sha256_of(path: Path) -> str:
 
 def _run_of(folder: Path, evaluation: Mapping[str, Any] | None) -> Path:
     """The folder of the run that was evaluated; ``folder`` where the target is none."""
-    if (folder / METRICS).exists() or evaluation is None:
+    if (folder / RECORD).exists() or evaluation is None:
         return folder
     target = Path(str(evaluation.get("target", "")))
     try:
-        return target if (target / METRICS).is_file() else folder
+        return target if (target / RECORD).is_file() else folder
     except OSError:  # a target's name need not be a path
         return folder
 

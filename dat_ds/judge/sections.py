@@ -63,17 +63,19 @@ def attacks_of(evidence: Evidence) -> Section:
         standing = [f"{round(share * total):,}", percent_of(share)]
         rows.append([*_counts(attack), *standing, *(count_of(attack.get(key)) for key in shown)])
     caption = (
-        "In order; each attack is given the images that stand all before it."
+        "In order; each attack is given the images that stand all before it. Forwards and "
+        "backwards count images."
         if in_order
         else "Each attack is given every image that is classified correctly without an attack."
     )
     numbers = range(1, len(header))
     body = html.table(caption, header, rows, numbers=numbers)
     body += _stages_of(attacks)
-    if evaluation.get("passes") is not None:
+    if (passes := evaluation.get("passes")) is not None:
         body += html.note(
-            f"{count_of(evaluation['passes'])} forwards and backwards per image, "
-            f"{count_of(evaluation.get('seconds'))} seconds in all."
+            f"{count_of(passes)} passes of an image, forward and backward together "
+            f"({count_of(round(passes / total))} for each of the images), in "
+            f"{count_of(evaluation.get('seconds'))} seconds."
         )
     refused = sum(row.get("verified") is False for row in evidence.samples)
     if refused:
@@ -119,7 +121,7 @@ def pictures_of(evidence: Evidence) -> Section:
         )
     found.append(
         (
-            evidence.folder / "examples.png",
+            evidence.run / "examples.png",
             "Test images, their perturbations and adversarial images, with the predicted classes.",
             "The first test images after training, under the attack of the validation.",
         )

@@ -47,7 +47,7 @@ def load_pretrained(
             does not match; the first such keys are listed.
     """
     target = model.state_dict()
-    weights = _unwrapped(read_weights(Path(path).expanduser()), target)
+    weights = unwrapped(read_weights(Path(path).expanduser()), target)
     if _problems(weights, target, head):
         weights = _converted(weights, model, path)
     problems = _problems(weights, target, head)
@@ -115,7 +115,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _unwrapped(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop the normalisation of a PixelModel and the prefixes that wrappers add to every key."""
     weights = {k: v for k, v in weights.items() if not k.startswith("normalize.")}
     for prefix in _WRAPPERS:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dat_ds.data.images import Channels, FolderImages
 from dat_ds.data.method import FileDataset
-from dat_ds.data.readers.source import Source
+from dat_ds.data.readers.source import EvaluationImages, Source
 from dat_ds.errors import DataError
 
 # The constants torchvision's and timm's ImageNet models are trained with.
@@ -65,3 +65,11 @@ class ImageFolder(FileDataset):
         data, test_data = (FolderImages(folder.samples, self.img_size or 224) for folder in folders)
         classes = tuple(folders[0].classes)
         return Source(data, test_data, _IMAGENET_STATISTICS, classes, num_classes=len(classes))
+
+    def read_test(self, seed: int) -> EvaluationImages:
+        """The folder ``test`` or ``val``, or the folder itself where it holds the classes."""
+        root = Path(str(self.path))
+        folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
+        found = _scan(folder)
+        images = FolderImages(found.samples, self.img_size or 224)
+        return EvaluationImages(images, tuple(found.classes), len(found.classes))

@@ -12,13 +12,20 @@ import torch
 
 from dat_ds.data.images import TensorImages
 from dat_ds.data.method import FileDataset
-from dat_ds.data.readers.source import Source, measure_channels, raise_all
+from dat_ds.data.readers.source import EvaluationImages, Source, measure_channels, raise_all
 from dat_ds.errors import DataError
 
 _NPZ_LAYOUTS = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("images", "labels", "test_images", "test_labels"),
 )
+_TEST_LAYOUTS = (
+    ("x_test", "y_test"),
+    ("test_images", "test_labels"),
+    ("x", "y"),
+    ("images", "labels"),
+)
+_CHANNELS = (1, 2, 3, 4)
 
 
 def load_npz(path: str | Path | None, where: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -86,6 +93,40 @@ def images_from_arrays(
     return TensorImages(images, torch.from_numpy(y.astype(np.int64)), img_size)
 
 
+def _test_images(
+    where: str, x_key: str, x: np.ndarray[Any, Any], y_key: str, y: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Images to be evaluated as ``(N, H, W, C)``: uint8 in 0..255, or floats in [0, 1].
+
+    Raises:
+        DataError: With all problems of the images and labels.
+    """
+    if x.dtype.kind != "f":
+        raise_all(array_problems(where, x_key, x, y_key, y))
+        return x if x.ndim == 4 else x[..., None]
+    x = x.astype(np.float32)
+    if x.ndim == 4 and x.shape[1] in _CHANNELS and x.shape[3] not in _CHANNELS:
+        x = x.transpose(0, 2, 3, 1)
+    # The rest of the checks is that of bytes.
+    raise_all(array_problems(where, x_key, np.empty(x.shape, np.uint8), y_key, y))
+    low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):  # also where one is NaN
+        raise DataError(
+            f"{where}: {x_key} is {x.dtype} from {low:.4g} to {high:.4g}; pixels are in [0, 1]. "
+            f"{_as_pixels(low, high)}"
+        )
+    return x if x.ndim == 4 else x[..., None]
+
+
+def _as_pixels(low: float, high: float) -> str:
+    if low >= 0 and 1 < high <= 255:
+        return "They look like 0..255: write x.astype(numpy.uint8), or x / 255."
+    return (
+        "They look normalised already, which belongs into the model: write x * std + mean, and let "
+        "the model normalise."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Npz(FileDataset):
     """Arrays in an npz file.
@@ -120,3 +161,20 @@ class Npz(FileDataset):
         raise_all(problems)
         train, test = (images_from_arrays(arrays[x], arrays[y], self.img_size) for x, y in pairs)
         return Source(train, test, measure_channels(train.images))
+
+    def read_test(self, seed: int) -> EvaluationImages:
+        """The test arrays, or the only ones: also ``x y``, and floats in [0, 1]."""
+        where = f"dat.data.path={str(self.path)!r}"
+        arrays = load_npz(self.path, where)
+        layout = next((keys for keys in _TEST_LAYOUTS if set(keys) <= set(arrays)), None)
+        if layout is None:
+            pairs = ", or ".join(f"{x} and {y}" for x, y in _TEST_LAYOUTS)
+            raise DataError(
+                f"{where} has the arrays {', '.join(arrays) or 'none'}; to be evaluated it needs "
+                f"{pairs}."
+            )
+        x, y = arrays[layout[0]], arrays[layout[1]]
+        images = images_from_arrays(
+            _test_images(where, layout[0], x, layout[1], y), y, self.img_size
+        )
+        return EvaluationImages(images)

@@ -24,6 +24,15 @@ class Source:
     num_classes: int = 0
 
 
+@dataclass(frozen=True)
+class EvaluationImages:
+    """The test images of a dataset, names of its classes, and their number (0: count)."""
+
+    images: TensorImages | FolderImages
+    class_names: tuple[str, ...] | None = None
+    num_classes: int = 0
+
+
 def raise_all(problems: Iterable[str]) -> None:
     """Raise all problems in one error, if there are any."""
     text = "\n".join(problems)

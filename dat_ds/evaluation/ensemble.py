@@ -1,0 +1,338 @@
+"""An ensemble of attacks on every sample that still stands, on any number of ranks.
+
+What becomes of a sample does not depend on the ranks, the batch size or an interruption: random
+numbers are a function of its index, the model is always called with a multiple of 32 images (of
+which the last may be repeated), and a stage starts when all ranks have finished the one before.
+
+Shapes: images ``(B, C, H, W)``, ``K`` classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dat_ds.attacks import SampleGenerator, ThreatModel, already_checked, attack_mode
+from dat_ds.attacks.ensemble import Stage, stages_of
+from dat_ds.attacks.gradient import Model
+from dat_ds.attacks.losses import cw_margin
+from dat_ds.attacks.named import EvaluationAttack
+from dat_ds.attacks.passes.precision import Precision, shorter_floats
+from dat_ds.contracts import Gate, GatedModel, as_images, check_finite, check_images
+from dat_ds.data.sampler import SampleKey
+from dat_ds.data.samples import Collator
+from dat_ds.data.transforms import fetch_sample
+from dat_ds.errors import DataError
+from dat_ds.evaluation.samples import Journal, Sample, rounded
+from dat_ds.evaluation.watched import ROWS, AllBroken, Passes, WatchedModel, padded
+from dat_ds.ranks import Ranks
+
+_CACHED_BYTES = 2 << 30
+_NATURAL = "natural"
+
+Progress = Callable[[str, int, int], None]
+"""``(label of the stage, samples done, samples of the stage)``."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage has found and cost, over all ranks.
+
+    Args:
+        attack: Name of the attack.
+        label: Of the stage.
+        attacked: Samples.
+        broken: Samples that it broke.
+        forwards: Images forward, with repeated rows and verification.
+        backwards: Images backward.
+        seconds: Of the slowest rank.
+    """
+
+    attack: str
+    label: str
+    attacked: int = 0
+    broken: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outcome of an evaluation.
+
+    Args:
+        samples: In order of index.
+        stages: In order, the unperturbed images first.
+        num_classes: Of the model.
+    """
+
+    samples: list[Sample]
+    stages: list[StageCost]
+    num_classes: int
+
+
+@dataclass
+class EnsembleEvaluation:
+    """Evaluation of a model under an ensemble of attacks.
+
+    Args:
+        model: Pixels ``(B, C, H, W)`` in [0, 1], float32, to logits ``(B, K)``.
+        data: Map-style dataset of ``(x, y)``.
+        threat: Allowed perturbations.
+        attacks: In order; each attacks the samples that none before has broken.
+        indices: Samples of ``data``, ascending.
+        batch_size: Images of a forward at most, taken up to a multiple of 32.
+        seed: Of the attacks' random numbers.
+        ranks: The processes.
+        journal: Keeps what is found.
+        prefilter: Precision in which the first attack runs once before; what it breaks counts
+            where a float32 forward confirms it. None: no such attack.
+        progress: Told of every batch, on rank 0.
+    """
+
+    model: Model
+    data: Dataset[Any]
+    threat: ThreatModel
+    attacks: Sequence[EvaluationAttack]
+    indices: Sequence[int]
+    batch_size: int
+    seed: int
+    ranks: Ranks
+    journal: Journal
+    prefilter: Precision | None = None
+    progress: Progress | None = None
+    _gate: Gate = field(default_factory=lambda: Gate("classes"), init=False)
+    _cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _cached_bytes: int = field(default=0, init=False)
+
+    def run(self) -> Outcome:
+        """Carry it out, or go on with it; a collective of the ranks.
+
+        Raises:
+            DataError: For an image or a label that cannot be read or is none, on all ranks.
+            ModelError: For outputs that are no finite logits.
+        """
+        self._called = GatedModel(self.model, self._gate, refuses_damage=False)
+        self._known = self._read_journal()
+        with attack_mode(self.model), already_checked():
+            samples, costs = self._natural()
+            num_classes = self._count_classes(samples)
+            for stage, precision in self._stages(num_classes):
+                samples, cost = self._stage(stage, precision, samples)
+                costs.append(cost)
+        ordered = [samples[index] for index in self.indices]
+        return Outcome(ordered, costs, num_classes)
+
+    # ---- stages
+
+    def _stages(self, num_classes: int) -> Iterator[tuple[Stage, Precision | None]]:
+        parts = [stages_of(attack, self.threat, num_classes) for attack in self.attacks]
+        if self.prefilter is not None and parts:
+            for stage in parts[0]:
+                label = f"{stage.label} in {self.prefilter}"
+                yield dataclasses.replace(stage, label=label), self.prefilter
+        for part in parts:
+            for stage in part:
+                yield stage, None
+
+    def _natural(self) -> tuple[dict[int, Sample], list[StageCost]]:
+        def judge(indices: list[int], passes: Passes) -> list[Sample]:
+            x, y, _ = self._images(indices, is_new=True)
+            with torch.no_grad():
+                logits = self._called(x)
+            passes.forwards += len(x)
+            problem = self._gate.problem_of(y)
+            if problem is not None:
+                raise DataError(problem)
+            check_finite(logits)
+            predicted = logits.argmax(1).tolist()
+            margins = [rounded(-margin) for margin in cw_margin(logits.double(), y).tolist()]
+            return [
+                Sample(index, int(y[i]), predicted[i], margins[i], margins[i])
+                for i, index in enumerate(indices)
+            ]
+
+        found, cost = self._divided(_NATURAL, _NATURAL, list(self.indices), judge)
+        return {sample.index: sample for sample in found}, [cost]
+
+    def _stage(
+        self, stage: Stage, precision: Precision | None, samples: dict[int, Sample]
+    ) -> tuple[dict[int, Sample], StageCost]:
+        def attack(indices: list[int], passes: Passes) -> list[Sample]:
+            return self._attack(stage, precision, [samples[i] for i in indices], passes)
+
+        standing = [index for index in self.indices if samples[index].stands]
+        found, cost = self._divided(stage.attack, stage.label, standing, attack)
+        broken = sum(not sample.stands for sample in found)
+        return (
+            {**samples, **{sample.index: sample for sample in found}},
+            dataclasses.replace(cost, broken=broken),
+        )
+
+    def _attack(
+        self,
+        stage: Stage,
+        precision: Precision | None,
+        before: list[Sample],
+        passes: Passes,
+    ) -> list[Sample]:
+        """One batch of a stage."""
+        x, y, indices = self._images([sample.index for sample in before])
+        generator = SampleGenerator(
+            self.seed, 0, indices=indices, stream=f"evaluation {stage.label}"
+        )
+        plain: contextlib.AbstractContextManager[Model] = contextlib.nullcontext(self._called)
+        with plain if precision is None else shorter_floats(self._called, precision) as model:
+            watched = WatchedModel(model, self._called, x, y, self.threat, passes)
+            with contextlib.suppress(AllBroken):
+                x_adv = stage.run(watched, x, y, generator)
+                with torch.no_grad():
+                    watched(x_adv)
+        return [_after(stage, sample, watched, row) for row, sample in enumerate(before)]
+
+    # ---- dividing the work
+
+    def _divided(
+        self,
+        attack: str,
+        label: str,
+        indices: list[int],
+        judge: Callable[[list[int], Passes], list[Sample]],
+    ) -> tuple[list[Sample], StageCost]:
+        """What ``judge`` makes of the samples, each batch by one rank; a collective."""
+        entries = self._known.get(label, [])
+        done = {sample.index: sample for entry in entries for sample in entry[0]}
+        left = [index for index in indices if index not in done]
+        batches = [left[i : i + self._rows] for i in range(0, len(left), self._rows)]
+        own = batches[self.ranks.rank :: self.ranks.count]
+        found: list[tuple[list[Sample], tuple[int, int, float]]] = []
+        with self.ranks.together():
+            for batch in own:
+                passes, started = Passes(), time.perf_counter()
+                samples = judge(batch, passes)
+                cost = (passes.forwards, passes.backwards, time.perf_counter() - started)
+                self._keep(label, samples, cost)
+                found.append((samples, cost))
+                self._tell(label, len(done) + len(found) * self._rows * self.ranks.count, indices)
+        shards = cast(
+            "list[list[tuple[list[Sample], tuple[int, int, float]]]]", self.ranks.gather(found)
+        )
+        costs = [cost for shard in shards for _, cost in shard] + [cost for _, cost in entries]
+        done |= {s.index: s for shard in shards for samples, _ in shard for s in samples}
+        earlier = sum(cost[2] for _, cost in entries)
+        slowest = max(sum(cost[2] for _, cost in shard) for shard in shards)
+        return [done[index] for index in indices], StageCost(
+            attack,
+            label,
+            attacked=len(indices),
+            forwards=sum(cost[0] for cost in costs),
+            backwards=sum(cost[1] for cost in costs),
+            seconds=earlier + slowest,
+        )
+
+    @property
+    def _rows(self) -> int:
+        return -(-max(self.batch_size, 1) // ROWS) * ROWS
+
+    def _tell(self, label: str, done: int, indices: list[int]) -> None:
+        if self.progress is not None and self.ranks.is_main:
+            self.progress(label, min(done, len(indices)), len(indices))
+
+    def _keep(self, label: str, samples: list[Sample], cost: tuple[int, int, float]) -> None:
+        rows = [list(dataclasses.astuple(sample)) for sample in samples]
+        self.journal.add(
+            {
+                "stage": label,
+                "cost": list(cost),
+                "num_classes": self._gate.num_classes,
+                "rows": rows,
+            }
+        )
+
+    def _read_journal(self) -> dict[str, list[tuple[list[Sample], tuple[int, int, float]]]]:
+        """Batches that an interrupted evaluation has finished, by stage; a collective."""
+        with self.ranks.together():
+            self.journal.mend()
+        entries = self.journal.entries() if self.ranks.is_main else []
+        # Ranks may see the files of others at different times: rank 0 reads them for all.
+        entries = cast("list[dict[str, Any]]", self.ranks.gather(entries)[0])
+        known: dict[str, list[tuple[list[Sample], tuple[int, int, float]]]] = {}
+        for entry in entries:
+            samples = [Sample(*row) for row in entry["rows"]]
+            forwards, backwards, seconds = entry["cost"]
+            known.setdefault(entry["stage"], []).append((samples, (forwards, backwards, seconds)))
+            self._gate.num_classes = entry["num_classes"]
+        return known
+
+    def _count_classes(self, samples: dict[int, Sample]) -> int:
+        """Classes of the model, which a rank without an image does not know; a collective."""
+        counts = [count for count in self.ranks.gather(self._gate.num_classes) if count is not None]
+        self._gate.num_classes = cast(int, counts[0])
+        return cast(int, counts[0])
+
+    # ---- images
+
+    def _images(
+        self, indices: list[int], *, is_new: bool = False
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Images, class indices and sample indices, the last repeated as :func:`padded` does."""
+        pairs = [self._image(index, is_new) for index in indices]
+        if len({tuple(x.shape) for x, _ in pairs}) > 1:
+            raise DataError(
+                f"Samples {indices[0]} to {indices[-1]} are images of several shapes: give "
+                "dat.data.img_size."
+            )
+        places = padded(torch.arange(len(indices)))
+        x = torch.stack([x for x, _ in pairs])[places].to(self.ranks.device)
+        y = torch.stack([y for _, y in pairs])[places].to(self.ranks.device)
+        return x, y, [indices[place] for place in places.tolist()]
+
+    def _image(self, index: int, is_new: bool) -> tuple[Tensor, Tensor]:
+        if index in self._cache:
+            return self._cache[index]
+        sample = fetch_sample(self.data, SampleKey(0, index))
+        try:
+            x, y = Collator()([sample], [index])
+            x = as_images(x, self.model)
+            if is_new:
+                check_images(x, self.threat.lower, self.threat.upper)
+            pair = x[0], self._gate.true_classes(y, 1)[0]
+        except DataError as error:
+            text = str(error)
+            raise DataError(
+                text if text.startswith("Sample") else f"Sample {index}: {text}"
+            ) from None
+        size = x.numel() * x.element_size()
+        if self._cached_bytes + size <= _CACHED_BYTES:
+            self._cache[index] = pair
+            self._cached_bytes += size
+        return pair
+
+
+def _after(stage: Stage, sample: Sample, watched: WatchedModel, row: int) -> Sample:
+    """A sample after a stage."""
+    margin = rounded(float(watched.margin[row]))
+    if not bool(watched.broken[row]):
+        is_denied = sample.verified is False or bool(watched.denied[row])
+        return dataclasses.replace(
+            sample, margin=min(sample.margin, margin), verified=False if is_denied else None
+        )
+    return dataclasses.replace(
+        sample,
+        margin=margin,
+        broken_by=stage.attack,
+        stage=stage.label,
+        step=int(watched.step[row]),
+        predicted_under_attack=int(watched.predicted[row]),
+        distance=rounded(float(watched.distance[row])),
+        verified=True,
+    )
