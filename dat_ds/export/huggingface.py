@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from dat_ds.data.transforms import RESIZE_RATIO
-from dat_ds.export.base import Format, Loaded, classifiers_only, network, unchanged_only
+from dat_ds.export.base import (
+    Format,
+    Loaded,
+    classifiers_only,
+    label_names,
+    network,
+    unchanged_only,
+)
 from dat_ds.export.source import Source
 from dat_ds.export.timm import write_timm
 
@@ -45,11 +52,10 @@ class HuggingFaceFormat(Format):
             write_timm(source, folder)
             return
         model: Any = network(source)
-        names = None if source.measured is None else source.measured.class_names
+        names = label_names(source)
         config = copy.deepcopy(model.config)
-        if names is not None and len(names) == source.spec["num_classes"]:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: i for i, name in enumerate(names)}
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
         config._name_or_path = ""
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)

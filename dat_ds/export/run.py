@@ -76,7 +76,8 @@ def export(order: Order) -> Path:
         with _writing(output):
             staging.mkdir(parents=True)
             _check_room(staging, source)
-            form.write(source, staging)
+            with _named_errors(form):
+                form.write(source, staging)
         difference = compare(form, source, staging)
         card = Card(
             form=form,
@@ -124,7 +125,8 @@ def compare(form: Format, source: Source, folder: Path) -> float:
     x = source.example(_BATCH)
     with torch.no_grad():
         expected = source.model(x)
-        found = form.load(source, folder)(x)
+        with _named_errors(form):
+            found = form.load(source, folder)(x)
     if found.shape != expected.shape:
         raise ExportError(
             f"--to {form.name}: loaded again, the model gives outputs of shape "
@@ -188,14 +190,35 @@ def _check_room(folder: Path, source: Source) -> None:
 
 
 @contextlib.contextmanager
+def _named_errors(form: Format) -> Iterator[None]:
+    """Say which format it was that a library cannot write or load the model in."""
+    try:
+        yield
+    except (OSError, SafetensorError, UserError):
+        raise
+    except Exception as error:  # libraries raise whatever their exporters do
+        if _is_write_error(error):
+            raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ExportError(
+            f"--to {form.name} does not work for this model: {reason} Nothing was kept. Write "
+            "--to folder or safetensors, which hold any model."
+        ) from error
+
+
+def _is_write_error(error: Exception) -> bool:
+    # torch's writer reports a full disk as a RuntimeError of its own.
+    words = ("PytorchStreamWriter", "unexpected pos", "file write")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
     """Turn a file error inside, such as a full disk, into one message."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer reports a full disk as a RuntimeError of its own.
-        words = ("PytorchStreamWriter", "unexpected pos", "file write")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        if isinstance(error, RuntimeError) and not _is_write_error(error):
             raise
         raise ExportError(
             f"Cannot write {output}: {error}. Nothing was left there. Make room, or name another "

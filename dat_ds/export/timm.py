@@ -14,6 +14,7 @@ from dat_ds.export.base import (
     WEIGHTS,
     Format,
     Loaded,
+    label_names,
     network,
     normalised,
     timm_model_args,
@@ -89,7 +90,8 @@ def write_timm(source: Source, folder: Path) -> None:
             "custom_load": False,
         },
     }
-    if source.measured is not None and source.measured.class_names is not None:
-        values["label_names"] = list(source.measured.class_names)
+    if source.spec["num_classes"]:
+        # Without names transformers takes any 1000 classes for those of ImageNet.
+        values["label_names"] = label_names(source)
     write_description(folder / CONFIG, values)
     write_tensors(network(source).state_dict(), folder / WEIGHTS, folder / CONFIG)
