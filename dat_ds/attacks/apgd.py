@@ -17,8 +17,8 @@ from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import (
     InnerLoss,
+    ascent_loss,
     misclassified,
-    resolve_inner_loss,
     targeted_dlr,
     true_classes,
 )
@@ -89,7 +89,7 @@ def apgd(
     if loss == "kl":
         raise ValueError("apgd does not take loss 'kl': use 'ce', or pgd.")
     is_targeted = loss == "dlr-targeted"
-    losses = [] if is_targeted else [resolve_inner_loss(loss)]
+    losses = [] if is_targeted else [ascent_loss(loss)]
     take_gradient = InputGradient() if gradient is None else gradient
     source = fresh_generator(x.device) if generator is None and random_start else generator
     best: _Best | None = None

@@ -96,7 +96,7 @@ def add_output_folder(parser: argparse.ArgumentParser) -> None:
 
 def check_folders(options: argparse.Namespace) -> None:
     """Refuse files in folders that are not there, before anything is measured for them."""
-    flags = ("csv", "plot") if hasattr(options, "makes_output") else ("output", "csv", "plot")
+    flags = ["csv", "plot", "html", *([] if hasattr(options, "makes_output") else ["output"])]
     files = {flag: getattr(options, flag, None) for flag in flags}
     missing = [
         f"--{flag} {file}: there is no folder {str(Path(file).parent)!r}: make it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -13,6 +14,9 @@ from torch import Tensor
 from dat_ds.attacks import ThreatModel
 from dat_ds.attacks.named import run_attack, stream_of
 from dat_ds.config import parse_evaluation_attack
+from dat_ds.evaluation.curves import name_of
+
+_RIGHT, _WRONG = "#0072B2", "#D55E00"  # told apart by colour-blind readers; a cross says it in grey
 
 
 @torch.no_grad()
@@ -26,11 +30,11 @@ def draw_examples(
     *,
     class_names: Sequence[str] | None = None,
     seed: int = 0,
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Attack each model on the same images and draw what happens, one block of rows per model.
 
     Args:
-        models: Name to model, pixels to logits.
+        models: Name to model, pixels to logits; a single one needs no name.
         x: Images ``(B, C, H, W)`` with 1 or 3 channels, pixels in [0, 1].
         y: Labels ``(B,)``.
         threat: Allowed perturbations.
@@ -38,37 +42,43 @@ def draw_examples(
         path: PNG file to write.
         class_names: Names of the classes, from 0 on; numbers for those without.
         seed: Seed of the random starts.
+
+    Returns:
+        For each model, the classes predicted ``before`` and ``after`` the attack, and ``labels``.
     """
     chosen = parse_evaluation_attack(attack)
     rows, columns = 3 * len(models), len(x)
     figure = Figure(figsize=(1.25 * columns + 1.2, 1.45 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
 
-    names = class_names or ()
-
-    def name_of(index: int) -> str:
-        return names[index] if index < len(names) else str(index)
-
+    labels = y.tolist()
+    predicted: dict[str, dict[str, Any]] = {}
     for block, (model_name, model) in enumerate(models.items()):
         x_adv = run_attack(model, x, y, threat, chosen, stream_of(chosen, seed))
         before, after = model(x).argmax(1).tolist(), model(x_adv).argmax(1).tolist()
+        predicted[model_name] = {"labels": labels, "before": before, "after": after}
         delta = x_adv - x
         scale = float(delta.abs().max().clamp_min(1e-12))
         pictures = (x, 0.5 + delta / (2 * scale), x_adv)
-        labels = ("image", f"perturbation\nx {0.5 / scale:.1f}", f"under {attack}")
-        for offset, (images, label) in enumerate(zip(pictures, labels, strict=True)):
+        words = ("image", f"perturbation\nx {0.5 / scale:.1f}", f"under {attack}")
+        for offset, (images, word) in enumerate(zip(pictures, words, strict=True)):
             row = axes[3 * block + offset]
             for column in range(columns):
                 _show(row[column], images[column])
                 if offset != 1:
-                    predicted = (before if offset == 0 else after)[column]
-                    right = predicted == int(y[column])
+                    found = (before if offset == 0 else after)[column]
+                    right = found == labels[column]
+                    name = name_of(found, class_names).replace("$", r"\$")  # or a formula begins
                     row[column].set_title(
-                        name_of(predicted), color="tab:green" if right else "tab:red", fontsize=9
+                        name if right else f"\u2717 {name}",
+                        color=_RIGHT if right else _WRONG,
+                        fontsize=9,
                     )
-            row[0].set_ylabel(f"{model_name}\n{label}", fontsize=8)
-    figure.suptitle("Green: classified correctly. Red: not.", fontsize=9)
+            label = f"{model_name}\n{word}".strip().replace("$", r"\$")
+            row[0].set_ylabel(label, fontsize=8)
+    figure.suptitle("Above each image: the predicted class; a cross where it is wrong.", fontsize=9)
     figure.savefig(path, dpi=110)
+    return predicted
 
 
 def _show(axis: Axes, image: Tensor) -> None:

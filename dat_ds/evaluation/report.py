@@ -9,14 +9,19 @@ from typing import Any
 
 from dat_ds.errors import DataError
 
-_KEYS = {"config", "natural", "natural_acc", "num_examples", "ranks", "robust_acc", "seconds"}
+_KEYS = {"natural_acc", "num_examples", "ranks", "robust_acc", "seconds"}
+_OF_RUN, _OF_TARGET = {"config", "natural"}, {"attacks", "target"}
 
 
 def report_table(paths: Sequence[Path]) -> str:
     """One row per record, with every attack that any of them was evaluated under.
 
+    An evaluation of a target gives each attack the images that stand those before it: of the later
+    ones the accuracy counts as that after all so far.
+
     Args:
-        paths: Folders of runs (their ``record.json``), or record files.
+        paths: Folders of runs (their ``record.json``) or of evaluations (``evaluation.json``), or
+            such files.
 
     Returns:
         A markdown table; accuracies in percent.
@@ -26,12 +31,10 @@ def report_table(paths: Sequence[Path]) -> str:
     """
     records, problems = {}, []
     for path in paths:
-        file = path / "record.json" if path.is_dir() else path
+        file = _file_in(path) if path.is_dir() else path
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or not record.keys() >= _KEYS:
-                raise ValueError("not a record of dat-ds train or eval")
-            records[str(path)] = record
+            records[str(path)] = _readable(record)
         except (OSError, ValueError) as error:
             problems.append(f"No record at {str(file)!r}: {error}.")
     if problems:
@@ -62,18 +65,42 @@ def describe_training(dat: dict[str, Any]) -> str:
     return " ".join([*words, *([] if perturbation == "none" else [perturbation])])
 
 
+def _file_in(folder: Path) -> Path:
+    record, evaluation = folder / "record.json", folder / "evaluation.json"
+    return evaluation if evaluation.exists() and not record.exists() else record
+
+
+def _readable(record: Any) -> dict[str, Any]:
+    """A record with its accuracies by the names of the table's columns.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    keys = record.keys() if isinstance(record, dict) else set()
+    if not keys >= _KEYS or not (keys >= _OF_RUN or keys >= _OF_TARGET):
+        raise ValueError("not a record of dat-ds train or eval")
+    if not keys >= _OF_TARGET:
+        return dict(record)
+    names = [attack["name"] for attack in record["attacks"]]
+    robust = {
+        name if number == 0 else f"after {name}": record["robust_acc"][name]
+        for number, name in enumerate(names)
+    }
+    return {**record, "robust_acc": robust}
+
+
 def _row(
     name: str, record: dict[str, Any], attacks: Sequence[str], losses: Sequence[str]
 ) -> list[str]:
-    dat, robust = record["config"]["dat"], record["robust_acc"]
-    seconds = record["seconds"].get("train")
+    config, robust = record.get("config"), record["robust_acc"]
+    seconds = record["seconds"].get("train") if isinstance(record["seconds"], dict) else None
     loss_of = {"natural": record.get("natural_loss"), **record.get("robust_loss", {})}
     shown_losses = [loss_of.get(loss) for loss in ("natural", *losses)] if losses else []
     return [
         name,
-        dat["model"]["name"],
-        describe_training(dat),
-        str(record["config"]["zero_optimization"]["stage"]),
+        record["target"] if config is None else config["dat"]["model"]["name"],
+        "-" if config is None else describe_training(config["dat"]),
+        "-" if config is None else str(config["zero_optimization"]["stage"]),
         str(record["ranks"]),
         "-" if record["natural_acc"] is None else f"{100 * record['natural_acc']:.1f}",
         *(f"{100 * robust[a]:.1f}" if a in robust else "not measured" for a in attacks),

@@ -108,8 +108,28 @@ def diagnose(
     if output is not None:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
+    findings = examine(case, num_examples, seed=seed, device=device)
+    ball = f"{case.threat.norm}:{case.threat.eps}"
+    diagnosis = Diagnosis(target, ball, min(num_examples, len(case.images)), findings)
+    if output is not None:
+        write_json(output / DOCTOR, diagnosis.to_dict())
+    return diagnosis
+
+
+def examine(
+    case: Case, num_examples: int, *, seed: int, device: torch.device, seconds: float = 100.0
+) -> list[Finding]:
+    """Findings about the model of a case, on images spread evenly over its data.
+
+    Args:
+        case: Model, images, threat model.
+        num_examples: Images to look at.
+        seed: Seed of all random numbers.
+        device: Where the model is.
+        seconds: Time to take, roughly.
+    """
     x, y = _images(case, num_examples)
-    findings = check_model(
+    return check_model(
         case.target.model,
         x.to(device),
         y.to(device),
@@ -118,12 +138,8 @@ def diagnose(
         class_names=case.class_names,
         train_class_names=case.target.class_names,
         training=case.target.was_training,
+        seconds=seconds,
     )
-    ball = f"{case.threat.norm}:{case.threat.eps}"
-    diagnosis = Diagnosis(target, ball, len(x), findings)
-    if output is not None:
-        write_json(output / DOCTOR, diagnosis.to_dict())
-    return diagnosis
 
 
 def _images(case: Case, num_examples: int) -> tuple[torch.Tensor, torch.Tensor]:
