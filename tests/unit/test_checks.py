@@ -312,6 +312,7 @@ OUTCOMES: list[tuple[str, dict[str, int], dict[str, Any], str]] = [
     ("outcome_black_box", {"square-5000": 30}, {}, "skipped"),
     ("outcome_loss_dependence", {"apgd-ce-100": 2, "apgd-t-100": 30}, {}, "suspicious"),
     ("outcome_late_breaks", APGD, {"step": 90, "rows": 10}, "suspicious"),
+    ("outcome_late_breaks", {"pgd-50-2": 20}, {"step": 60}, "ok"),  # early in the second run
     ("outcome_verification", APGD, {"verified": False, "rows": 1}, "suspicious"),
     ("outcome_verification", APGD, {"verified": False, "rows": 10}, "failed"),
     ("outcome_accuracy", APGD, {"natural_acc": 0.26}, "failed"),

@@ -105,7 +105,9 @@ def measure_late_breaks(outcome: Outcome) -> Measured:
         if steps is None or is_black_box(sample["broken_by"]):
             continue
         total += 1
-        late += sample["step"] > _LATE * int(steps[1])
+        # A run of K steps is K + 1 forwards; restarts follow one another.
+        within = (sample["step"] - 1) % (int(steps[1]) + 1) + 1
+        late += within > _LATE * int(steps[1])
     if not total:
         return Measured("skipped", "no sample was broken by an attack that counts steps")
     found = f"{late} of {total} broken samples fell in the last quarter of the steps"
