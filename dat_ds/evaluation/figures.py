@@ -33,13 +33,13 @@ def norm_in_words(norm: str) -> str:
 
 
 def length_in_words(value: float | str) -> str:
-    """A length as it was written, or in 255ths where it is a whole number of quarters of them."""
+    """A length as it was written; else a short decimal, or in 255ths by quarters of them."""
     if isinstance(value, str):
         return value
     if isinstance(value, Length):
         return str(value)
     steps = 255 * value
-    if value > 0 and steps < 255 and abs(4 * steps - round(4 * steps)) < 1e-4:
+    if value != round(value, 3) and abs(4 * steps - round(4 * steps)) < 1e-4:
         return f"{round(4 * steps) / 4:g}/255"
     return f"{value:.4g}"
 

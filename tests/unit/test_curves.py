@@ -173,7 +173,7 @@ def test_the_surface_of_a_linear_model_is_a_plane(norm: str):
     assert origin[across.index(0.0)] == pytest.approx(model.value(x[None]).item(), abs=1e-7)
     if norm == "linf":  # the corner takes eps from every entry of the weight
         slope = (margin[0, 1] - margin[0, 0]) / (along[1] - along[0])
-        assert float(slope) == pytest.approx(-0.05 * float(model.weight.abs().sum()), rel=1e-5)
+        assert float(slope) == pytest.approx(-0.05 * model.weight.abs().sum().item(), rel=1e-5)
     loss = torch.tensor(found["loss"], dtype=torch.float64)
     torch.testing.assert_close(loss, torch.nn.functional.softplus(-margin))
 
