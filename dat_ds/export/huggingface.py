@@ -20,6 +20,7 @@ from dat_ds.export.base import (
     classifiers_only,
     label_names,
     network,
+    normalised,
     unchanged_only,
 )
 from dat_ds.export.source import Source
@@ -64,19 +65,27 @@ class HuggingFaceFormat(Format):
         _processor(source).save_pretrained(folder)
 
     def load(self, source: Source, folder: Path) -> Loaded:
-        """By transformers; pixels go through its image processor as levels of 8 bits."""
+        """By transformers; pixels go through its image processor as levels of 8 bits.
+
+        A processor that resizes by the shorter edge and crops would resize images of the model's
+        own size as well; of such a one only the normalisation is used.
+        """
         import transformers
 
         model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
 
-        def classify(x: Tensor) -> Tensor:
-            levels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-            images = [image.numpy() for image in levels]
-            values = processor(images, return_tensors="pt")["pixel_values"]
+        def logits_of(values: Tensor) -> Tensor:
             logits: Tensor = model(values).logits
             return logits
 
+        def classify(x: Tensor) -> Tensor:
+            levels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            images = [image.numpy() for image in levels]
+            return logits_of(processor(images, return_tensors="pt")["pixel_values"])
+
+        if source.keeps_ratio:
+            return normalised(logits_of, *_statistics(processor))
         return classify
 
     def usage(self, source: Source, place: str) -> str:
@@ -86,6 +95,14 @@ class HuggingFaceFormat(Format):
             f'model = AutoModelForImageClassification.from_pretrained("{place}")\n'
             f'processor = AutoImageProcessor.from_pretrained("{place}")'
         )
+
+
+def _statistics(processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of an image processor, transformers' own or timm's."""
+    config = getattr(processor, "data_config", None)
+    if config is None:
+        return list(processor.image_mean), list(processor.image_std)
+    return list(config["mean"]), list(config["std"])
 
 
 def _processor(source: Source) -> Any:

@@ -53,7 +53,7 @@ def upload(folder: Path, repository: str) -> str:
     Raises:
         ExportError: Nobody is logged in, the hub cannot be reached, or it refuses.
     """
-    api = HfApi()
+    api, user = HfApi(), "unknown"
     later = f"The export is in {folder}; upload it later: hf upload {repository} {folder}"
     try:
         user = api.whoami()["name"]
@@ -77,7 +77,7 @@ def upload(folder: Path, repository: str) -> str:
         else:
             reason = str(error).splitlines()[0]
         raise ExportError(f"--push {repository}: {reason}. {later}") from None
-    except OSError as error:  # no network, or HF_HUB_OFFLINE
+    except Exception as error:  # no network, HF_HUB_OFFLINE: of whatever HTTP library it uses
         raise ExportError(
             f"--push {repository}: the hub cannot be reached ({error}). {later}"
         ) from None

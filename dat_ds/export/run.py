@@ -71,7 +71,8 @@ def export(order: Order) -> Path:
     """
     form, source = _prepare(order)
     output = order.output or default_output(order)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    whole = output.absolute()
+    staging = whole.with_name(f".{whole.name}.{os.getpid()}.partial")
     try:
         with _writing(output):
             staging.mkdir(parents=True)
@@ -81,7 +82,7 @@ def export(order: Order) -> Path:
         difference = compare(form, source, staging)
         card = Card(
             form=form,
-            place=order.repository or output.name,
+            place=order.repository or whole.name,
             license=order.license,
             difference=difference,
         )
@@ -105,6 +106,7 @@ def export(order: Order) -> Path:
 def default_output(order: Order) -> Path:
     """Where an export goes that names no folder: ``RUN/exports``, or beside the model."""
     target = order.target.parent if order.target.is_file() else order.target
+    target = target if target.name else target.absolute()  # "."
     suffix = "" if order.weights is None else f"-{order.weights}"
     if target.parent.name == "checkpoints":
         return target.parent.parent / "exports" / f"{order.to}-{target.name}{suffix}"
