@@ -112,8 +112,23 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     _refuse_few_classes("dlr-targeted", logits, 4)
     _refuse_probabilities("dlr-targeted", y)
     largest = logits.topk(4, dim=1).values
+    gap = targeted_margin(logits, y, target)
+    return gap / (largest[:, 0] - largest[:, 2:].mean(dim=1) + _TIE)
+
+
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """``z_t - z_y`` of each sample.
+
+    Args:
+        logits: Shape ``(B, K)``.
+        y: Class indices ``(B,)`` int64.
+        target: Class to be reached, ``(B,)`` int64.
+
+    Returns:
+        Shape ``(B,)``.
+    """
     gap = logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))
-    return gap.squeeze(1) / (largest[:, 0] - largest[:, 2:].mean(dim=1) + _TIE)
+    return gap.squeeze(1)
 
 
 def kl_divergence(logits: Tensor, p: Tensor) -> Tensor:
