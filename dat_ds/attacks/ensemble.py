@@ -77,7 +77,7 @@ def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -
     def run(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
         return run_attack(model, x, y, threat, attack, generator)
 
-    return [Stage(attack.name, attack.name, run)]
+    return [Stage(attack.name, attack.name, run, is_black_box=attack.method == "square")]
 
 
 def _malt_stage(attack: EvaluationAttack, threat: ThreatModel, first: int, last: int) -> Stage:

@@ -13,10 +13,11 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.pgd import pgd
+from dat_ds.attacks.square import square
 from dat_ds.attacks.strong import malt, probability_margin
 from dat_ds.attacks.threat import ThreatModel
 
-Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "apgd-cw", "apgd-pm", "malt"]
+Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "apgd-cw", "apgd-pm", "malt", "square"]
 METHODS: tuple[str, ...] = get_args(Method)
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
 _APGD_LOSSES: dict[str, str | InnerLoss] = {
@@ -39,9 +40,9 @@ class EvaluationAttack:
             cross-entropy, on the DLR loss, on the targeted DLR loss over the 9 likeliest wrong
             classes (Croce and Hein 2020, sec. 4), on the margin of the logits or on that of the
             probabilities (:func:`dat_ds.attacks.strong.probability_margin`), which have no step
-            size to set; or ``"malt"``, APGD towards the 9 nearest wrong classes
-            (:func:`dat_ds.attacks.strong.malt`).
-        steps: Gradient steps of each run.
+            size to set; ``"malt"``, APGD towards the 9 nearest wrong classes
+            (:func:`dat_ds.attacks.strong.malt`), or ``"square"``, random search.
+        steps: Gradient steps of each run; queries of a random search.
         restarts: Random restarts; the worst is kept.
     """
 
@@ -106,6 +107,16 @@ def run_attack(
             y,
             threat=threat,
             steps=attack.steps,
+            restarts=attack.restarts,
+            generator=generator,
+        )
+    if attack.method == "square":
+        return square(
+            model,
+            x,
+            y,
+            threat=threat,
+            queries=attack.steps,
             restarts=attack.restarts,
             generator=generator,
         )

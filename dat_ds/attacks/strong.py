@@ -14,12 +14,13 @@ from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.ascent import worst_of
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, cw_margin
+from dat_ds.attacks.losses import InnerLoss, cw_margin, targeted_margin
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
+from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
-STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-9", "apgd-pm-20-9")
+STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-9", "apgd-pm-20-9", "square-2000")
 """Attacks of the ensemble, in order."""
 MALT_GROUPS = ((1, 1), (2, 3), (4, 9))
 """First and last target class of each stage of ``malt``, the nearest class being 1."""
@@ -73,7 +74,7 @@ def nearest_classes(
     ``(z_y - z_t) / ||grad (z_t - z_y)||_*`` in the dual norm of the threat model: Melamed et al.,
     NeurIPS 2024, arXiv 2407.02240, sec. 3, there for l-infinity. Asked of the 20 likeliest.
 
-    Cost: a forward, and one with an input-gradient backward for each class that is asked.
+    Cost: two forwards, and an input-gradient backward for each class that is asked.
 
     Args:
         model: Pixels to logits, frozen.
@@ -87,15 +88,9 @@ def nearest_classes(
         Class indices ``(B, min(count, K - 1))``, nearest first.
     """
     take_gradient = InputGradient() if gradient is None else gradient
-    with torch.no_grad():
-        wrong = model(x).scatter(1, y.unsqueeze(1), float("-inf"))
-    asked = wrong.argsort(dim=1, descending=True)[
-        :, : min(max(count, _CANDIDATES), wrong.shape[1] - 1)
-    ]
+    asked = likeliest_wrong(model, x, y, max(count, _CANDIDATES))
     distances = []
-    for target in asked.unbind(dim=1):
-        # Margins to all classes have the same largest entry at the logits, and hence one scale.
-        slope, margin, _ = take_gradient.with_values(model, x, y, towards(target))
+    for margin, slope in take_gradient.of_margins(model, x, y, asked):
         length = torch.linalg.vector_norm(slope.flatten(1), ord=_DUAL[threat.norm], dim=1)
         distances.append(-margin / length.clamp_min(torch.finfo(slope.dtype).tiny))
     order = torch.stack(distances, dim=1).argsort(dim=1, stable=True)
@@ -165,9 +160,4 @@ def malt(
 
 def towards(target: Tensor) -> InnerLoss:
     """The margin of a class ``(B,)`` over the true one, as an inner loss."""
-
-    def margin(logits: Tensor, y: Tensor) -> Tensor:
-        gap = logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))
-        return gap.squeeze(1)
-
-    return margin
+    return lambda logits, y: targeted_margin(logits, y, target)

@@ -26,7 +26,7 @@ from dat_ds.attacks.strong import at_one_spread, malt, nearest_classes, probabil
 pytestmark = pytest.mark.fast
 
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
-SHORT = ("apgd-cw-6", "malt-3", "apgd-pm-4-2")
+SHORT = ("apgd-cw-6", "malt-3", "apgd-pm-4-2", "square-20")
 """The parts of the ensemble with fewer steps and runs."""
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
@@ -176,8 +176,9 @@ def test_a_standing_sample_costs_at_most_a_third_of_the_passes_of_the_standard_e
             run(stage, counted, x, counted.model(x).argmax(1))
         passes[name] = counted.forwards + counted.backwards
     assert sum(passes.values()) <= STANDARD / 3
-    ranking, scoring = 3 * (1 + 2 * 9), 2 + 6
+    ranking, scoring = 3 * (2 + 9), 2 + 6
     assert passes["apgd-cw-10"] == 21
+    assert passes["square-2000"] == 2000
     assert passes["malt-20"] == ranking + 9 * 41 + scoring
 
 
@@ -247,7 +248,7 @@ def test_a_scale_of_the_logits_does_not_hide_from_parts_of_strong_what_it_hides_
     assert all(found == broken[1.0] for found in broken.values())
 
 
-@pytest.mark.parametrize("name", ["apgd-cw-3-2", "apgd-pm-3", "malt-3-2"])
+@pytest.mark.parametrize("name", ["apgd-cw-3-2", "apgd-pm-3", "malt-3-2", "square-60"])
 def test_a_part_of_strong_is_an_evaluation_attack_by_its_own_name(name):
     model, x = curved(), images()
     y, threat = model(x).argmax(1), ThreatModel("linf", 0.1)
