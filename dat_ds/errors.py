@@ -21,5 +21,9 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or does not belong to this run."""
 
 
+class ExportError(UserError):
+    """A model that cannot be exported, or uploaded, as asked."""
+
+
 class NumericsError(RuntimeError):
     """Training met a non-finite loss; no further update was made."""

@@ -6,6 +6,7 @@ Croce and Hein, ICML 2020, arXiv 2003.01690, algorithm 1 (l-infinity, l2); Croce
 Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,14 +18,15 @@ from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import (
     InnerLoss,
+    ascent_loss,
     misclassified,
-    resolve_inner_loss,
     targeted_dlr,
     true_classes,
 )
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.projections import per_sample
+from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel, sparse_sign
 from dat_ds.method import Trait, at_least
 
@@ -32,6 +34,7 @@ _MOMENTUM = 0.75  # alpha
 _RHO = 0.75
 _FIRST_CHECK, _CHECK_DECREASE, _SHORTEST_CHECK = 0.22, 0.03, 0.06  # as shares of the steps
 _L1_CHECK = 0.04  # as a share of the steps
+_EARLY_SHARE = 0.3  # of the steps, in each of a shrinking ball's larger radii
 _L1_FIRST_SHARE = 0.2  # of the pixels
 _L1_SPARSER, _L1_SHRINK, _L1_SMALLEST_STEP = 0.95, 1.5, 0.1
 
@@ -47,6 +50,7 @@ def apgd(
     restarts: int = 1,
     num_targets: int = 9,
     random_start: bool = True,
+    shrinking_ball: bool = False,
     generator: Generator | None = None,
     model_mode: ModelMode = "eval",
     gradient: InputGradient | None = None,
@@ -54,8 +58,9 @@ def apgd(
     """Auto-PGD: momentum, and steps that halve where a sample's loss stops rising.
 
     Cost: ``restarts`` times ``steps`` forwards and input-gradient backwards and one forward; with
-    ``loss="dlr-targeted"`` that for each target, and one forward. Leaves the model, the global
-    generators and ``x`` as they were. The number of forwards does not depend on the data.
+    ``loss="dlr-targeted"`` that for each target, and one forward; with ``shrinking_ball`` two
+    forwards more for each run. Leaves the model, the global generators and ``x`` as they were. The
+    number of forwards does not depend on the data.
 
     Args:
         model: Pixels ``(B, C, H, W)`` in ``[threat.lower, threat.upper]`` to logits ``(B, K)``.
@@ -70,6 +75,10 @@ def apgd(
         restarts: Independent runs.
         num_targets: Wrong classes that ``"dlr-targeted"`` tries, at most ``K - 1`` of them.
         random_start: Start from a uniform draw from the ball instead of from ``x``.
+        shrinking_ball: l1 only: each run spends 30 % of its steps in the ball of radius ``3 eps``,
+            30 % in that of ``2 eps`` and the rest in that of ``eps``, each time from the projection
+            of the point of largest loss so far (Croce and Hein, ICML 2021, arXiv 2103.01208, sec.
+            3.3). Iterates of the larger balls are no results.
         generator: Source of the random starts. None: a fresh, unpredictable one.
         model_mode: Mode of the model's modules during the attack.
         gradient: How input gradients are taken and counted. None: the default way.
@@ -80,7 +89,8 @@ def apgd(
         largest loss.
 
     Raises:
-        ValueError: For counts out of range or an unsuitable loss.
+        ValueError: For counts out of range, an unsuitable loss, or a shrinking ball of another norm
+            than l1.
     """
     if steps < 1 or restarts < 1 or num_targets < 1:
         raise ValueError(
@@ -88,8 +98,10 @@ def apgd(
         )
     if loss == "kl":
         raise ValueError("apgd does not take loss 'kl': use 'ce', or pgd.")
+    if shrinking_ball and threat.norm != "l1":
+        raise ValueError(f"shrinking_ball is for l1, not {threat.norm}: leave it out.")
     is_targeted = loss == "dlr-targeted"
-    losses = [] if is_targeted else [resolve_inner_loss(loss)]
+    losses = [] if is_targeted else [ascent_loss(loss)]
     take_gradient = InputGradient() if gradient is None else gradient
     source = fresh_generator(x.device) if generator is None and random_start else generator
     best: _Best | None = None
@@ -97,11 +109,16 @@ def apgd(
         if len(x) == 0:
             return x.clone()
         if is_targeted:
-            losses = _losses_towards_likeliest(model, x, y, num_targets)
+            losses = _losses_towards(likeliest_wrong(model, x, y, num_targets))
         classes = true_classes(y, loss)
         for inner in losses * restarts:
-            start = threat.random_start(x, source) if random_start else threat.project(x, x)
-            run = _run(model, x, y, classes, start, threat, steps, inner, take_gradient)
+            phases = _phases(threat, steps) if shrinking_ball else [(threat, steps)]
+            largest, _ = phases[0]
+            start = largest.random_start(x, source) if random_start else threat.project(x, x)
+            for ball, length in phases:
+                # Inside already, a start of the first phase stays as it is, bit for bit.
+                start = start if ball is largest else ball.project(start, x)
+                run, start = _run(model, x, y, classes, start, ball, length, inner, take_gradient)
             # Losses towards different targets do not compare; misclassified ones come first.
             best = run if best is None else best.or_if_better(run)
     assert best is not None
@@ -127,19 +144,21 @@ class _Best:
         )
 
 
-def _losses_towards_likeliest(
-    model: Model, x: Tensor, y: Tensor, num_targets: int
-) -> list[InnerLoss]:
-    """The targeted DLR loss towards each of the likeliest wrong classes at ``x``."""
-    with torch.no_grad():
-        logits = model(x)
-    wrong = logits.scatter(1, y.unsqueeze(1), float("-inf"))
-    targets = wrong.argsort(dim=1, descending=True)[:, : min(num_targets, logits.shape[1] - 1)]
+def _losses_towards(targets: Tensor) -> list[InnerLoss]:
+    """The targeted DLR loss towards each column of ``targets`` ``(B, T)``."""
 
     def towards(target: Tensor) -> InnerLoss:
         return lambda z, labels: targeted_dlr(z, labels, target)
 
     return [towards(target) for target in targets.unbind(dim=1)]
+
+
+def _phases(threat: ThreatModel, steps: int) -> list[tuple[ThreatModel, int]]:
+    """Balls and steps of a run in a shrinking ball, without phases of no step."""
+    early = round(_EARLY_SHARE * steps)
+    lengths = (early, early, steps - 2 * early)
+    balls = (dataclasses.replace(threat, eps=factor * threat.eps) for factor in (3, 2, 1))
+    return [(ball, length) for ball, length in zip(balls, lengths, strict=True) if length]
 
 
 def _run(
@@ -152,8 +171,11 @@ def _run(
     steps: int,
     loss: InnerLoss,
     take_gradient: InputGradient,
-) -> _Best:
-    """One run from ``x_adv``; the plan of checks depends on ``steps`` alone."""
+) -> tuple[_Best, Tensor]:
+    """One run from ``x_adv``, and its point of largest loss.
+
+    The plan of checks depends on ``steps`` alone.
+    """
     gradient, value, logits = take_gradient.with_values(model, x_adv, y, loss)
     best = _Best(x_adv, misclassified(logits, classes), value)
     # The step-size rule follows the point of largest loss, misclassified or not.
@@ -178,7 +200,7 @@ def _run(
         if returns is not None:
             x_adv = torch.where(per_sample(returns, x), top, x_adv)
             gradient = torch.where(per_sample(returns, x), top_gradient, gradient)
-    return best
+    return best, top
 
 
 class _HalvingRule:

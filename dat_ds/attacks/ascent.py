@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, misclassified, resolve_inner_loss, true_classes
+from dat_ds.attacks.losses import InnerLoss, ascent_loss, misclassified, true_classes
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
@@ -142,5 +142,5 @@ def _score(
     """Whether each sample fools the model, and the loss that ranks samples that tie."""
     logits = model(x_adv).double()
     hit = misclassified(logits, true_classes(y, loss)) != targeted
-    values = resolve_inner_loss(loss)(logits, y.double() if y.is_floating_point() else y)
+    values = ascent_loss(loss)(logits, y.double() if y.is_floating_point() else y)
     return hit, (-values if targeted else values).nan_to_num(nan=float("-inf"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
 from dat_ds.attacks.noise import SampleGenerator
+from dat_ds.attacks.strong import MALT_GROUPS, STRONG, malt
 from dat_ds.attacks.threat import ThreatModel
 
 RunStage = Callable[[Model, Tensor, Tensor, SampleGenerator], Tensor]
@@ -38,6 +39,7 @@ class Stage:
 
 ENSEMBLES: dict[str, Callable[[ThreatModel], tuple[str, ...]]] = {
     "standard": lambda threat: ("apgd-ce-100", "apgd-t-100"),
+    "strong": lambda threat: STRONG,
 }
 """Names of the attacks of each ensemble, in order."""
 
@@ -66,8 +68,33 @@ def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -
         threat: Allowed perturbations.
         num_classes: Classes of the model ``K``.
     """
+    if attack.method == "malt":
+        groups = ((first, last) for first, last in MALT_GROUPS if first < num_classes)
+        return [
+            _malt_stage(attack, threat, first, min(last, num_classes - 1)) for first, last in groups
+        ]
 
     def run(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
         return run_attack(model, x, y, threat, attack, generator)
 
     return [Stage(attack.name, attack.name, run)]
+
+
+def _malt_stage(attack: EvaluationAttack, threat: ThreatModel, first: int, last: int) -> Stage:
+    """The attack on its target classes from ``first`` to ``last``, counted from 1."""
+
+    def run(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
+        return malt(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            first_target=first - 1,
+            num_targets=last - first + 1,
+            restarts=attack.restarts,
+            generator=generator,
+        )
+
+    places = f"target {first}" if first == last else f"targets {first} to {last}"
+    return Stage(attack.name, f"{attack.name} {places}", run)

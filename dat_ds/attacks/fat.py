@@ -13,7 +13,7 @@ from dat_ds.attacks.ascent import inner_target, step_
 from dat_ds.attacks.attack import IteratedAttack
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, misclassified, resolve_inner_loss, true_classes
+from dat_ds.attacks.losses import InnerLoss, ascent_loss, misclassified, true_classes
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
@@ -63,7 +63,7 @@ def fat(
     Returns:
         ``x_adv`` as in :func:`pgd`.
     """
-    inner = resolve_inner_loss(loss)
+    inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     with admitted(
         model, x, y, threat=threat, loss=loss, model_mode=model_mode, reads_labels=True

@@ -19,7 +19,7 @@ from dat_ds.attacks.ascent import step_
 from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
+from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.strategy import (
@@ -66,7 +66,7 @@ def fgsm_pgi(
     Returns:
         ``x_adv``, detached float32, inside the threat model.
     """
-    inner = resolve_inner_loss(loss)
+    inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
         if len(x) == 0:

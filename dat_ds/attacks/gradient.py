@@ -9,7 +9,7 @@ that the unscaled gradient has.
 Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -151,6 +151,38 @@ class InputGradient:
             scale *= _RETRY_FACTOR
         return self.count(gradient, finite), values, logits
 
+    def of_margins(
+        self, model: Model, x: Tensor, y: Tensor, others: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Margins ``z_other - z_y`` and their gradients at ``x``, which are not rescaled.
+
+        One forward, and one input-gradient backward for each column; none is taken again.
+
+        Args:
+            model: Pixels to logits.
+            x: Images ``(B, C, H, W)``, float32; not modified.
+            y: Class indices ``(B,)`` int64.
+            others: Class indices ``(B, T)`` int64, none of them the sample's ``y``.
+
+        Yields:
+            For each column the margins ``(B,)`` float64 and their gradients like ``x``, zero for
+            samples whose gradient is not finite.
+        """
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(leaf)
+        if not logits.requires_grad:
+            raise ModelError(_NO_GRADIENT)
+        scale = 2.0**_LOG2_SCALE
+        away = torch.zeros_like(logits).scatter_(1, y.unsqueeze(1), -scale)
+        columns = others.unsqueeze(2).unbind(dim=1)
+        for number, other in enumerate(columns, start=1):
+            is_last = number == len(columns)
+            cotangent = away.scatter(1, other, scale)
+            gradient = self._pulled_back(logits, leaf, cotangent, keeps_graph=not is_last)
+            margins = (logits.detach().double() * (cotangent.double() / scale)).sum(dim=1)
+            yield margins, self.count(gradient, finite_samples(gradient)) / scale
+
     def _gradient(
         self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,16 +193,25 @@ class InputGradient:
             raise ModelError(_NO_GRADIENT)
         cotangent, values = logit_gradient(logits, y, loss)
         cotangent = (cotangent * scale).to(logits.dtype)
+        return self._pulled_back(logits, leaf, cotangent), values, logits.detach()
+
+    def _pulled_back(
+        self, logits: Tensor, leaf: Tensor, cotangent: Tensor, keeps_graph: bool = False
+    ) -> Tensor:
+        """The gradient at ``leaf`` for one at the logits."""
         if self._uses_backward is None:
             self._uses_backward = has_reentrant_checkpoint(logits)
         if self._uses_backward:
-            torch.autograd.backward(logits, cotangent)
+            leaf.grad = None
+            torch.autograd.backward(logits, cotangent, retain_graph=keeps_graph)
             gradient = leaf.grad
         else:
-            (gradient,) = torch.autograd.grad(logits, leaf, cotangent, allow_unused=True)
+            (gradient,) = torch.autograd.grad(
+                logits, leaf, cotangent, retain_graph=keeps_graph, allow_unused=True
+            )
         if gradient is None:
             raise ModelError(_NO_GRADIENT)
-        return gradient, values, logits.detach()
+        return gradient
 
     def count(self, gradient: Tensor, finite: Tensor) -> Tensor:
         """Count a gradient ``(B, ...)`` and set it to zero for samples that are not finite.

@@ -30,8 +30,27 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """
     if y.is_floating_point():
         return F.cross_entropy(logits, y, reduction="none")
+    return F.softplus(log_odds(logits, y))
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """Log-odds against the true class of each sample: what an attack climbs for cross-entropy.
+
+    ``v = log((1 - p_y) / p_y) = logsumexp_{k != y} z_k - z_y``, of which the cross-entropy is the
+    increasing function ``log(1 + exp(v))``: both order images alike. The gradient of the
+    cross-entropy at the logits is ``1 - p_y`` times that of ``v``, which is ``q - e_y`` with ``q``
+    the softmax over the other classes. Where ``p_y`` rounds to 1, loss and gradient of the
+    cross-entropy round to 0; ``v`` and its gradient never do.
+
+    Args:
+        logits: Shape ``(B, K)``, floating point.
+        y: Class indices ``(B,)`` int64.
+
+    Returns:
+        Shape ``(B,)``, same dtype as ``logits``.
+    """
     true, others = _true_and_others(logits, y)
-    return F.softplus(others.logsumexp(dim=1) - true)
+    return others.logsumexp(dim=1) - true
 
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -93,8 +112,23 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     _refuse_few_classes("dlr-targeted", logits, 4)
     _refuse_probabilities("dlr-targeted", y)
     largest = logits.topk(4, dim=1).values
+    gap = targeted_margin(logits, y, target)
+    return gap / (largest[:, 0] - largest[:, 2:].mean(dim=1) + _TIE)
+
+
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """``z_t - z_y`` of each sample.
+
+    Args:
+        logits: Shape ``(B, K)``.
+        y: Class indices ``(B,)`` int64.
+        target: Class to be reached, ``(B,)`` int64.
+
+    Returns:
+        Shape ``(B,)``.
+    """
     gap = logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))
-    return gap.squeeze(1) / (largest[:, 0] - largest[:, 2:].mean(dim=1) + _TIE)
+    return gap.squeeze(1)
 
 
 def kl_divergence(logits: Tensor, p: Tensor) -> Tensor:
@@ -204,6 +238,24 @@ def resolve_inner_loss(loss: str | InnerLoss) -> InnerLoss:
     if loss not in INNER_LOSSES:
         raise ValueError(f"loss={loss!r} is not one of {', '.join(INNER_LOSSES)}, nor a callable.")
     return INNER_LOSSES[loss]
+
+
+def ascent_loss(loss: str | InnerLoss) -> InnerLoss:
+    """The loss in the form that an attack climbs, where only direction and order count.
+
+    For cross-entropy and class indices that is :func:`log_odds`, which no scale of the logits
+    rounds to zero; any other loss is :func:`resolve_inner_loss`'s. An attack that adds something
+    to the loss needs its value, and takes that.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    inner = resolve_inner_loss(loss)
+    return _climbed_cross_entropy if inner is cross_entropy else inner
+
+
+def _climbed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return (cross_entropy if y.is_floating_point() else log_odds)(logits, y)
 
 
 def true_classes(y: Tensor, loss: str | InnerLoss) -> Tensor | None:

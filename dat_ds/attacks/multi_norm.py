@@ -14,7 +14,7 @@ from dat_ds.attacks.ascent import inner_target, worst_of
 from dat_ds.attacks.attack import IteratedAttack
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
+from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.pgd import pgd
@@ -70,7 +70,7 @@ def multi_norm(
     """
     if combine not in ("worst", "average"):
         raise ValueError(f"combine={combine!r} is not one of worst, average.")
-    inner = resolve_inner_loss(loss)
+    inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     share = step_size / threat.eps if threat.eps else 0.0
     threats = [threat, *(threat_like(threat, norm, eps) for norm, eps in other_norms.items())]

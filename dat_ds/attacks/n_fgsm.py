@@ -12,7 +12,7 @@ from dat_ds.attacks.ascent import inner_target, step_
 from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
+from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
 from dat_ds.attacks.threat import ThreatModel
@@ -60,7 +60,7 @@ def n_fgsm(
     """
     if threat.norm != "linf":
         raise ValueError(f"n_fgsm is defined for norm 'linf', not {threat.norm!r}: use 'pgd'.")
-    inner = resolve_inner_loss(loss)
+    inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     source = fresh_generator(x.device) if generator is None else generator
     with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):

@@ -13,12 +13,19 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.pgd import pgd
+from dat_ds.attacks.strong import malt, probability_margin
 from dat_ds.attacks.threat import ThreatModel
 
-Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t"]
+Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "apgd-cw", "apgd-pm", "malt"]
 METHODS: tuple[str, ...] = get_args(Method)
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
-_APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
+_APGD_LOSSES: dict[str, str | InnerLoss] = {
+    "apgd-ce": "ce",
+    "apgd-dlr": "dlr",
+    "apgd-t": "dlr-targeted",
+    "apgd-cw": "cw",
+    "apgd-pm": probability_margin,
+}
 _NEEDED_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
 
@@ -29,8 +36,11 @@ class EvaluationAttack:
     Args:
         name: As written in the config and the record.
         method: ``"pgd"`` with step size ``2.5 eps / steps`` (Madry et al. 2018, sec. 4), or APGD on
-            cross-entropy, on the DLR loss, or on the targeted DLR loss over the 9 likeliest wrong
-            classes (Croce and Hein 2020, sec. 4), which have no step size to set.
+            cross-entropy, on the DLR loss, on the targeted DLR loss over the 9 likeliest wrong
+            classes (Croce and Hein 2020, sec. 4), on the margin of the logits or on that of the
+            probabilities (:func:`dat_ds.attacks.strong.probability_margin`), which have no step
+            size to set; or ``"malt"``, APGD towards the 9 nearest wrong classes
+            (:func:`dat_ds.attacks.strong.malt`).
         steps: Gradient steps of each run.
         restarts: Random restarts; the worst is kept.
     """
@@ -89,6 +99,16 @@ def run_attack(
 
     ``loss`` takes the place of PGD's cross-entropy.
     """
+    if attack.method == "malt":
+        return malt(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            restarts=attack.restarts,
+            generator=generator,
+        )
     if attack.method != "pgd":
         return apgd(
             model,

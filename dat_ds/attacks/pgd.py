@@ -12,7 +12,7 @@ from dat_ds.attacks.ascent import REFERENCE_LOSSES, Ascent, inner_target, worst_
 from dat_ds.attacks.attack import IteratedAttack
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
+from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.threat import ThreatModel
@@ -77,7 +77,7 @@ def pgd(
         raise ValueError(f"steps={steps} must be at least 0 and restarts={restarts} at least 1.")
     if targeted and loss in REFERENCE_LOSSES:
         raise ValueError(f"loss={loss!r} has no target to reach: use 'ce' with targeted=True.")
-    inner = resolve_inner_loss(loss)
+    inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     source = fresh_generator(x.device) if generator is None and random_start else generator
     with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):

@@ -17,7 +17,7 @@ from dat_ds.attacks.ascent import inner_target, step_
 from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
+from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
@@ -69,7 +69,7 @@ def zero_grad(
     """
     if threat.norm != "linf":
         raise ValueError(f"zero_grad is defined for norm 'linf', not {threat.norm!r}: use 'pgd'.")
-    inner = resolve_inner_loss(loss)
+    inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
     with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
         if len(x) == 0:

@@ -44,6 +44,16 @@ def add(commands: Any) -> None:
         choices=["bf16", "fp16"],
         help="a first pass of the first attack in 16 bits; float32 confirms what it breaks",
     )
+    parser.add_argument(
+        "--no_checks",
+        dest="checks",
+        action="store_false",
+        default=None,
+        help="leave out the checks of the model (dat-ds doctor)",
+    )
+    parser.add_argument(
+        "--report", action="store_true", default=None, help="measure curves, and write report.html"
+    )
 
 
 _QUESTION = (
@@ -56,6 +66,8 @@ _QUESTION = (
     "seed",
     "prefilter",
     "output",
+    "checks",
+    "report",
 )
 
 

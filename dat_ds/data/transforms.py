@@ -26,7 +26,7 @@ T = TypeVar("T")
 AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip")
 
 # He et al., CVPR 2016, arXiv 1512.03385: evaluate the central 224 of an image resized to 256.
-_RESIZE_RATIO = 256 / 224
+RESIZE_RATIO = 256 / 224
 # Szegedy et al., CVPR 2015, arXiv 1409.4842, section 6: area and aspect ratio of a training crop.
 _CROP_AREA = (0.08, 1.0)
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -51,7 +51,7 @@ def resize_center_crop(image: Tensor, side: int) -> Tensor:
     """Resize the shorter edge to ``side * 256 / 224`` and cut the central ``(C, side, side)``."""
     import torchvision.transforms.functional as vision
 
-    resized = vision.resize(image, [round(side * _RESIZE_RATIO)], antialias=True)
+    resized = vision.resize(image, [round(side * RESIZE_RATIO)], antialias=True)
     cropped: Tensor = vision.center_crop(resized, [side, side])
     return cropped
 

@@ -21,6 +21,7 @@ from dat_ds.attacks.ensemble import ENSEMBLES, attack_names
 from dat_ds.attacks.passes.precision import Precision
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.errors import ConfigError
+from dat_ds.evaluation.checks import check_outcome
 from dat_ds.evaluation.ensemble import EnsembleEvaluation, Outcome, Progress
 from dat_ds.evaluation.environment import commit, hardware, versions
 from dat_ds.evaluation.samples import (
@@ -34,10 +35,14 @@ from dat_ds.evaluation.samples import (
     write_samples,
 )
 from dat_ds.files import write_json
+from dat_ds.judge.doctor import examine
+from dat_ds.judge.report import measure_curves, write_report
 from dat_ds.judge.target import Case, open_case
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
+
+_CHECKED = 128  # images that the checks of the model look at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class Question:
         seed: Of the attacks' random numbers.
         prefilter: Precision of a first pass of the first attack, which float32 confirms.
         output: Folder of the results; None for the run's own, or one named after the target.
+        checks: Whether the model is checked for faults that make the result doubtful.
+        report: Whether curves are measured and a page is written.
     """
 
     target: str
@@ -71,6 +78,8 @@ class Question:
     seed: int = 0
     prefilter: Precision | None = None
     output: Path | None = None
+    checks: bool = True
+    report: bool = False
 
 
 def evaluate_target(question: Question) -> dict[str, Any]:
@@ -105,6 +114,9 @@ def evaluate_target(question: Question) -> dict[str, Any]:
     if ranks.gather(is_finished)[0]:
         logger.info("%s holds this evaluation already: remove the folder to repeat it.", output)
         finished: dict[str, Any] = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
+        with ranks.together():
+            if ranks.is_main and question.report:
+                _report(question, case, output)
         return finished
     with _progress_bar(ranks) as bar:
         evaluation = EnsembleEvaluation(
@@ -125,10 +137,36 @@ def evaluate_target(question: Question) -> dict[str, Any]:
     with ranks.together():
         if ranks.is_main:
             write_samples(output, outcome.samples)
+            record["checks"] = _findings(question, case, record, outcome, ranks)
             write_json(output / EVALUATION, record)
             clear_progress(output)
             _announce(record, output)
+            if question.report:
+                _report(question, case, output)
     return record
+
+
+def _findings(
+    question: Question, case: Case, record: dict[str, Any], outcome: Outcome, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """Findings of the checks of the result and, where they are wanted, of the model."""
+    findings = check_outcome(record, [sample.to_dict() for sample in outcome.samples])
+    if question.checks:
+        findings += examine(case, _CHECKED, seed=question.seed, device=ranks.device, seconds=60)
+    return [finding.to_dict() for finding in findings]
+
+
+def _report(question: Question, case: Case, output: Path) -> None:
+    measure_curves(
+        case.target.model,
+        cast("Dataset[Any]", case.images),
+        case.threat.build(),
+        output,
+        class_names=case.class_names,
+        seed=question.seed,
+        batch_size=question.batch_size,
+    )
+    logger.info("Report: %s", write_report(output))
 
 
 def _names_of(question: Question, case: Case) -> list[str]:
@@ -287,6 +325,15 @@ def _announce(record: dict[str, Any], output: Path) -> None:
             attack["forwards"] + attack["backwards"],
             attack["seconds"],
         )
+    for check in record["checks"]:
+        if check["status"] in ("suspicious", "failed"):
+            logger.warning(
+                "Doubtful, %s: %s. %s To do: %s",
+                check["name"],
+                check["found"],
+                check["meaning"],
+                check["remedy"],
+            )
     kind = f"the ensemble {record['ensemble']}" if record["ensemble"] else "these attacks"
     logger.info(
         "Of %d images %.2f%% are classified correctly; %.2f%% (95%% interval %.2f to %.2f) "

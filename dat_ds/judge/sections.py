@@ -19,6 +19,7 @@ from dat_ds.judge.words import (
 )
 
 _ORDER = ("failed", "suspicious", "ok", "skipped")
+_ALARMS = _ORDER[:2]
 
 
 def lead_of(evidence: Evidence) -> str:
@@ -93,10 +94,26 @@ def checks_of(evidence: Evidence) -> Section:
         text = "The evaluation was not checked for masked gradients and the like. To check it:"
         return ("checks", "Checks", html.missing(text, AGAIN))
     ordered = sorted(checks, key=lambda check: _rank(check["status"]))
-    rows = [[c["name"], c["status"], c["found"], c["meaning"], c["remedy"]] for c in ordered]
-    caption = "Signs that a model only seems robust, or that the evaluation went wrong."
-    header = ["Check", "Status", "Found", "What it means", "What to do"]
-    return ("checks", "Checks", html.table(caption, header, rows, status=1, kind="prose"))
+    alarms = [check for check in ordered if check["status"] in _ALARMS]
+    others = [check for check in ordered if check["status"] not in _ALARMS]
+    parts = []
+    if alarms:
+        caption = "Signs that the model only seems robust, or that the evaluation went wrong."
+        rows = [[c["name"], c["status"], c["found"], c["meaning"], c["remedy"]] for c in alarms]
+        header = ["Check", "Status", "Found", "What it means", "What to do"]
+        parts.append(html.table(caption, header, rows, status=1, kind="prose"))
+    if others:
+        passed = sum(check["status"] == "ok" for check in others)
+        caption = "Checks that raise no alarm."
+        rows = [[c["name"], c["status"], c["found"]] for c in others]
+        table = html.table(caption, ["Check", "Status", "Found"], rows, status=1, kind="prose")
+        parts.append(html.collapsed(_counted(passed, len(others) - passed), table))
+    return ("checks", "Checks", "".join(parts))
+
+
+def _counted(passed: int, skipped: int) -> str:
+    words = f"{passed} {'check' if passed == 1 else 'checks'} passed"
+    return words if not skipped else f"{words}, {skipped} could not be made"
 
 
 def pictures_of(evidence: Evidence) -> Section:

@@ -186,3 +186,17 @@ def test_the_same_generator_gives_the_same_images_and_another_seed_others(name):
     assert not torch.equal(attack(model, x, y, SampleGenerator(1, 1)), first)
     seeded = [attack(model, x, y, torch.Generator().manual_seed(2)) for _ in range(2)]
     assert torch.equal(*seeded)
+
+
+@pytest.mark.parametrize("scale", [2.0**-14, 2.0**20])
+@pytest.mark.parametrize(("name", "norm"), [case for case in DEFINED if case[0] != "guided"])
+def test_no_scale_of_the_logits_hides_a_model_from_an_attack_on_cross_entropy(name, norm, scale):
+    # Of two classes the direction is the same at any confidence, so that images are equal bits.
+    model, (x, _) = linear(2, torch.float32), mid_range(torch.float32)
+    y = model(x).argmax(1)
+    attack = attack_named(name, norm, loss="ce", restarts=2)
+    plain, scaled = (
+        attack(lambda images, s=s: s * model(images), x, y, SampleGenerator(0, 0))
+        for s in (1.0, scale)
+    )
+    assert torch.equal(scaled, plain)

@@ -17,6 +17,7 @@ from dat_ds.attacks import (
     kl_divergence,
     targeted_dlr,
 )
+from dat_ds.attacks.losses import ascent_loss, log_odds
 
 pytestmark = pytest.mark.fast
 
@@ -79,6 +80,45 @@ def test_the_cross_entropy_of_a_confident_sample_keeps_the_true_class_in_its_gra
     (gradient,) = torch.autograd.grad(cross_entropy(z, torch.tensor([0])).sum(), z)
     assert gradient[0, 0] < 0
     assert_close(gradient.sum(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4, 1e30])
+def test_the_log_odds_climb_from_the_true_class_to_the_others_by_their_shares(scale):
+    z = (scale * logits()).requires_grad_()
+    (gradient,) = torch.autograd.grad(log_odds(z, Y).sum(), z)
+    shares = (scale * logits()).scatter(1, Y.unsqueeze(1), float("-inf")).softmax(1)
+    assert_close(gradient, shares - F.one_hot(Y, 5), **TIGHT)
+
+
+def test_the_cross_entropy_climbs_as_the_log_odds_do_and_slower_by_what_is_left_to_gain():
+    z = logits().requires_grad_()
+    of_loss = torch.autograd.grad(cross_entropy(z, Y).sum(), z)[0]
+    of_odds = torch.autograd.grad(log_odds(z, Y).sum(), z)[0]
+    left = 1 - z.detach().softmax(1).gather(1, Y.unsqueeze(1))
+    assert_close(of_loss, left * of_odds, **TIGHT)
+
+
+def test_the_log_odds_rank_as_the_cross_entropy_does_and_where_it_rounds_to_zero():
+    margin = torch.linspace(-800, 2000, 57, dtype=torch.float64)
+    z, y = torch.stack([margin, 0 * margin, 0 * margin - 1], dim=1), torch.zeros(57).long()
+    losses, odds = cross_entropy(z, y), log_odds(z, y)
+    assert (odds.diff() < 0).all()
+    assert (losses.diff() <= 0).all()
+    assert not losses[-1:].any()
+    assert_close(losses, F.cross_entropy(z, y, reduction="none"), rtol=0, atol=1e-12)
+    assert_close(F.softplus(odds), losses, **TIGHT)
+
+
+@pytest.mark.parametrize("loss", ["ce", cross_entropy])
+def test_an_attack_climbs_log_odds_for_class_indices_and_cross_entropy_for_probabilities(loss):
+    assert torch.equal(ascent_loss(loss)(logits(), Y), log_odds(logits(), Y))
+    p = logits(1).softmax(1)
+    assert torch.equal(ascent_loss(loss)(logits(), p), cross_entropy(logits(), p))
+
+
+def test_an_attack_climbs_other_losses_as_they_are():
+    assert ascent_loss("dlr") is dlr
+    assert ascent_loss(kl_divergence) is kl_divergence
 
 
 @pytest.mark.parametrize("name", [n for n in INNER_LOSSES if n not in FEATURE_LOSSES])

@@ -29,10 +29,7 @@ _TIMM_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, Type
 def build_timm(spec: Mapping[str, Any]) -> nn.Module:
     """Build a timm model with random weights."""
     _check_timm_name(spec["name"])
-    keys = ("num_classes", "in_chans", "img_size", *TIMM_OVERRIDES)
-    arguments = {key: spec[key] for key in keys if spec[key] is not None}
-    arguments.update(spec["options"])
-    body, rejected = _create_accepted(spec["name"], arguments)
+    body, rejected = _create_accepted(spec["name"], _arguments(spec))
     rejected.pop("img_size", None)
     if rejected:
         raise ModelError(
@@ -45,6 +42,26 @@ def build_timm(spec: Mapping[str, Any]) -> nn.Module:
         )
     _check_patches(body, spec["name"])
     return body
+
+
+def timm_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with which ``timm.create_model`` builds the network of a spec.
+
+    Args:
+        spec: ``PixelModel.spec`` of a timm model.
+
+    Returns:
+        Those that the model accepts, as JSON-serialisable values; ``num_classes`` and ``in_chans``
+        among them.
+    """
+    arguments = _arguments(spec)
+    _, rejected = _create_accepted(spec["name"], arguments)
+    return {key: value for key, value in arguments.items() if key not in rejected}
+
+
+def _arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("num_classes", "in_chans", "img_size", *TIMM_OVERRIDES)
+    return {key: spec[key] for key in keys if spec[key] is not None} | dict(spec["options"])
 
 
 def _check_timm_name(name: str) -> None:

@@ -1,0 +1,276 @@
+"""Square Attack: random search by changes of squares, without gradients.
+
+Andriushchenko et al., ECCV 2020, arXiv 1912.00049, algorithms 1 to 3 (l-infinity, l2); l1 after
+Croce and Hein, ICML 2021, arXiv 2103.01208, sec. 4.
+
+Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``; ``s`` side of the squares.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dat_ds.attacks.door import admitted
+from dat_ds.attacks.gradient import Model
+from dat_ds.attacks.losses import cw_margin, true_classes
+from dat_ds.attacks.modes import ModelMode
+from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
+from dat_ds.attacks.projections import per_sample
+from dat_ds.attacks.threat import ThreatModel
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Queries after which the share of the pixels that change is halved."""
+_DRAWN_AT_ONCE = 50  # queries; one draw of many numbers costs little more than one of few
+_TILES = 5  # of the start, along each side
+_INSIDE = 1 - 1e-6  # of eps: rounding then does not leave the ball
+_TINY = 1e-12
+
+
+def square(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    queries: int,
+    first_share: float = 0.8,
+    restarts: int = 1,
+    generator: Generator | None = None,
+    model_mode: ModelMode = "eval",
+) -> Tensor:
+    """Square Attack: random squares of the image change, and stay where the margin rises.
+
+    Cost: ``restarts`` times ``queries`` forwards; no gradient is taken. Leaves the model, the
+    global generators and ``x`` as they were. The number of forwards does not depend on the data: a
+    sample that is misclassified already is only attacked further.
+
+    Args:
+        model: Pixels ``(B, C, H, W)`` in ``[threat.lower, threat.upper]`` to logits ``(B, K)``.
+        x: Original images, float32.
+        y: Class indices ``(B,)`` int64, or probabilities ``(B, K)``, of which the largest counts.
+        threat: Allowed perturbations.
+        queries: Forwards of a run, at least 1; the first is of the start.
+        first_share: Share of the pixels that the first squares cover, in (0, 1]; halved after 10,
+            50, 200, 500, 1000, 2000, 4000, 6000 and 8000 queries.
+        restarts: Independent runs.
+        generator: Source of the starts and squares. None: a fresh, unpredictable one.
+        model_mode: Mode of the model's modules during the attack.
+
+    Returns:
+        ``x_adv``, detached float32 of the shape of ``x``, inside the threat model: of all runs, the
+        image with the largest margin ``max_{k != y} z_k - z_y``.
+
+    Raises:
+        ValueError: For counts or a share out of range.
+    """
+    if queries < 1 or restarts < 1 or not 0 < first_share <= 1:
+        raise ValueError(
+            f"queries={queries} and restarts={restarts} must be at least 1, and "
+            f"first_share={first_share} above 0 and at most 1."
+        )
+    source = fresh_generator(x.device) if generator is None else generator
+    with admitted(model, x, y, threat=threat, loss="cw", model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
+        classes = true_classes(y, "cw")
+        assert classes is not None
+        best = threat.project(x, x)
+        best_margin = torch.full(classes.shape, -float("inf"), dtype=torch.float64, device=x.device)
+        moves = (_Stripes if threat.norm == "linf" else _Mass)(threat, x)
+        with torch.no_grad():
+            for _ in range(restarts):
+                found = _search(model, classes, moves, queries, first_share, source)
+                better = found[1] > best_margin
+                best = torch.where(per_sample(better, best), found[0], best)
+                best_margin = torch.where(better, found[1], best_margin)
+        return best
+
+
+class _Moves(Protocol):
+    """Candidates of one norm.
+
+    Attributes:
+        num_draws: Uniform numbers that a candidate takes for each sample.
+    """
+
+    num_draws: int
+
+    def start(self, source: Generator) -> Tensor:
+        """The first image of each sample."""
+        ...
+
+    def candidate(self, best: Tensor, side: int, draws: Tensor) -> Tensor:
+        """Images like ``best`` with a square changed.
+
+        Args:
+            best: Best images so far.
+            side: Of the square, before a norm rounds it.
+            draws: Uniform numbers ``(B, num_draws)``.
+        """
+        ...
+
+
+def _search(
+    model: Model,
+    y: Tensor,
+    moves: _Moves,
+    queries: int,
+    first_share: float,
+    source: Generator,
+) -> tuple[Tensor, Tensor]:
+    """The best image of one run, and its margin ``(B,)`` float64."""
+    best = moves.start(source)
+    margin = cw_margin(model(best).double(), y)
+    height, width = best.shape[-2:]
+    for query, draws in enumerate(_draws(best, moves.num_draws, queries - 1, source)):
+        share = first_share / 2 ** bisect.bisect_left(_HALVINGS, query)
+        side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+        candidate = moves.candidate(best, side, draws)
+        found = cw_margin(model(candidate).double(), y)
+        rises = found > margin
+        best = torch.where(per_sample(rises, best), candidate, best)
+        margin = torch.where(rises, found, margin)
+    return best, margin
+
+
+def _draws(x: Tensor, numel: int, count: int, source: Generator) -> Iterator[Tensor]:
+    """``count`` times uniform numbers ``(B, numel)`` float32 in [0, 1)."""
+    for first in range(0, count, _DRAWN_AT_ONCE):
+        block = min(_DRAWN_AT_ONCE, count - first)
+        numbers = rand_like(x.new_empty(len(x), block * numel, dtype=torch.float32), source)
+        yield from numbers.view(len(x), block, numel).unbind(dim=1)
+
+
+def _below(draw: Tensor, count: int) -> Tensor:
+    """A uniform number in [0, 1) as an integer from 0 to ``count - 1``."""
+    return (draw * count).long().clamp_max_(count - 1)
+
+
+class _Stripes:
+    """l-infinity: stripes at the start, then squares of one sign per channel; all at full eps."""
+
+    def __init__(self, threat: ThreatModel, x: Tensor) -> None:
+        self.num_draws = 2 + x.shape[1]
+        self._x = x
+        self._low, self._high = (
+            (x + sign * threat.eps).clamp_(threat.lower, threat.upper) for sign in (-1, 1)
+        )
+        self._rows, self._columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+
+    def start(self, source: Generator) -> Tensor:
+        """Vertical stripes one pixel wide."""
+        rises = rand_like(self._x[:, :, :1], source) < 0.5
+        return torch.where(rises, self._high, self._low)
+
+    def candidate(self, best: Tensor, side: int, draws: Tensor) -> Tensor:
+        """A square at a random place."""
+        top = _below(draws[:, :1], len(self._rows) - side + 1)
+        left = _below(draws[:, 1:2], len(self._columns) - side + 1)
+        in_rows = (self._rows >= top) & (self._rows < top + side)
+        in_columns = (self._columns >= left) & (self._columns < left + side)
+        inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1)
+        rises = (draws[:, 2:] < 0.5)[:, :, None, None]
+        moved = torch.where(inside & rises, self._high, best)
+        return torch.where(inside & ~rises, self._low, moved)
+
+
+class _Mass:
+    """l2, l1: one square takes over another's share of the norm, and what is left unused."""
+
+    def __init__(self, threat: ThreatModel, x: Tensor) -> None:
+        self.num_draws = 5 + x.shape[1]
+        self._threat, self._x = threat, x
+        self._power = 2 if threat.norm == "l2" else 1
+        self._budget = (threat.eps * _INSIDE) ** self._power
+        self._largest = min(x.shape[-2:])
+
+    def start(self, source: Generator) -> Tensor:
+        """Tiles of random sign, centred, which use the whole norm."""
+        side = self._largest // _TILES
+        if side == 0:  # images of fewer than 5 pixels a side
+            side, num_tiles = 1, self._largest
+        else:
+            num_tiles = _TILES
+        batch, channels, height, width = self._x.shape
+        signs = rand_like(self._x.new_empty(batch, channels, num_tiles, num_tiles), source)
+        signs = signs.sub_(0.5).sign_()
+        tile = _bump(side, self._x.device, self._x.dtype)[0].view(side, side)
+        delta = torch.zeros_like(self._x)
+        top, left = ((n - num_tiles * side) // 2 for n in (height, width))
+        across = slice(top, top + num_tiles * side), slice(left, left + num_tiles * side)
+        delta[:, :, across[0], across[1]] = torch.kron(signs, tile)
+        total = self._mass(delta.flatten(1)).clamp_min(_TINY)
+        length = self._lengths(self._budget / total).to(delta.dtype)
+        return self._image(delta * per_sample(length, delta))
+
+    def candidate(self, best: Tensor, side: int, draws: Tensor) -> Tensor:
+        """The mass of a random square moves to another one, in the shape of two bumps."""
+        batch, channels, height, width = best.shape
+        side = max(side, min(3, self._largest))
+        side += 1 - side % 2 if side < self._largest else 0
+        first, second = (
+            self._places(draws[:, i : i + 2], side).expand(-1, channels, -1) for i in (0, 2)
+        )
+        delta = (best - self._x).flatten(2)
+        unused = (self._budget - self._mass(delta.flatten(1))).clamp_min(0)
+        here = delta.gather(2, first)
+        given = self._mass(delta.gather(2, second))
+        delta.scatter_(2, second, 0.0)
+        # Both squares together: what they share counts once.
+        available = given + self._mass(delta.gather(2, first)) + unused.unsqueeze(1) / channels
+        bump = _bump(side, best.device, best.dtype)[(draws[:, 4] < 0.5).long()]
+        sign = (draws[:, 5:] - 0.5).sign_().to(best.dtype).unsqueeze(2)
+        shape = sign * self._unit(bump).unsqueeze(1) + self._unit(here)
+        length = self._lengths(available).to(best.dtype).unsqueeze(2)
+        delta.scatter_(2, first, self._unit(shape) * length)
+        return self._image(delta.view_as(best))
+
+    def _places(self, draws: Tensor, side: int) -> Tensor:
+        """Positions in the flattened image of a random square's pixels ``(B, 1, s^2)``."""
+        height, width = self._x.shape[-2:]
+        corner = _below(draws[:, 0], height - side + 1) * width
+        corner += _below(draws[:, 1], width - side + 1)
+        steps = torch.arange(side, device=draws.device)
+        return corner.view(-1, 1, 1) + (steps.unsqueeze(1) * width + steps).flatten()
+
+    def _image(self, delta: Tensor) -> Tensor:
+        return (self._x + delta).clamp_(self._threat.lower, self._threat.upper)
+
+    def _mass(self, t: Tensor) -> Tensor:
+        """Sum of absolute or squared entries over the last dimension, float64."""
+        return (t.square() if self._power == 2 else t.abs()).sum(dim=-1, dtype=torch.float64)
+
+    def _lengths(self, mass: Tensor) -> Tensor:
+        return mass.sqrt() if self._power == 2 else mass
+
+    def _unit(self, t: Tensor) -> Tensor:
+        """Of norm 1 along the last dimension; zero stays zero."""
+        return t / self._lengths(self._mass(t)).clamp_min(_TINY).to(t.dtype).unsqueeze(-1)
+
+
+@functools.lru_cache(maxsize=256)
+def _bump(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Two bumps of opposite sign side by side, and their transpose: ``(2, side^2)``."""
+    half = side // 2
+    bumps = torch.zeros(side, side, dtype=torch.float64)
+    bumps[:, :half] = _single_bump(side, half)
+    bumps[:, half:] = -_single_bump(side, side - half)
+    return torch.stack([bumps, bumps.T]).flatten(1).to(device, dtype)
+
+
+def _single_bump(height: int, width: int) -> Tensor:
+    """The paper's ``eta^(h1, h2)``: ``sum_{k=0}^{M(r, s)} 1 / (n + 1 - k)^2``, largest within."""
+    n = height // 2
+    rows, columns = (torch.arange(1, m + 1) for m in (height, width))
+    steps = n - torch.maximum(
+        (rows - n - 1).abs().unsqueeze(1), (columns - width // 2 - 1).abs().unsqueeze(0)
+    )
+    terms = 1 / torch.arange(n + 1, 0, -1, dtype=torch.float64).square()
+    return terms.cumsum(0)[steps.clamp(0, n)]
