@@ -150,14 +150,14 @@ def _radius_of(curve: Mapping[str, Any], eps: Length | None, album: Album) -> st
 
 def _steps_of(curve: Mapping[str, Any], eps: Length | None, album: Album) -> str:
     first, last = percent_of(curve["accuracy"][0]), percent_of(curve["accuracy"][-1])
+    radius = figures.length_in_words(curve["eps"] if eps is None else eps)
     return album.add(
         "accuracy_against_steps",
         figures.steps_figure(curve),
         f"Line that falls from an accuracy of {first} after {curve['steps'][0]} step(s) to {last} "
         f"after {curve['steps'][-1]}.",
-        f"Accuracy in the course of one run of {_attacks_in_words(curve)}, eps = "
-        f"{figures.length_in_words(curve['eps'] if eps is None else eps)}. Where the line still falls at its end, attack "
-        f"with more steps. {_band_of(curve)}",
+        f"Accuracy in the course of one run of {_attacks_in_words(curve)}, eps = {radius}. Where "
+        f"the line still falls at its end, attack with more steps. {_band_of(curve)}",
     )
 
 
