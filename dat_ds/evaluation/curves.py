@@ -38,7 +38,7 @@ FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 """Attack steps at which a run is looked at."""
 
-_LOSS = "cw"
+_LOSSES = ("ce", "cw")  # in order; each breaks images that the other does not
 _SURFACE_ALONG = (-1.0, 1.5)  # 0 is the image, 1 the adversarial image
 _SURFACE_ACROSS = (-1.25, 1.25)
 
@@ -56,12 +56,12 @@ def accuracy_against_radius(
     threat: ThreatModel,
     radii: Sequence[float],
     *,
-    steps: int = 30,
+    steps: int = 20,
     until: float = 0.01,
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[str, Any]:
-    """Images that stand APGD on the margin, for growing radii.
+    """Images that stand APGD on cross-entropy and then on the margin, for growing radii.
 
     Each radius attacks the images that stand all smaller ones, so the curve never rises.
 
@@ -71,13 +71,13 @@ def accuracy_against_radius(
         y: Labels.
         threat: Its norm and pixel range; the radius is taken from ``radii``.
         radii: In pixel units; 0 is the accuracy without an attack.
-        steps: Gradient steps at each radius.
+        steps: Gradient steps of each of the two runs at each radius.
         until: Radii beyond the first with an accuracy below this fraction are left out.
         seed: Seed of the random starts.
         batch_size: Images per forward.
 
     Returns:
-        ``attack`` as a ``dat.attack`` section writes it, ``norm``, ``num_examples``, and one entry
+        ``attacks`` as ``dat.attack`` sections write them, ``norm``, ``num_examples``, and one entry
         for each radius measured: ``radii``, ``standing``, ``accuracy``, ``intervals``.
     """
     measured: list[float] = []
@@ -88,23 +88,25 @@ def accuracy_against_radius(
             if counts and counts[-1] < until * len(x):
                 break
             here = dataclasses.replace(threat, eps=eps)
-            rows = standing.nonzero().flatten() if eps > 0 else standing.new_zeros(0).long()
-            for part in torch.split(rows, batch_size):
-                generator = SampleGenerator(seed, step, indices=part.tolist(), stream="radius")
-                x_adv = apgd(
-                    called,
-                    x[part],
-                    y[part],
-                    threat=here,
-                    steps=steps,
-                    loss=_LOSS,
-                    generator=generator,
-                )
-                standing[part] = _correct(called, x_adv, y[part], batch_size)
+            for loss in _LOSSES if eps > 0 else ():
+                for part in torch.split(standing.nonzero().flatten(), batch_size):
+                    stream = f"radius {loss}"
+                    generator = SampleGenerator(seed, step, indices=part.tolist(), stream=stream)
+                    images, labels = x[part], y[part]
+                    x_adv = apgd(
+                        called,
+                        images,
+                        labels,
+                        threat=here,
+                        steps=steps,
+                        loss=loss,
+                        generator=generator,
+                    )
+                    standing[part] = _correct(called, x_adv, labels, batch_size)
             measured.append(eps)
             counts.append(int(standing.sum()))
     return {
-        "attack": _attack(steps),
+        "attacks": [_attack(loss, steps) for loss in _LOSSES],
         "norm": threat.norm,
         "radii": measured,
         **_shares(counts, len(x)),
@@ -121,7 +123,7 @@ def accuracy_against_steps(
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[str, Any]:
-    """Images that stand the first steps of one run of APGD on the margin.
+    """Images that stand the first steps of one run of APGD on cross-entropy.
 
     An image counts as broken from the first step on at which it was misclassified. APGD plans its
     step sizes for the whole run, so the entry for few steps is not that of a run of as few.
@@ -153,13 +155,13 @@ def accuracy_against_steps(
                 y[part],
                 threat=threat,
                 steps=looks[-1],
-                loss=_LOSS,
+                loss="ce",
                 generator=generator,
             )
             first[part] = recorder.first
     counts = [int((correct & (first > look)).sum()) for look in looks]
     return {
-        "attack": _attack(looks[-1]),
+        "attack": _attack("ce", looks[-1]),
         "norm": threat.norm,
         "eps": float(threat.eps),
         "natural": int(correct.sum()),
@@ -255,7 +257,7 @@ def loss_surface(
     margins, losses = [], []
     with _opened(model) as called:
         x_adv = apgd(
-            called, image, label, threat=threat, steps=steps, loss=_LOSS, generator=generator
+            called, image, label, threat=threat, steps=steps, loss="cw", generator=generator
         )
         length = threat.distance(x_adv, image)
         towards = x_adv - image
@@ -274,7 +276,7 @@ def loss_surface(
         "label": y,
         "eps": float(threat.eps),
         "norm": threat.norm,
-        "attack": _attack(steps),
+        "attack": _attack("cw", steps),
         "length": float(length),
         "along": along.tolist(),
         "across": across.tolist(),
@@ -324,8 +326,8 @@ def _correct(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     return torch.cat([model(images).argmax(dim=1) == labels for images, labels in parts])
 
 
-def _attack(steps: int) -> dict[str, Any]:
-    return {"name": "apgd", "loss": _LOSS, "steps": steps}
+def _attack(loss: str, steps: int) -> dict[str, Any]:
+    return {"name": "apgd", "loss": loss, "steps": steps}
 
 
 def _shares(counts: Sequence[int], total: int) -> dict[str, Any]:

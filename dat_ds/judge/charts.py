@@ -19,7 +19,7 @@ from dat_ds.evaluation.samples import SAMPLES
 from dat_ds.files import writing
 from dat_ds.judge.evidence import CURVES, METRICS, Evidence
 from dat_ds.judge.words import AGAIN, Section, interval_of, percent_of, short_of
-from dat_ds.length import parse_length
+from dat_ds.length import Length
 
 _LOSSES = {"ce": "cross-entropy", "cw": "the margin", "dlr": "the DLR loss"}
 _TRAIN = "dat-ds train --deepspeed_config FILE"
@@ -61,11 +61,11 @@ def curves_of(evidence: Evidence, album: Album) -> Section:
         return ("curves", "Curves", html.missing(text, f"{AGAIN} --report"))
     drawn, tables = [], ""
     if radius := curves.get("against_radius"):
-        drawn.append(_radius_of(radius, _eps_of(curves), album))
+        drawn.append(_radius_of(radius, _eps_of(evidence), album))
         words = [figures.length_in_words(value) for value in radius["radii"]]
         tables += _table_of(radius, "Radius", words)
     if steps := curves.get("against_steps"):
-        drawn.append(_steps_of(steps, album))
+        drawn.append(_steps_of(steps, _eps_of(evidence), album))
         tables += _table_of(steps, "Steps", [str(step) for step in steps["steps"]])
     body = html.side_by_side(drawn) + html.collapsed("The curves as tables", tables)
     if surface := curves.get("surface"):
@@ -136,28 +136,28 @@ def training_of(evidence: Evidence, album: Album) -> Section:
     return ("training", "Training", figure)
 
 
-def _radius_of(curve: Mapping[str, Any], eps: float | None, album: Album) -> str:
+def _radius_of(curve: Mapping[str, Any], eps: Length | None, album: Album) -> str:
     first, last = percent_of(curve["accuracy"][0]), percent_of(curve["accuracy"][-1])
     return album.add(
         "accuracy_against_radius",
         figures.radius_figure(curve, eps),
         f"Line that falls from an accuracy of {first} without an attack to {last} at radius "
         f"{figures.length_in_words(curve['radii'][-1])}.",
-        f"Accuracy against the radius: {_attack_in_words(curve['attack'])}, at each radius on the "
+        f"Accuracy against the radius: {_attacks_in_words(curve)}, at each radius on the "
         f"images that stand the smaller ones. {_band_of(curve)}",
     )
 
 
-def _steps_of(curve: Mapping[str, Any], album: Album) -> str:
+def _steps_of(curve: Mapping[str, Any], eps: Length | None, album: Album) -> str:
     first, last = percent_of(curve["accuracy"][0]), percent_of(curve["accuracy"][-1])
+    radius = figures.length_in_words(curve["eps"] if eps is None else eps)
     return album.add(
         "accuracy_against_steps",
         figures.steps_figure(curve),
         f"Line that falls from an accuracy of {first} after {curve['steps'][0]} step(s) to {last} "
         f"after {curve['steps'][-1]}.",
-        f"Accuracy in the course of one run of {_attack_in_words(curve['attack'])}, eps = "
-        f"{figures.length_in_words(curve['eps'])}. Where the line still falls at its end, attack "
-        f"with more steps. {_band_of(curve)}",
+        f"Accuracy in the course of one run of {_attacks_in_words(curve)}, eps = {radius}. Where "
+        f"the line still falls at its end, attack with more steps. {_band_of(curve)}",
     )
 
 
@@ -193,19 +193,25 @@ def _table_of(curve: Mapping[str, Any], name: str, places: Sequence[str]) -> str
         )
     ]
     header = [name, "Standing", "Accuracy", "95 % interval"]
-    caption = f"Of {curve['num_examples']:,} images, {_attack_in_words(curve['attack'])}."
+    caption = f"Of {curve['num_examples']:,} images, {_attacks_in_words(curve)}."
     return html.table(caption, header, rows, numbers=range(1, 4))
 
 
-def _attack_in_words(attack: Mapping[str, Any]) -> str:
-    loss = _LOSSES.get(attack["loss"], attack["loss"])
-    return f"{attack['name'].upper()} on {loss} with {attack['steps']} steps"
+def _attacks_in_words(curve: Mapping[str, Any]) -> str:
+    attacks = curve.get("attacks") or [curve["attack"]]
+    return " and then ".join(
+        f"{attack['name'].upper()} on {_LOSSES.get(attack['loss'], attack['loss'])} with "
+        f"{attack['steps']} steps"
+        for attack in attacks
+    )
 
 
 def _band_of(curve: Mapping[str, Any]) -> str:
     return f"Band: 95 % interval (Wilson) of {curve['num_examples']:,} images."
 
 
-def _eps_of(curves: Mapping[str, Any]) -> float | None:
-    threat = curves.get("threat_model")
-    return None if threat is None else parse_length(threat["eps"])
+def _eps_of(evidence: Evidence) -> Length | None:
+    """The radius of the threat model, as it was written."""
+    curves = evidence.curves or {}
+    threat = evidence.evaluation.get("threat_model") or curves.get("threat_model")
+    return None if threat is None else Length(threat["eps"])
