@@ -5,15 +5,26 @@ Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
-from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
+from dat_ds.attacks.losses import MIN_CLASSES, targeted_dlr, targeted_margin
+from dat_ds.attacks.named import (
+    FAB_TARGETS,
+    NUM_TARGETS,
+    EvaluationAttack,
+    parse_evaluation_attack,
+    run_apgd,
+    run_attack,
+)
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.strong import MALT_GROUPS, STRONG, malt
+from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
 RunStage = Callable[[Model, Tensor, Tensor, SampleGenerator], Tensor]
@@ -38,7 +49,12 @@ class Stage:
 
 
 ENSEMBLES: dict[str, Callable[[ThreatModel], tuple[str, ...]]] = {
-    "standard": lambda threat: ("apgd-ce-100", "apgd-t-100"),
+    "standard": lambda threat: (
+        "apgd-ce-100-5" if threat.norm == "l1" else "apgd-ce-100",
+        "apgd-t-100",
+        "fab-t-100",
+        "square-5000",
+    ),
     "strong": lambda threat: STRONG,
 }
 """Names of the attacks of each ensemble, in order."""
@@ -63,6 +79,8 @@ def attack_names(names: Sequence[str], threat: ThreatModel) -> list[str]:
 def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -> list[Stage]:
     """The stages of an attack: one for each restart and, where it is targeted, each target.
 
+    ``apgd-t`` on 2 or 3 classes, for which its loss is not defined, takes the margin to the target.
+
     Args:
         attack: The attack.
         threat: Allowed perturbations.
@@ -73,11 +91,67 @@ def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -
         return [
             _malt_stage(attack, threat, first, min(last, num_classes - 1)) for first, last in groups
         ]
+    counts = {"apgd-t": NUM_TARGETS[threat.norm], "fab-t": FAB_TARGETS}
+    single = dataclasses.replace(attack, restarts=1)
+    stages = []
+    for run in range(1, attack.restarts + 1):
+        name = attack.name if attack.restarts == 1 else f"{attack.name} run {run}"
+        if attack.method not in counts:
+            stages.append(_plain_stage(name, attack, single, threat, run))
+            continue
+        for rank in range(1, min(counts[attack.method], num_classes - 1) + 1):
+            stages.append(_targeted_stage(f"{name} target {rank}", single, threat, rank, run))
+    return [dataclasses.replace(stage, attack=attack.name) for stage in stages]
 
-    def run(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
-        return run_attack(model, x, y, threat, attack, generator)
 
-    return [Stage(attack.name, attack.name, run, is_black_box=attack.method == "square")]
+def _plain_stage(
+    label: str, attack: EvaluationAttack, single: EvaluationAttack, threat: ThreatModel, run: int
+) -> Stage:
+    """One run of an attack without targets."""
+
+    def make(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
+        if attack.method == "fab" and run > 1:
+            return fab(
+                model,
+                x,
+                y,
+                threat=threat,
+                steps=attack.steps,
+                random_start=True,
+                generator=generator,
+            )
+        return run_attack(model, x, y, threat, single, generator)
+
+    return Stage(attack.name, label, make, is_black_box=attack.method == "square")
+
+
+def _targeted_stage(
+    label: str, single: EvaluationAttack, threat: ThreatModel, rank: int, run: int
+) -> Stage:
+    """One run towards the wrong class of this rank, from 1, by the logits of each image."""
+
+    def make(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
+        target = likeliest_wrong(model, x, y, rank)[:, rank - 1]
+        if single.method == "fab-t":
+            return fab(
+                model,
+                x,
+                y,
+                threat=threat,
+                steps=single.steps,
+                targets=target,
+                random_start=run > 1,
+                generator=generator,
+            )
+
+        def loss(logits: Tensor, classes: Tensor) -> Tensor:
+            # With fewer than 4 classes the ratio of differences of logits is not defined.
+            is_defined = logits.shape[1] >= MIN_CLASSES["dlr-targeted"]
+            return (targeted_dlr if is_defined else targeted_margin)(logits, classes, target)
+
+        return run_apgd(model, x, y, threat, single, generator, loss)
+
+    return Stage(single.name, label, make)
 
 
 def _malt_stage(attack: EvaluationAttack, threat: ThreatModel, first: int, last: int) -> Stage:

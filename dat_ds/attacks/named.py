@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from dat_ds.attacks.apgd import apgd
+from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss
 from dat_ds.attacks.noise import SampleGenerator
@@ -17,7 +18,18 @@ from dat_ds.attacks.square import square
 from dat_ds.attacks.strong import malt, probability_margin
 from dat_ds.attacks.threat import ThreatModel
 
-Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "apgd-cw", "apgd-pm", "malt", "square"]
+Method = Literal[
+    "pgd",
+    "apgd-ce",
+    "apgd-dlr",
+    "apgd-t",
+    "apgd-cw",
+    "apgd-pm",
+    "malt",
+    "fab",
+    "fab-t",
+    "square",
+]
 METHODS: tuple[str, ...] = get_args(Method)
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
 _APGD_LOSSES: dict[str, str | InnerLoss] = {
@@ -28,6 +40,10 @@ _APGD_LOSSES: dict[str, str | InnerLoss] = {
     "apgd-pm": probability_margin,
 }
 _NEEDED_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+_OF_AUTOATTACK = ("apgd-ce", "apgd-dlr", "apgd-t")
+NUM_TARGETS = {"linf": 9, "l2": 9, "l1": 5}
+"""Wrong classes that ``apgd-t`` tries, as in AutoAttack's standard version."""
+FAB_TARGETS = 9
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,10 @@ class EvaluationAttack:
             classes (Croce and Hein 2020, sec. 4), on the margin of the logits or on that of the
             probabilities (:func:`dat_ds.attacks.strong.probability_margin`), which have no step
             size to set; ``"malt"``, APGD towards the 9 nearest wrong classes
-            (:func:`dat_ds.attacks.strong.malt`), or ``"square"``, random search.
+            (:func:`dat_ds.attacks.strong.malt`); ``"fab"`` and ``"fab-t"``, to the nearest boundary
+            or to those of the 9 likeliest wrong classes; or ``"square"``, random search. In l1,
+            ``apgd-ce``, ``apgd-dlr`` and ``apgd-t`` begin in larger balls, and ``apgd-t`` tries 5
+            classes (Croce and Hein 2021).
         steps: Gradient steps of each run; queries of a random search.
         restarts: Random restarts; the worst is kept.
     """
@@ -110,6 +129,17 @@ def run_attack(
             restarts=attack.restarts,
             generator=generator,
         )
+    if attack.method in ("fab", "fab-t"):
+        return fab(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            restarts=attack.restarts,
+            targets=FAB_TARGETS if attack.method == "fab-t" else None,
+            generator=generator,
+        )
     if attack.method == "square":
         return square(
             model,
@@ -121,16 +151,7 @@ def run_attack(
             generator=generator,
         )
     if attack.method != "pgd":
-        return apgd(
-            model,
-            x,
-            y,
-            threat=threat,
-            steps=attack.steps,
-            loss=_APGD_LOSSES[attack.method],
-            restarts=attack.restarts,
-            generator=generator,
-        )
+        return run_apgd(model, x, y, threat, attack, generator, _APGD_LOSSES[attack.method])
     return pgd(
         model,
         x,
@@ -140,5 +161,29 @@ def run_attack(
         step_size=attack.step_size(threat.eps),
         loss="ce" if loss is None else loss,
         restarts=attack.restarts,
+        generator=generator,
+    )
+
+
+def run_apgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    attack: EvaluationAttack,
+    generator: SampleGenerator,
+    loss: str | InnerLoss,
+) -> Tensor:
+    """Adversarial images for ``x`` ``(B, C, H, W)`` by an ``apgd-`` attack, on ``loss``."""
+    return apgd(
+        model,
+        x,
+        y,
+        threat=threat,
+        steps=attack.steps,
+        loss=loss,
+        restarts=attack.restarts,
+        num_targets=NUM_TARGETS[threat.norm],
+        shrinking_ball=threat.norm == "l1" and attack.method in _OF_AUTOATTACK,
         generator=generator,
     )

@@ -212,7 +212,7 @@ class _Mass:
 
     def candidate(self, best: Tensor, side: int, draws: Tensor) -> Tensor:
         """The mass of a random square moves to another one, in the shape of two bumps."""
-        batch, channels, height, width = best.shape
+        channels = best.shape[1]
         side = max(side, min(3, self._largest))
         side += 1 - side % 2 if side < self._largest else 0
         first, second = (

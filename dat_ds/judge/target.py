@@ -6,6 +6,7 @@ with pickle; a module is imported only where it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -229,7 +230,10 @@ def threat_of(
         problems.append(f"--threat {threat!r} is not NORM:EPS, such as linf:8/255 or l2:0.5.")
         return None
     before = len(problems)
-    ball = parse_section(ThreatModelConfig, {"norm": norm, "eps": eps}, "--threat", problems)
+    radius: float | str = eps
+    with contextlib.suppress(ValueError):  # a fraction stays as it is written
+        radius = float(eps)
+    ball = parse_section(ThreatModelConfig, {"norm": norm, "eps": radius}, "--threat", problems)
     return ball if len(problems) == before else None
 
 
