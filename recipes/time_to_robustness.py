@@ -1,4 +1,4 @@
-"""Seconds of training until a model withstands PGD-50 with 10 restarts on a share of the test set.
+"""Seconds of training until a model withstands the standard ensemble on a share of the test set.
 
 python recipes/time_to_robustness.py --task digits --output docs/results/time_to_robustness_X.json
 python recipes/time_to_robustness.py --leaderboard docs/results/time_to_robustness_*.json

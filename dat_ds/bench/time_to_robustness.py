@@ -1,4 +1,4 @@
-"""Seconds of training until a model withstands a given attack on a given share of the test set.
+"""Seconds of training until a model withstands the standard ensemble on a share of the test set.
 
 The rules are in ``docs/time_to_robustness.md``; :func:`broken_rules` checks those that a record can
 show.
@@ -23,18 +23,18 @@ from dat_ds.commands import carry_out
 from dat_ds.config import RunConfig, load_config
 from dat_ds.errors import ConfigError, DataError, UserError
 from dat_ds.evaluation import describe_training
+from dat_ds.evaluation.samples import EVALUATION
 from dat_ds.files import write_json
 from dat_ds.length import Length
 from dat_ds.processes import end_process
 
-JUDGE = "pgd-50-10"
-"""The attack that decides."""
-CHECKS = ("apgd-ce-50", "apgd-t-50")
-"""Attacks with other steps and losses, which show masked gradients."""
+JUDGE = "standard"
+"""The ensemble that decides: the share that withstands every one of its attacks."""
 MIN_SEEDS = 3
 
 _TRAIN = "import sys; from dat_ds.bench.time_to_robustness import train_file as t; t(sys.argv[1])"
-_KEPT = ("seed", "seconds", "steps", "events", "natural_acc", "robust_acc", "num_examples", "ranks")
+_KEPT = ("seed", "seconds", "steps", "events", "ranks")
+_JUDGED = ("natural_acc", "robust_acc", "num_examples", "ensemble")
 _COMMON = ("hardware", "versions", "commit")
 
 
@@ -82,8 +82,8 @@ def measure_entry(
         output: JSON file for the entry; None writes nothing.
 
     Returns:
-        The entry: ``task``, ``config``, ``runs`` (for each seed its seconds, accuracies, steps,
-        events and, as ``all``, the share that withstands every attack), hardware, versions, commit.
+        The entry: ``task``, ``config``, ``runs`` (for each seed its seconds, steps, events, and
+        accuracies under the ensemble), hardware, versions, commit.
 
     Raises:
         ConfigError: For mistakes in the config, and on a GPU that is shared.
@@ -93,8 +93,8 @@ def measure_entry(
         raise ConfigError(f"--seeds {seeds}: give at least 1, and {MIN_SEEDS} for an entry.")
     if output is not None and not output.parent.is_dir():  # before hours of training
         raise ConfigError(f"--output {output}: there is no folder {str(output.parent)!r}: make it.")
-    evaluation = {
-        "attacks": [JUDGE, *CHECKS],
+    evaluation: dict[str, Any] = {
+        "attacks": [],
         "num_examples": None,
         "natural_twin": False,
         "pictures": 0,
@@ -126,25 +126,27 @@ def _train_apart(run: RunConfig, seed: int, folder: Path) -> dict[str, Any]:
     if subprocess.run([sys.executable, "-c", _TRAIN, str(file)], check=False).returncode:
         raise UserError(f"The run with seed {seed} failed.")
     record: dict[str, Any] = json.loads((output / "record.json").read_text(encoding="utf-8"))
-    return record
+    judged = json.loads((output / "evaluation" / EVALUATION).read_text(encoding="utf-8"))
+    return record | {key: judged[key] for key in _JUDGED}
 
 
 def train_file(config: str) -> NoReturn:
-    """Train the run of a config file, and end the process: what the one of a seed does."""
+    """Train the run of a config file, judge it, and end the process: what that of a seed does."""
 
     def command() -> int:
+        from dat_ds.judge.evaluate import Question, evaluate_target
         from dat_ds.training.run import train
 
-        train(load_config(config))
+        run = load_config(config)
+        if train(run) is not None:
+            evaluate_target(Question(target=str(run.dat.output_dir), attacks=[JUDGE]))
         return 0
 
     end_process(carry_out(command))
 
 
 def _outcome(record: Mapping[str, Any]) -> dict[str, Any]:
-    columns = [record["outcomes"][name] for name in ("natural", *record["robust_acc"])]
-    withstood = [all(bit == "1" for bit in image) for image in zip(*columns, strict=True)]
-    return {key: record[key] for key in _KEPT} | {"all": statistics.fmean(withstood)}
+    return {key: record[key] for key in (*_KEPT, *_JUDGED)}
 
 
 def broken_rules(entry: Mapping[str, Any]) -> list[str]:
@@ -167,9 +169,7 @@ def broken_rules(entry: Mapping[str, Any]) -> list[str]:
         f"the ball is not l-infinity, eps {task.eps}, pixels in [0, 1]": ball
         == ("linf", float(Length(task.eps)), 0.0, 1.0),
         "part of the test set only": all(r["num_examples"] == task.num_test for r in runs),
-        f"not judged by {', '.join([JUDGE, *CHECKS])}": all(
-            r["robust_acc"].keys() >= {JUDGE, *CHECKS} for r in runs
-        ),
+        f"not judged by the ensemble {JUDGE}": all(r.get("ensemble") == JUDGE for r in runs),
         "several ranks": all(r["ranks"] == 1 for r in runs),
         f"not on one {task.device} device": entry["hardware"]["device"] == task.device,
         "source files differed from the commit": not str(entry["commit"]).endswith("+"),
@@ -208,7 +208,7 @@ def leaderboard(paths: Sequence[Path]) -> str:
             passing = {
                 file: entry
                 for file, entry in entries.items()
-                if entry["task"] == name and not broken[file] and _mean(entry, JUDGE) >= threshold
+                if entry["task"] == name and not broken[file] and _mean(entry, "all") >= threshold
             }
             lines += ["", f"### `{name}`, {threshold:.0%}", "", *_table(passing, name)]
     lines += [""] + [f"`{file}` does not count: {'; '.join(b)}." for file, b in broken.items() if b]
@@ -219,7 +219,7 @@ def _table(entries: Mapping[str, Mapping[str, Any]], task: str) -> list[str]:
     if not entries:
         command = f"python recipes/time_to_robustness.py --task {task} --output FILE"
         return [f"No entry yet: `{command}`."]
-    attacks = [JUDGE, *CHECKS, "all"]
+    attacks = list(next(iter(entries.values()))["runs"][0]["robust_acc"])
     header = ["seconds", "by seed", "clean %", *(f"{name} %" for name in attacks)]
     header += ["training", "hardware", "versions", "commit", "record"]
     rows = [header, ["---"] * len(header)]
@@ -242,12 +242,12 @@ def _table(entries: Mapping[str, Mapping[str, Any]], task: str) -> list[str]:
 
 def describe_entry(entry: Mapping[str, Any]) -> str:
     """Time and accuracy of an entry, and whether it counts."""
-    task, robust = TASKS[entry["task"]], _mean(entry, JUDGE)
+    task, robust = TASKS[entry["task"]], _mean(entry, "all")
     passed = [f"{t:.0%}" for t in task.thresholds if robust >= t]
     words = (
         f"{_mean_seconds(entry):.1f} s of training, mean of {len(entry['runs'])} seed(s); of the "
-        f"test images {_mean(entry, 'natural_acc'):.1%} are classified correctly, {robust:.1%} "
-        f"under {JUDGE}, {_mean(entry, 'all'):.1%} under each of {', '.join([JUDGE, *CHECKS])}. "
+        f"test images {_mean(entry, 'natural_acc'):.1%} are classified correctly, and {robust:.1%} "
+        f"withstand every attack of the ensemble {JUDGE}. "
         f"Passes {', '.join(passed) or 'no threshold'}."
     )
     broken = broken_rules(entry)
@@ -259,7 +259,7 @@ def _mean_seconds(entry: Mapping[str, Any]) -> float:
 
 
 def _mean(entry: Mapping[str, Any], name: str) -> float:
-    """Mean over seeds of the accuracy under an attack, or of a key of the run."""
+    """Mean over seeds of the share that stands after an attack, or of a key of the run."""
     return statistics.fmean(
         run[name] if name in run else run["robust_acc"][name] for run in entry["runs"]
     )
