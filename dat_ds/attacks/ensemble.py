@@ -11,24 +11,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
-from dat_ds.attacks.losses import MIN_CLASSES, targeted_dlr, targeted_margin
-from dat_ds.attacks.named import (
-    FAB_TARGETS,
-    NUM_TARGETS,
-    EvaluationAttack,
-    parse_evaluation_attack,
-    run_apgd,
-    run_attack,
-)
+from dat_ds.attacks.losses import InnerLoss, targeted_dlr, targeted_margin
+from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.strong import MALT_GROUPS, STRONG, malt
 from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
 RunStage = Callable[[Model, Tensor, Tensor, SampleGenerator], Tensor]
-"""``(model, x, y, generator) -> x_adv``: what becomes of a sample does not depend on the others."""
+"""``(model, x, y, generator) -> x_adv``: what becomes of a sample does not depend on the others,
+and the generator is the stage's own."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +43,15 @@ class Stage:
     is_black_box: bool = False
 
 
+def _standard(threat: ThreatModel) -> tuple[str, ...]:
+    """The budgets of AutoAttack's standard version."""
+    if threat.norm == "l1":
+        return "apgd-ce-l1-100-5", "apgd-t-l1-100", "fab-t-100", "square-5000"
+    return "apgd-ce-100", "apgd-t-100", "fab-t-100", "square-5000"
+
+
 ENSEMBLES: dict[str, Callable[[ThreatModel], tuple[str, ...]]] = {
-    "standard": lambda threat: (
-        "apgd-ce-100-5" if threat.norm == "l1" else "apgd-ce-100",
-        "apgd-t-100",
-        "fab-t-100",
-        "square-5000",
-    ),
+    "standard": _standard,
     "strong": lambda threat: STRONG,
 }
 """Names of the attacks of each ensemble, in order."""
@@ -64,94 +61,105 @@ def attack_names(names: Sequence[str], threat: ThreatModel) -> list[str]:
     """Names of attacks with those of ensembles written out.
 
     Raises:
-        ValueError: For a name that is neither, or that comes twice.
+        ValueError: For a name that is neither, that comes twice, or that is for another norm.
     """
     written = [
         n for name in names for n in (ENSEMBLES[name](threat) if name in ENSEMBLES else (name,))
     ]
-    for name in written:
-        parse_evaluation_attack(name)
+    problems = (parse_evaluation_attack(name).problem_with(threat.norm) for name in written)
+    found = [problem for problem in problems if problem is not None]
     if len(set(written)) < len(written):
-        raise ValueError(f"attacks={list(names)} names an attack twice.")
+        found.append(f"attacks={list(names)} names an attack twice.")
+    if found:
+        raise ValueError("\n".join(found))
     return written
 
 
 def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -> list[Stage]:
     """The stages of an attack: one for each restart and, where it is targeted, each target.
 
-    ``apgd-t`` on 2 or 3 classes, for which its loss is not defined, takes the margin to the target.
+    The target of a stage is the class of its rank among each sample's wrong classes, likeliest
+    first, which takes a forward. There are at most ``num_classes - 1`` of them. With fewer than 4
+    classes, for which the targeted DLR loss is not defined, targeted APGD maximises its numerator,
+    the margin ``z_t - z_y``; AutoAttack itself refuses such models.
 
     Args:
         attack: The attack.
         threat: Allowed perturbations.
-        num_classes: Classes of the model ``K``.
+        num_classes: Classes of the model ``K``, at least 2.
     """
     if attack.method == "malt":
         groups = ((first, last) for first, last in MALT_GROUPS if first < num_classes)
         return [
             _malt_stage(attack, threat, first, min(last, num_classes - 1)) for first, last in groups
         ]
-    counts = {"apgd-t": NUM_TARGETS[threat.norm], "fab-t": FAB_TARGETS}
-    single = dataclasses.replace(attack, restarts=1)
+    ranks = range(min(attack.num_targets, num_classes - 1)) if attack.num_targets else [None]
     stages = []
-    for run in range(1, attack.restarts + 1):
-        name = attack.name if attack.restarts == 1 else f"{attack.name} run {run}"
-        if attack.method not in counts:
-            stages.append(_plain_stage(name, attack, single, threat, run))
-            continue
-        for rank in range(1, min(counts[attack.method], num_classes - 1) + 1):
-            stages.append(_targeted_stage(f"{name} target {rank}", single, threat, rank, run))
-    return [dataclasses.replace(stage, attack=attack.name) for stage in stages]
+    for rank in ranks:
+        for restart in range(attack.restarts):
+            parts = [attack.name]
+            if rank is not None:
+                parts.append(f"target {rank + 1}")
+            if attack.restarts > 1:
+                parts.append(f"restart {restart + 1}")
+            run = _Run(attack, threat, rank, restart, num_classes)
+            is_black_box = attack.method == "square"
+            stages.append(Stage(attack.name, " ".join(parts), run, is_black_box))
+    return stages
 
 
-def _plain_stage(
-    label: str, attack: EvaluationAttack, single: EvaluationAttack, threat: ThreatModel, run: int
-) -> Stage:
-    """One run of an attack without targets."""
+@dataclass(frozen=True)
+class _Run:
+    """One restart of an attack, towards one target where it has any.
 
-    def make(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
-        if attack.method == "fab" and run > 1:
+    Args:
+        attack: The attack.
+        threat: Allowed perturbations.
+        rank: The target's among the wrong classes, from 0; None where it is untargeted.
+        restart: Number of the restart, from 0.
+        num_classes: Classes of the model.
+    """
+
+    attack: EvaluationAttack
+    threat: ThreatModel
+    rank: int | None
+    restart: int
+    num_classes: int
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
+        """Adversarial images of the stage."""
+        target = None
+        if self.rank is not None:
+            target = likeliest_wrong(model, x, y, self.rank + 1)[:, self.rank]
+        if self.attack.method in ("fab", "fab-t"):
             return fab(
                 model,
                 x,
                 y,
-                threat=threat,
-                steps=attack.steps,
-                random_start=True,
-                generator=generator,
-            )
-        return run_attack(model, x, y, threat, single, generator)
-
-    return Stage(attack.name, label, make, is_black_box=attack.method == "square")
-
-
-def _targeted_stage(
-    label: str, single: EvaluationAttack, threat: ThreatModel, rank: int, run: int
-) -> Stage:
-    """One run towards the wrong class of this rank, from 1, by the logits of each image."""
-
-    def make(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
-        target = likeliest_wrong(model, x, y, rank)[:, rank - 1]
-        if single.method == "fab-t":
-            return fab(
-                model,
-                x,
-                y,
-                threat=threat,
-                steps=single.steps,
+                threat=self.threat,
+                steps=self.attack.steps,
                 targets=target,
-                random_start=run > 1,
+                random_start=self.restart > 0,
                 generator=generator,
             )
+        if target is None:
+            once = dataclasses.replace(self.attack, restarts=1)
+            return run_attack(model, x, y, self.threat, once, generator)
+        return apgd(
+            model,
+            x,
+            y,
+            threat=self.threat,
+            steps=self.attack.steps,
+            loss=self._loss_towards(target),
+            shrinking_ball=self.attack.in_shrinking_ball,
+            generator=generator,
+        )
 
-        def loss(logits: Tensor, classes: Tensor) -> Tensor:
-            # With fewer than 4 classes the ratio of differences of logits is not defined.
-            is_defined = logits.shape[1] >= MIN_CLASSES["dlr-targeted"]
-            return (targeted_dlr if is_defined else targeted_margin)(logits, classes, target)
-
-        return run_apgd(model, x, y, threat, single, generator, loss)
-
-    return Stage(single.name, label, make)
+    def _loss_towards(self, target: Tensor) -> InnerLoss:
+        is_defined = self.num_classes >= self.attack.needed_classes
+        loss = targeted_dlr if is_defined else targeted_margin
+        return lambda logits, labels: loss(logits, labels, target)
 
 
 def _malt_stage(attack: EvaluationAttack, threat: ThreatModel, first: int, last: int) -> Stage:

@@ -30,7 +30,7 @@ from dat_ds.contracts import Gate, GatedModel, as_images, check_finite, check_im
 from dat_ds.data.sampler import SampleKey
 from dat_ds.data.samples import Collator
 from dat_ds.data.transforms import fetch_sample
-from dat_ds.errors import DataError
+from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation.samples import Journal, Sample, rounded
 from dat_ds.evaluation.watched import ROWS, AllBroken, Passes, WatchedModel, padded
 from dat_ds.ranks import Ranks
@@ -120,12 +120,14 @@ class EnsembleEvaluation:
         Raises:
             DataError: For an image or a label that cannot be read or is none, on all ranks.
             ModelError: For outputs that are no finite logits.
+            ConfigError: For an attack that is not defined for so few classes.
         """
         self._called = GatedModel(self.model, self._gate, refuses_damage=False)
         self._known = self._read_journal()
         with attack_mode(self.model), already_checked():
             samples, costs = self._natural()
-            num_classes = self._count_classes(samples)
+            num_classes = self._count_classes()
+            self._check_classes(num_classes)
             for stage, precision in self._stages(num_classes):
                 samples, cost = self._stage(stage, precision, samples)
                 costs.append(cost)
@@ -273,7 +275,20 @@ class EnsembleEvaluation:
             self._gate.num_classes = entry["num_classes"]
         return known
 
-    def _count_classes(self, samples: dict[int, Sample]) -> int:
+    def _check_classes(self, num_classes: int) -> None:
+        """Refuse attacks that are not defined for so few classes."""
+        few = [
+            attack.name
+            for attack in self.attacks
+            if num_classes < attack.needed_classes and not attack.num_targets
+        ]
+        if few:
+            raise ConfigError(
+                f"{', '.join(map(repr, few))}: the loss compares more logits than the "
+                f"{num_classes} of the model: write 'apgd-ce-100' or the ensemble 'strong'."
+            )
+
+    def _count_classes(self) -> int:
         """Classes of the model, which a rank without an image does not know; a collective."""
         counts = [count for count in self.ranks.gather(self._gate.num_classes) if count is not None]
         self._gate.num_classes = cast(int, counts[0])
