@@ -36,7 +36,8 @@ def main(
         defaults: Config values for keys that the JSON leaves out (a recipe's choices).
 
     Returns:
-        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it.
+        The exit code: 0 done or stopped cleanly, 1 training failed or ``doctor`` raises an alarm, 2
+        the user can mend it.
     """
     options = _parser().parse_args(arguments)
 

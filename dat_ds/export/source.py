@@ -14,6 +14,7 @@ import torch
 from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.engine.unaveraged import unaveraged_weights
 from dat_ds.errors import ExportError, ModelError, UserError
+from dat_ds.evaluation.samples import EVALUATION
 from dat_ds.export.measured import RECORD_NAMES, Measured, evaluated_model, read_measured
 from dat_ds.models import PixelModel, load
 from dat_ds.models.saved import SPEC_NAME, find_saved, read_spec
@@ -177,8 +178,8 @@ def _record_of(saved: Path, run: Path | None) -> Path | None:
     found = next((saved / name for name in RECORD_NAMES if (saved / name).exists()), None)
     if found is not None or run is None or find_saved(run) != saved:
         return found
-    for name in RECORD_NAMES:
-        file = run / name
+    # That of an ensemble says more than that of the training's end.
+    for file in (run / "evaluation" / EVALUATION, *(run / name for name in RECORD_NAMES)):
         if file.exists() and not _is_of_another(file, saved):
             return file
     return None
