@@ -4,6 +4,7 @@ from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.attack import Attack, CallableAttack, IteratedAttack, NoAttack, UserAttack
 from dat_ds.attacks.build import ATTACKS, build_attack
 from dat_ds.attacks.door import already_checked
+from dat_ds.attacks.fab import fab
 from dat_ds.attacks.fat import fat
 from dat_ds.attacks.fgsm import fgsm, fgsm_rs, fgsm_step_size
 from dat_ds.attacks.free import FreeAttack, FreePerturbation
@@ -41,6 +42,7 @@ from dat_ds.attacks.passes.quantized import FORMATS
 from dat_ds.attacks.passes.tokens import dropped_tokens, patch_tokens
 from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.projections import project_l1, project_l1_box, project_l2, project_linf
+from dat_ds.attacks.square import square
 from dat_ds.attacks.threat import NORMS, ThreatModel
 from dat_ds.length import parse_length
 
@@ -77,6 +79,7 @@ __all__ = [
     "cw_margin",
     "dlr",
     "dropped_tokens",
+    "fab",
     "fat",
     "feature_distance",
     "fgsm",
@@ -103,6 +106,7 @@ __all__ = [
     "project_linf",
     "rand_like",
     "run_attack",
+    "square",
     "stream_of",
     "targeted_dlr",
     "threat_like",

@@ -155,7 +155,7 @@ class _Search:
             return [targets.unsqueeze(1)]
         if targets is not None:
             likeliest = likeliest_wrong(self.model, self.x, self.y, targets)
-            return list(likeliest.split(1, dim=1))
+            return [target.unsqueeze(1) for target in likeliest.unbind(dim=1)]
         classes = torch.arange(self._logits.shape[1] - 1, device=self.y.device)
         return [classes + (classes >= self.y.unsqueeze(1))]
 
@@ -217,7 +217,7 @@ class _Search:
         total = (length + length_of_x).clamp_min(torch.finfo(length.dtype).tiny)
         bias = per_sample((length / total).clamp_max(_LARGEST_BIAS), x_adv)
         moved = (1 - bias) * (x_adv + _OVERSHOOT * step) + bias * (self.x + _OVERSHOOT * step_of_x)
-        return moved.clamp_(self.threat.lower, self.threat.upper)
+        return torch.clamp(moved, self.threat.lower, self.threat.upper)
 
     def _boundary(self, x_adv: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Margin ``(B,)`` and its gradient of the class whose linearised boundary is nearest."""

@@ -1,49 +1,75 @@
-"""Names of evaluation attacks: ``pgd-20``, ``pgd-50-10``, ``apgd-dlr-100``."""
+"""Names of evaluation attacks: ``pgd-20``, ``pgd-50-10``, ``apgd-dlr-100``, ``square-5000``."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
 from dat_ds.attacks.apgd import apgd
+from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.square import square
 from dat_ds.attacks.strong import malt, probability_margin
-from dat_ds.attacks.threat import ThreatModel
+from dat_ds.attacks.threat import Norm, ThreatModel
 
-Method = Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "apgd-cw", "apgd-pm", "malt", "square"]
-METHODS: tuple[str, ...] = get_args(Method)
-_PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
-_APGD_LOSSES: dict[str, str | InnerLoss] = {
-    "apgd-ce": "ce",
-    "apgd-dlr": "dlr",
-    "apgd-t": "dlr-targeted",
-    "apgd-cw": "cw",
-    "apgd-pm": probability_margin,
+
+@dataclass(frozen=True)
+class _Method:
+    """A method of evaluation: APGD on a loss, or a function of its own.
+
+    Args:
+        loss: Loss of APGD; None for the others.
+        num_targets: Likeliest wrong classes that each get a run; 0 where it is untargeted.
+        needed_classes: Fewest classes that it is defined for.
+        only_norm: The norm that it is defined for, where it is one alone.
+    """
+
+    loss: str | InnerLoss | None = None
+    num_targets: int = 0
+    needed_classes: int = 2
+    only_norm: Norm | None = None
+
+
+_METHODS = {
+    "pgd": _Method(),
+    "apgd-ce": _Method("ce"),
+    "apgd-dlr": _Method("dlr", needed_classes=3),
+    "apgd-t": _Method("dlr-targeted", num_targets=9, needed_classes=4),
+    "apgd-ce-l1": _Method("ce", only_norm="l1"),
+    "apgd-t-l1": _Method("dlr-targeted", num_targets=5, needed_classes=4, only_norm="l1"),
+    "fab": _Method(),
+    "fab-t": _Method(num_targets=9),
+    "square": _Method(),
+    "apgd-cw": _Method("cw"),
+    "apgd-pm": _Method(probability_margin),
+    "malt": _Method(),
 }
-_NEEDED_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+METHODS = tuple(_METHODS)
+_PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
 class EvaluationAttack:
-    """An attack for evaluation, from a random start.
+    """An attack for evaluation, from a random start but for FAB.
 
     Args:
         name: As written in the config and the record.
-        method: ``"pgd"`` with step size ``2.5 eps / steps`` (Madry et al. 2018, sec. 4), or APGD on
-            cross-entropy, on the DLR loss, on the targeted DLR loss over the 9 likeliest wrong
-            classes (Croce and Hein 2020, sec. 4), on the margin of the logits or on that of the
-            probabilities (:func:`dat_ds.attacks.strong.probability_margin`), which have no step
-            size to set; ``"malt"``, APGD towards the 9 nearest wrong classes
-            (:func:`dat_ds.attacks.strong.malt`), or ``"square"``, random search.
-        steps: Gradient steps of each run; queries of a random search.
-        restarts: Random restarts; the worst is kept.
+        method: ``"pgd"`` with step size ``2.5 eps / steps`` (Madry et al. 2018, sec. 4); APGD on
+            cross-entropy (``"apgd-ce"``), on the DLR loss (``"apgd-dlr"``), or on the targeted DLR
+            loss over the 9 likeliest wrong classes (``"apgd-t"``; Croce and Hein 2020, sec. 4);
+            ``"apgd-ce-l1"`` and ``"apgd-t-l1"``, the latter over 5 classes, in a shrinking l1 ball
+            (Croce and Hein 2021); on the margin of the logits (``"apgd-cw"``) or of the
+            probabilities (``"apgd-pm"``, :func:`dat_ds.attacks.strong.probability_margin`);
+            ``"malt"``, APGD towards the 9 nearest wrong classes
+            (:func:`dat_ds.attacks.strong.malt`); ``"fab"``, or ``"fab-t"`` over the 9 likeliest
+            wrong classes; ``"square"``.
+        steps: Gradient steps of each run; queries of Square.
+        restarts: Independent runs; the worst is kept.
     """
 
     name: str
@@ -56,9 +82,32 @@ class EvaluationAttack:
         return 2.5 * eps / self.steps
 
     @property
+    def loss(self) -> str | InnerLoss | None:
+        """The loss of APGD; None for other attacks."""
+        return _METHODS[self.method].loss
+
+    @property
+    def num_targets(self) -> int:
+        """Likeliest wrong classes that each get a run; 0 where it is untargeted."""
+        return _METHODS[self.method].num_targets
+
+    @property
     def needed_classes(self) -> int:
-        """Fewest classes that the attack's loss is defined for."""
-        return _NEEDED_CLASSES.get(self.method, 2)
+        """Fewest classes that the attack is defined for."""
+        return _METHODS[self.method].needed_classes
+
+    @property
+    def in_shrinking_ball(self) -> bool:
+        """Whether APGD begins in larger l1 balls."""
+        return _METHODS[self.method].only_norm == "l1"
+
+    def problem_with(self, norm: str) -> str | None:
+        """Why the attack is not defined for a norm; None where it is."""
+        only = _METHODS[self.method].only_norm
+        if only is None or only == norm:
+            return None
+        general = self.name.replace(f"-{only}", "", 1)
+        return f"{self.name!r} is for the norm {only}, not {norm}: write {general!r}."
 
 
 def parse_evaluation_attack(name: str) -> EvaluationAttack:
@@ -100,6 +149,19 @@ def run_attack(
 
     ``loss`` takes the place of PGD's cross-entropy.
     """
+    if attack.loss is not None:
+        return apgd(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            loss=attack.loss,
+            restarts=attack.restarts,
+            num_targets=max(attack.num_targets, 1),
+            shrinking_ball=attack.in_shrinking_ball,
+            generator=generator,
+        )
     if attack.method == "malt":
         return malt(
             model,
@@ -110,6 +172,17 @@ def run_attack(
             restarts=attack.restarts,
             generator=generator,
         )
+    if attack.method in ("fab", "fab-t"):
+        return fab(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=attack.steps,
+            restarts=attack.restarts,
+            targets=attack.num_targets or None,
+            generator=generator,
+        )
     if attack.method == "square":
         return square(
             model,
@@ -117,17 +190,6 @@ def run_attack(
             y,
             threat=threat,
             queries=attack.steps,
-            restarts=attack.restarts,
-            generator=generator,
-        )
-    if attack.method != "pgd":
-        return apgd(
-            model,
-            x,
-            y,
-            threat=threat,
-            steps=attack.steps,
-            loss=_APGD_LOSSES[attack.method],
             restarts=attack.restarts,
             generator=generator,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -23,7 +23,7 @@ from dat_ds.attacks.losses import cw_margin, true_classes
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
 from dat_ds.attacks.projections import per_sample
-from dat_ds.attacks.threat import ThreatModel
+from dat_ds.attacks.threat import Norm, ThreatModel
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which the share of the pixels that change is halved."""
@@ -31,6 +31,8 @@ _DRAWN_AT_ONCE = 50  # queries; one draw of many numbers costs little more than 
 _TILES = 5  # of the start, along each side
 _INSIDE = 1 - 1e-6  # of eps: rounding then does not leave the ball
 _TINY = 1e-12
+_L1_SCALE = 3.0  # of a perturbation before its projection
+_SHRINKING_STEPS = 6
 
 
 def square(
@@ -83,7 +85,7 @@ def square(
         assert classes is not None
         best = threat.project(x, x)
         best_margin = torch.full(classes.shape, -float("inf"), dtype=torch.float64, device=x.device)
-        moves = (_Stripes if threat.norm == "linf" else _Mass)(threat, x)
+        moves = _MOVES[threat.norm](threat, x)
         with torch.no_grad():
             for _ in range(restarts):
                 found = _search(model, classes, moves, queries, first_share, source)
@@ -182,13 +184,15 @@ class _Stripes:
 
 
 class _Mass:
-    """l2, l1: one square takes over another's share of the norm, and what is left unused."""
+    """l2: one square takes over another's share of the norm, and what is left unused."""
+
+    power = 2  # of the entries whose sum over an image is bounded
+    extra = 0.0  # mass that a square is given besides, as a share of the whole per channel
 
     def __init__(self, threat: ThreatModel, x: Tensor) -> None:
         self.num_draws = 5 + x.shape[1]
         self._threat, self._x = threat, x
-        self._power = 2 if threat.norm == "l2" else 1
-        self._budget = (threat.eps * _INSIDE) ** self._power
+        self._budget = (threat.eps * _INSIDE) ** self.power
         self._largest = min(x.shape[-2:])
 
     def start(self, source: Generator) -> Tensor:
@@ -212,7 +216,7 @@ class _Mass:
 
     def candidate(self, best: Tensor, side: int, draws: Tensor) -> Tensor:
         """The mass of a random square moves to another one, in the shape of two bumps."""
-        batch, channels, height, width = best.shape
+        channels = best.shape[1]
         side = max(side, min(3, self._largest))
         side += 1 - side % 2 if side < self._largest else 0
         first, second = (
@@ -224,7 +228,8 @@ class _Mass:
         given = self._mass(delta.gather(2, second))
         delta.scatter_(2, second, 0.0)
         # Both squares together: what they share counts once.
-        available = given + self._mass(delta.gather(2, first)) + unused.unsqueeze(1) / channels
+        added = (unused + self.extra * self._budget).unsqueeze(1) / channels
+        available = given + self._mass(delta.gather(2, first)) + added
         bump = _bump(side, best.device, best.dtype)[(draws[:, 4] < 0.5).long()]
         sign = (draws[:, 5:] - 0.5).sign_().to(best.dtype).unsqueeze(2)
         shape = sign * self._unit(bump).unsqueeze(1) + self._unit(here)
@@ -241,18 +246,72 @@ class _Mass:
         return corner.view(-1, 1, 1) + (steps.unsqueeze(1) * width + steps).flatten()
 
     def _image(self, delta: Tensor) -> Tensor:
+        """The image with this perturbation, inside the threat model."""
         return (self._x + delta).clamp_(self._threat.lower, self._threat.upper)
 
     def _mass(self, t: Tensor) -> Tensor:
         """Sum of absolute or squared entries over the last dimension, float64."""
-        return (t.square() if self._power == 2 else t.abs()).sum(dim=-1, dtype=torch.float64)
+        return (t.square() if self.power == 2 else t.abs()).sum(dim=-1, dtype=torch.float64)
 
     def _lengths(self, mass: Tensor) -> Tensor:
-        return mass.sqrt() if self._power == 2 else mass
+        return mass.sqrt() if self.power == 2 else mass
 
     def _unit(self, t: Tensor) -> Tensor:
         """Of norm 1 along the last dimension; zero stays zero."""
         return t / self._lengths(self._mass(t)).clamp_min(_TINY).to(t.dtype).unsqueeze(-1)
+
+
+class _SparseMass(_Mass):
+    """l1: the same with more mass than there is, of which the projection keeps the largest entries.
+
+    Entries below a threshold vanish, so that the norm is spent on few pixels that change much.
+    """
+
+    power = 1
+    extra = 3.0
+
+    def _image(self, delta: Tensor) -> Tensor:
+        flat = _L1_SCALE * delta.flatten(1)
+        magnitude = flat.abs()
+        x = self._x.flatten(1)
+        room = torch.where(flat >= 0, self._threat.upper - x, x - self._threat.lower)
+        size = _shrunk(magnitude, room, self._budget)
+        return super()._image(size.copysign_(flat).view_as(delta))
+
+
+def _shrunk(magnitude: Tensor, room: Tensor, total: float) -> Tensor:
+    """About the projection onto an l1 ball and a box: ``min((magnitude - lam)_+, room)``.
+
+    A few of Newton's steps for ``lam``, kept between bounds, then a factor that leaves the sum of a
+    row at most ``total``; the exact projection sorts, which takes longer than a small model.
+
+    Args:
+        magnitude: Absolute values ``(B, n)``.
+        room: Largest value of each entry.
+        total: Largest sum of a row.
+    """
+    low = torch.zeros_like(magnitude[:, :1], dtype=torch.float64)
+    high = magnitude.amax(dim=1, keepdim=True).double()
+    lam = low
+    for _ in range(_SHRINKING_STEPS):
+        rest = magnitude - lam.to(magnitude.dtype)
+        size = torch.minimum(rest.clamp_min(0), room)
+        excess = size.sum(dim=1, keepdim=True, dtype=torch.float64) - total
+        num_moving = (size == rest).sum(dim=1, keepdim=True)
+        low = torch.where(excess > 0, lam, low)
+        high = torch.where(excess > 0, high, lam)
+        newton = lam + excess / num_moving.clamp_min(1)
+        lam = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+    size = torch.minimum((magnitude - lam.to(magnitude.dtype)).clamp_min_(0), room)
+    found = size.sum(dim=1, keepdim=True, dtype=torch.float64).clamp_min(_TINY)
+    return size.mul_((total / found).clamp_max_(1.0))
+
+
+_MOVES: dict[Norm, Callable[[ThreatModel, Tensor], _Moves]] = {
+    "linf": _Stripes,
+    "l2": _Mass,
+    "l1": _SparseMass,
+}
 
 
 @functools.lru_cache(maxsize=256)

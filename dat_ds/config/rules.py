@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dat_ds.attacks import FEATURE_LOSSES, MIN_CLASSES, Attack, NoAttack, parse_evaluation_attack
+from dat_ds.attacks import (
+    FEATURE_LOSSES,
+    MIN_CLASSES,
+    Attack,
+    EvaluationAttack,
+    NoAttack,
+    parse_evaluation_attack,
+)
 from dat_ds.config.deepspeed.precision import FLOAT16, enabled, precision_of
 from dat_ds.config.schema import DatConfig, GuardConfig, WeightPerturbationConfig
 from dat_ds.method import Method, Rule, Section, Trait, broken
@@ -138,6 +146,8 @@ def check_run(
             f"gradient_accumulation_steps={accumulation}: write {', '.join(valid)}, or accumulate "
             "over another number of micro-batches."
         )
+    misfits = (attack.problem_with(dat.threat_model.norm) for attack in _evaluation_attacks(dat))
+    found += [f"dat.evaluation: {misfit}" for misfit in misfits if misfit is not None]
     problems += [problem for problem in found if problem not in problems]
 
 
@@ -223,13 +233,16 @@ def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> 
             f"dat.attack.loss={loss!r} compares the {needed} largest logits, but there are "
             f"{num_classes} classes: write dat.attack.loss='ce' or 'cw'."
         )
-    for name in (*dat.evaluation.attacks, dat.evaluation.validation_attack):
-        try:
-            few = num_classes < parse_evaluation_attack(name).needed_classes
-        except ValueError:
-            continue  # reported already
-        if few:
+    for attack in _evaluation_attacks(dat):
+        if num_classes < attack.needed_classes:
             problems.append(
-                f"dat.evaluation: {name!r} compares the largest logits, but there are "
+                f"dat.evaluation: {attack.name!r} compares the largest logits, but there are "
                 f"{num_classes} classes: write 'apgd-ce-100' or 'pgd-100-10'."
             )
+
+
+def _evaluation_attacks(dat: DatConfig) -> Iterator[EvaluationAttack]:
+    """The attacks of evaluation; names of none are reported elsewhere."""
+    for name in (*dat.evaluation.attacks, dat.evaluation.validation_attack):
+        with contextlib.suppress(ValueError):
+            yield parse_evaluation_attack(name)

@@ -135,12 +135,16 @@ def evaluate(
         The same record on every rank.
 
     Raises:
-        ValueError: For an unknown attack name, or one that compares more classes than there are.
+        ValueError: For an unknown attack name.
+        ConfigError: For an attack of another norm, or one that compares more classes than there
+            are.
         DataError: If any rank met an image or a label that cannot be read, or is none; on every
             rank.
         ModelError: For outputs that are no logits.
     """
     parsed = [parse_evaluation_attack(name) for name in dict.fromkeys(attacks)]
+    if misfits := [m for attack in parsed if (m := attack.problem_with(threat.norm)) is not None]:
+        raise ConfigError("\n".join(misfits))
     device = _device_of(model) if device is None else torch.device(device)
     task = _CLASSIFICATION if task is None else task
     gate = Gate("classes" if task is _CLASSIFICATION else "own")
