@@ -162,96 +162,21 @@ class _Run:
         return lambda logits, labels: loss(logits, labels, target)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One restart of an attack, towards one target where it has any.
+def _malt_stage(attack: EvaluationAttack, threat: ThreatModel, first: int, last: int) -> Stage:
+    """The attack on its target classes from ``first`` to ``last``, counted from 1."""
 
-    Args:
-        attack: The attack.
-        threat: Allowed perturbations.
-        rank: The target's among the wrong classes, from 0; None where it is untargeted.
-        restart: Number of the restart, from 0.
-        num_classes: Classes of the model.
-        label: Of the stage; random numbers depend on it.
-    """
-
-    attack: EvaluationAttack
-    threat: ThreatModel
-    rank: int | None
-    restart: int
-    num_classes: int
-    label: str
-
-    def __call__(self, model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
-        """Adversarial images of the stage."""
-        # A stream of its own: stages that are given equal generators start differently.
-        source = dataclasses.replace(generator, stream=f"{generator.stream} {self.label}")
-        target = None
-        if self.rank is not None:
-            target = likeliest_wrong(model, x, y, self.rank + 1)[:, self.rank]
-        if self.attack.method in ("fab", "fab-t"):
-            return fab(
-                model,
-                x,
-                y,
-                threat=self.threat,
-                steps=self.attack.steps,
-                targets=target,
-                random_start=self.restart > 0,
-                generator=source,
-            )
-        if target is None:
-            once = dataclasses.replace(self.attack, restarts=1)
-            return run_attack(model, x, y, self.threat, once, source)
-        return apgd(
-            model,
-            x,
-            y,
-            threat=self.threat,
-            steps=self.attack.steps,
-            loss=self._loss_towards(target),
-            shrinking_ball=self.attack.in_shrinking_ball,
-            generator=source,
-        )
-
-    def _loss_towards(self, target: Tensor) -> InnerLoss:
-        is_defined = self.num_classes >= self.attack.needed_classes
-        loss = targeted_dlr if is_defined else targeted_margin
-        return lambda logits, labels: loss(logits, labels, target)
-
-
-def _malt_stages(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -> list[Stage]:
-    """The nearest class, the next two, and the others: a stage ranks classes anew."""
-    stages = []
-    for first, last in MALT_GROUPS:
-        if first < num_classes:
-            last = min(last, num_classes - 1)
-            places = f"target {first}" if first == last else f"targets {first} to {last}"
-            run = _MaltRun(attack, threat, first, last, label=f"{attack.name} {places}")
-            stages.append(Stage(attack.name, run.label, run))
-    return stages
-
-
-@dataclass(frozen=True)
-class _MaltRun:
-    """An attack on the nearest wrong classes from ``first`` to ``last``, counted from 1."""
-
-    attack: EvaluationAttack
-    threat: ThreatModel
-    first: int
-    last: int
-    label: str
-
-    def __call__(self, model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
-        """Adversarial images of the stage."""
+    def run(model: Model, x: Tensor, y: Tensor, generator: SampleGenerator) -> Tensor:
         return malt(
             model,
             x,
             y,
-            threat=self.threat,
-            steps=self.attack.steps,
-            first_target=self.first - 1,
-            num_targets=self.last - self.first + 1,
-            restarts=self.attack.restarts,
-            generator=dataclasses.replace(generator, stream=f"{generator.stream} {self.label}"),
+            threat=threat,
+            steps=attack.steps,
+            first_target=first - 1,
+            num_targets=last - first + 1,
+            restarts=attack.restarts,
+            generator=generator,
         )
+
+    places = f"target {first}" if first == last else f"targets {first} to {last}"
+    return Stage(attack.name, f"{attack.name} {places}", run)
