@@ -42,12 +42,12 @@ _METHODS = {
     "apgd-t": _Method("dlr-targeted", num_targets=9, needed_classes=4),
     "apgd-ce-l1": _Method("ce", only_norm="l1"),
     "apgd-t-l1": _Method("dlr-targeted", num_targets=5, needed_classes=4, only_norm="l1"),
-    "apgd-cw": _Method("cw"),
-    "apgd-pm": _Method(probability_margin),
-    "malt": _Method(num_targets=9),
     "fab": _Method(),
     "fab-t": _Method(num_targets=9),
     "square": _Method(),
+    "apgd-cw": _Method("cw"),
+    "apgd-pm": _Method(probability_margin),
+    "malt": _Method(num_targets=9),
 }
 METHODS = tuple(_METHODS)
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
