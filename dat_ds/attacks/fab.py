@@ -71,7 +71,7 @@ def fab(
         misclassified image found, or ``x`` where that lies outside the ball or there is none.
 
     Raises:
-        ValueError: For counts out of range, or a model of fewer than 2 classes.
+        ValueError: For counts out of range.
     """
     if steps < 1 or restarts < 1 or (isinstance(targets, int) and targets < 1):
         raise ValueError(f"{steps=}, {restarts=} and targets={targets} must be at least 1.")
@@ -143,8 +143,6 @@ class _Search:
         """No image yet but those that are misclassified as they are."""
         with torch.no_grad():
             self._logits = self.model(self.x).double()
-        if self._logits.shape[1] < 2:
-            raise ValueError(f"fab needs at least 2 classes, not {self._logits.shape[1]}.")
         unknown = torch.full_like(self.x.flatten(1)[:, 0], float("inf"))
         fools = misclassified(self._logits, self.y)
         return _Nearest(self.x, unknown).or_if_nearer(self.x, torch.zeros_like(unknown), fools)
