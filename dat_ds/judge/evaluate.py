@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from dat_ds.attacks import parse_evaluation_attack
@@ -43,6 +43,7 @@ from dat_ds.ranks import Ranks
 logger = logging.getLogger("dat_ds")
 
 _CHECKED = 128  # images that the checks of the model look at
+_DRAWN = 200  # of those that were evaluated, for the curves of a report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def evaluate_target(question: Question) -> dict[str, Any]:
         finished: dict[str, Any] = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
         with ranks.together():
             if ranks.is_main and question.report:
-                _report(question, case, output)
+                _report(question, case, indices, output)
         return finished
     with _progress_bar(ranks) as bar:
         evaluation = EnsembleEvaluation(
@@ -142,7 +143,7 @@ def evaluate_target(question: Question) -> dict[str, Any]:
             clear_progress(output)
             _announce(record, output)
             if question.report:
-                _report(question, case, output)
+                _report(question, case, indices, output)
     return record
 
 
@@ -156,10 +157,10 @@ def _findings(
     return [finding.to_dict() for finding in findings]
 
 
-def _report(question: Question, case: Case, output: Path) -> None:
+def _report(question: Question, case: Case, indices: Sequence[int], output: Path) -> None:
     measure_curves(
         case.target.model,
-        cast("Dataset[Any]", case.images),
+        Subset(cast("Dataset[Any]", case.images), list(indices[:_DRAWN])),
         case.threat.build(),
         output,
         class_names=case.class_names,
