@@ -188,4 +188,4 @@ def test_a_class_without_a_name_is_drawn_by_its_number(
     flat[1].bias.data = torch.tensor([0.0, 1.0])
     threat = ThreatModel("linf", 0.1)
     draw_examples({"m": flat}, x, y, threat, "pgd-1", tmp_path / "a.png", class_names=["only"])
-    assert titles == ["1"] * 4
+    assert titles == ["\u2717 1"] * 4, "a cross, since it is wrong"

@@ -185,7 +185,9 @@ def test_a_timm_folder_is_loaded(tmp_path: Path) -> None:
         torch.testing.assert_close(target.model(x), body.eval()((x - mean) / std))
 
 
-def test_a_timm_name_without_weights_is_refused() -> None:
+def test_a_timm_name_without_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The hub's library tries again for most of a minute where there is no network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="weights of the timm model 'test_resnet' cannot be had"):
         load_target("test_resnet")
     with pytest.raises(ModelError, match=r"no such file, folder or timm model.*A target is"):
