@@ -26,6 +26,7 @@ _LARGEST_BIAS = 0.1  # alpha_max
 _OVERSHOOT = 1.05  # eta
 _BACKWARD = 0.9  # beta
 _FINAL_STEPS = 3
+_FINAL_SHARE = 0.99  # of the way on which the margin would vanish: a tie changes no class
 _DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
 
@@ -71,7 +72,7 @@ def fab(
         misclassified image found, or ``x`` where that lies outside the ball or there is none.
 
     Raises:
-        ValueError: For counts out of range, or a model of fewer than 2 classes.
+        ValueError: For counts out of range.
     """
     if steps < 1 or restarts < 1 or (isinstance(targets, int) and targets < 1):
         raise ValueError(f"{steps=}, {restarts=} and targets={targets} must be at least 1.")
@@ -143,8 +144,6 @@ class _Search:
         """No image yet but those that are misclassified as they are."""
         with torch.no_grad():
             self._logits = self.model(self.x).double()
-        if self._logits.shape[1] < 2:
-            raise ValueError(f"fab needs at least 2 classes, not {self._logits.shape[1]}.")
         unknown = torch.full_like(self.x.flatten(1)[:, 0], float("inf"))
         fools = misclassified(self._logits, self.y)
         return _Nearest(self.x, unknown).or_if_nearer(self.x, torch.zeros_like(unknown), fools)
@@ -174,7 +173,7 @@ class _Search:
         """Closer images on the way from the nearest one to the original.
 
         The margin between the two ends of the segment is taken for linear; each step evaluates the
-        image where it would vanish, which becomes the end on its side of the boundary.
+        image just before it would vanish, which becomes the end on its side of the boundary.
         """
         outer, inner = nearest.x_adv, self.x
         with torch.no_grad():
@@ -184,7 +183,7 @@ class _Search:
             inner_margin = self._margin(self._logits, reached)
             for _ in range(_FINAL_STEPS):
                 rise = (outer_margin - inner_margin).clamp_min(torch.finfo(torch.float64).tiny)
-                share = (outer_margin / rise).clamp(0, 1).to(outer.dtype)
+                share = (_FINAL_SHARE * outer_margin / rise).clamp(0, 1).to(outer.dtype)
                 between = outer + per_sample(share, outer) * (inner - outer)
                 logits = self.model(between).double()
                 margin, fools = self._margin(logits, reached), misclassified(logits, self.y)

@@ -106,6 +106,22 @@ def test_an_evaluation_attack_is_named_by_steps_and_restarts(name, steps, restar
 
 
 @pytest.mark.parametrize(
+    ("name", "method", "targets", "classes"),
+    [
+        ("apgd-ce-l1-100-5", "apgd-ce-l1", 0, 2),
+        ("apgd-t-l1-100", "apgd-t-l1", 5, 4),
+        ("apgd-t-100", "apgd-t", 9, 4),
+        ("fab-t-100", "fab-t", 9, 2),
+        ("fab-100-5", "fab", 0, 2),
+        ("square-5000", "square", 0, 2),
+    ],
+)
+def test_an_evaluation_attack_has_its_method_and_targets(name, method, targets, classes):
+    attack = parse_evaluation_attack(name)
+    assert (attack.method, attack.num_targets, attack.needed_classes) == (method, targets, classes)
+
+
+@pytest.mark.parametrize(
     "name", ["pgd", "pgd-0", "pgd-10-0", "pgd-1.5", "PGD-10", "pgd-10-2-3", ""]
 )
 def test_anything_else_is_no_evaluation_attack(name):

@@ -47,6 +47,10 @@ pytestmark = pytest.mark.fast
             "dat.evaluation: 'apgd-t-100' compares the largest logits, but there are 3 classes: ",
         ),
         (
+            {"evaluation": {"attacks": ["apgd-t-l1-100"]}},
+            "dat.evaluation: 'apgd-t-l1-100' is for the norm l1, not linf: write 'apgd-t-100'.",
+        ),
+        (
             {"attack": {"name": "n_fgsm", "steps_from": 2}},
             "dat.attack.steps_from=2 is no setting of the attack 'n_fgsm': remove it. It takes ",
         ),
