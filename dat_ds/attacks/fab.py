@@ -26,6 +26,7 @@ _LARGEST_BIAS = 0.1  # alpha_max
 _OVERSHOOT = 1.05  # eta
 _BACKWARD = 0.9  # beta
 _FINAL_STEPS = 3
+_FINAL_SHARE = 0.99  # of the way on which the margin would vanish: a tie changes no class
 _DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
 
@@ -172,7 +173,7 @@ class _Search:
         """Closer images on the way from the nearest one to the original.
 
         The margin between the two ends of the segment is taken for linear; each step evaluates the
-        image where it would vanish, which becomes the end on its side of the boundary.
+        image just before it would vanish, which becomes the end on its side of the boundary.
         """
         outer, inner = nearest.x_adv, self.x
         with torch.no_grad():
@@ -182,7 +183,7 @@ class _Search:
             inner_margin = self._margin(self._logits, reached)
             for _ in range(_FINAL_STEPS):
                 rise = (outer_margin - inner_margin).clamp_min(torch.finfo(torch.float64).tiny)
-                share = (outer_margin / rise).clamp(0, 1).to(outer.dtype)
+                share = (_FINAL_SHARE * outer_margin / rise).clamp(0, 1).to(outer.dtype)
                 between = outer + per_sample(share, outer) * (inner - outer)
                 logits = self.model(between).double()
                 margin, fools = self._margin(logits, reached), misclassified(logits, self.y)

@@ -32,7 +32,7 @@ _TILES = 5  # of the start, along each side
 _INSIDE = 1 - 1e-6  # of eps: rounding then does not leave the ball
 _TINY = 1e-12
 _L1_SCALE = 3.0  # of a perturbation before its projection
-_SHRINKING_STEPS = 6
+_SHRINKING_STEPS = 8
 
 
 def square(
