@@ -127,16 +127,6 @@ def test_every_stage_stays_inside_and_does_not_mix_rows(norm, classes):
             assert torch.equal(alone[0], together[row]), stage.label
 
 
-def test_restarts_begin_at_different_places_from_equal_generators():
-    model, x = Rows(5), pictures()
-    y = labels(model, x)
-    for name in ("pgd-1-2", "apgd-ce-1-2", "square-2-2", "fab-1-2"):
-        first, second = (
-            stage.run(model, x, y, SampleGenerator(0, 0)) for stage in stages(name, "l2", 5)
-        )
-        assert not torch.equal(first, second) or name == "fab-1-2"
-
-
 def test_each_target_is_the_class_of_its_rank(monkeypatch):
     model, x = Rows(5), pictures()
     y = labels(model, x)
@@ -171,7 +161,7 @@ def test_the_phases_of_a_shrinking_ball_have_3_2_and_1_times_its_radius():
     threat = ThreatModel("l1", 2.0)
 
     def watched(images: Tensor) -> Tensor:
-        distances.append(float(threat.distance(images, x).max()))
+        distances.append(float(threat.distance(images.detach(), x).max()))
         return model(images)
 
     x_adv = apgd(
