@@ -1,8 +1,10 @@
 """An ensemble of attacks on every sample that still stands, on any number of ranks.
 
 What becomes of a sample does not depend on the ranks, the batch size or an interruption: random
-numbers are a function of its index, the model is always called with a multiple of 32 images (of
-which the last may be repeated), and a stage starts when all ranks have finished the one before.
+numbers are a function of its index, a stage starts when all ranks have finished the one before, and
+its batches are of a multiple of 32 samples, from which size on matrix products compute a row alike
+whatever the other rows and the number of threads are. The up to 31 samples that remain are a batch
+by themselves, the same one whatever the batch size, on one thread.
 
 Shapes: images ``(B, C, H, W)``, ``K`` classes.
 """
@@ -32,7 +34,7 @@ from dat_ds.data.samples import Collator
 from dat_ds.data.transforms import fetch_sample
 from dat_ds.errors import ConfigError, DataError
 from dat_ds.evaluation.samples import Journal, Sample, rounded
-from dat_ds.evaluation.watched import ROWS, AllBroken, Passes, WatchedModel, padded
+from dat_ds.evaluation.watched import ROWS, AllBroken, Passes, WatchedModel
 from dat_ds.ranks import Ranks
 
 _CACHED_BYTES = 2 << 30
@@ -51,7 +53,7 @@ class StageCost:
         label: Of the stage.
         attacked: Samples.
         broken: Samples that it broke.
-        forwards: Images forward, with repeated rows and verification.
+        forwards: Images forward, those of verification included.
         backwards: Images backward.
         seconds: Of the slowest rank.
     """
@@ -148,7 +150,7 @@ class EnsembleEvaluation:
 
     def _natural(self) -> tuple[dict[int, Sample], list[StageCost]]:
         def judge(indices: list[int], passes: Passes) -> list[Sample]:
-            x, y, _ = self._images(indices, is_new=True)
+            x, y = self._images(indices, is_new=True)
             with torch.no_grad():
                 logits = self._called(x)
             passes.forwards += len(x)
@@ -188,7 +190,8 @@ class EnsembleEvaluation:
         passes: Passes,
     ) -> list[Sample]:
         """One batch of a stage."""
-        x, y, indices = self._images([sample.index for sample in before])
+        indices = [sample.index for sample in before]
+        x, y = self._images(indices)
         generator = SampleGenerator(
             self.seed, 0, indices=indices, stream=f"evaluation {stage.label}"
         )
@@ -214,13 +217,16 @@ class EnsembleEvaluation:
         entries = self._known.get(label, [])
         done = {sample.index: sample for entry in entries for sample in entry[0]}
         left = [index for index in indices if index not in done]
-        batches = [left[i : i + self._rows] for i in range(0, len(left), self._rows)]
+        whole = len(left) - len(left) % ROWS
+        batches = [left[i : min(i + self._rows, whole)] for i in range(0, whole, self._rows)]
+        batches += [left[whole:]] if left[whole:] else []
         own = batches[self.ranks.rank :: self.ranks.count]
         found: list[tuple[list[Sample], tuple[int, int, float]]] = []
         with self.ranks.together():
             for batch in own:
                 passes, started = Passes(), time.perf_counter()
-                samples = judge(batch, passes)
+                with _threads(1 if len(batch) < ROWS else torch.get_num_threads()):
+                    samples = judge(batch, passes)
                 cost = (passes.forwards, passes.backwards, time.perf_counter() - started)
                 self._keep(label, samples, cost)
                 found.append((samples, cost))
@@ -296,20 +302,16 @@ class EnsembleEvaluation:
 
     # ---- images
 
-    def _images(
-        self, indices: list[int], *, is_new: bool = False
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Images, class indices and sample indices, the last repeated as :func:`padded` does."""
+    def _images(self, indices: list[int], *, is_new: bool = False) -> tuple[Tensor, Tensor]:
+        """Images and class indices."""
         pairs = [self._image(index, is_new) for index in indices]
         if len({tuple(x.shape) for x, _ in pairs}) > 1:
             raise DataError(
                 f"Samples {indices[0]} to {indices[-1]} are images of several shapes: give "
                 "dat.data.img_size."
             )
-        places = padded(torch.arange(len(indices)))
-        x = torch.stack([x for x, _ in pairs])[places].to(self.ranks.device)
-        y = torch.stack([y for _, y in pairs])[places].to(self.ranks.device)
-        return x, y, [indices[place] for place in places.tolist()]
+        x = torch.stack([x for x, _ in pairs]).to(self.ranks.device)
+        return x, torch.stack([y for _, y in pairs]).to(self.ranks.device)
 
     def _image(self, index: int, is_new: bool) -> tuple[Tensor, Tensor]:
         if index in self._cache:
@@ -331,6 +333,17 @@ class EnsembleEvaluation:
             self._cache[index] = pair
             self._cached_bytes += size
         return pair
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _after(stage: Stage, sample: Sample, watched: WatchedModel, row: int) -> Sample:

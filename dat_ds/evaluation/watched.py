@@ -14,8 +14,8 @@ from dat_ds.attacks.losses import cw_margin
 from dat_ds.contracts import check_finite
 
 ROWS = 32
-"""The model is called with a multiple of so many images: of this size on, libraries of matrix
-products compute a row alike whatever the other rows and the number of threads are."""
+"""From this number of images on, libraries of matrix products compute a row alike whatever the
+other rows and the number of threads are."""
 _SLACK = 1e-6  # of the pixel range: float32's rounding of a distance
 
 
@@ -114,7 +114,7 @@ class WatchedModel:
         Raises:
             ModelError: For outputs that are not finite.
         """
-        rows = padded(rows)
+        rows = _padded(rows)  # which rows are verified together must not matter
         images = self._threat.project(x_adv[rows], self._x[rows])
         logits = self._plain(images)
         self._passes.forwards += len(images)
@@ -130,6 +130,6 @@ class WatchedModel:
         self.distance[rows] = self._threat.distance(images, self._x[rows])
 
 
-def padded(items: Tensor) -> Tensor:
+def _padded(items: Tensor) -> Tensor:
     """The items with the last repeated up to a multiple of :data:`ROWS`."""
     return torch.cat([items, items[-1:].expand(-len(items) % ROWS)])
