@@ -122,8 +122,10 @@ class EvaluationConfig(Section):
     An attack is written ``METHOD-STEPS`` or ``METHOD-STEPS-RESTARTS``, with the methods ``pgd``
     (step size ``2.5 eps / STEPS``), ``apgd-ce``, ``apgd-dlr`` and ``apgd-t`` (Auto-PGD on
     cross-entropy, DLR and targeted DLR; for l1 ``apgd-ce-l1`` and ``apgd-t-l1``, which begin in
-    larger balls), ``fab`` and ``fab-t`` (smallest perturbations, untargeted and targeted), and
-    ``square`` (black-box; its STEPS are queries): random start but for FAB, the run's threat model.
+    larger balls), ``apgd-cw`` and ``apgd-pm`` (on the margin of logits and of probabilities),
+    ``malt`` (towards the nearest classes), ``fab`` and ``fab-t`` (smallest perturbations,
+    untargeted and targeted), and ``square`` (black-box; its STEPS are queries): random start but
+    for FAB, the run's threat model.
     """
 
     attacks: list[str] = field(default_factory=lambda: ["pgd-20"])
