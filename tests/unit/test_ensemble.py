@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, ensemble, parse_evaluation_attack
 from dat_ds.attacks.ensemble import attack_names, stages_of
 from dat_ds.attacks.projections import project_l1_box
+from dat_ds.errors import ConfigError
+from dat_ds.evaluation import evaluate
 from tests.unit.attack_helpers import EPS, every_norm
 
 pytestmark = pytest.mark.fast
@@ -148,6 +150,28 @@ def test_a_targeted_stage_takes_one_forward_more():
         model.num_forwards = 0
         stages(name, classes=5)[0].run(model, x, y, SampleGenerator(0, 0))
         assert model.num_forwards == forwards, name
+
+
+# ---- evaluation
+
+NAMES = ["apgd-ce-l1-5", "apgd-t-l1-3", "fab-2", "fab-t-3", "square-9-2"]
+
+
+def test_an_evaluation_runs_the_attacks_by_name():
+    model, x = Rows(4), pictures(6)
+    data = list(zip(x, labels(model, x).tolist(), strict=True))
+    record = evaluate(model, data, ThreatModel("l1", 3.0), NAMES, batch_size=4)
+    assert record.robust_acc.keys() == set(NAMES)
+    assert min(record.robust_acc.values()) < 1, "some attack succeeds"
+    assert max(record.largest_perturbation.values()) <= 3.0 * (1 + 1e-5)
+    apart = evaluate(model, data, ThreatModel("l1", 3.0), NAMES, batch_size=2)
+    assert apart.outcomes == record.outcomes
+
+
+def test_an_evaluation_refuses_attacks_of_another_norm():
+    data = list(zip(pictures(), [0, 1, 1, 0], strict=True))
+    with pytest.raises(ConfigError, match="'apgd-t-l1-3' is for the norm l1, not linf"):
+        evaluate(Rows(4), data, threat_of("linf"), NAMES)
 
 
 # ---- Auto-PGD in a shrinking l1 ball
