@@ -1,7 +1,8 @@
 """Square Attack: random search by changes of squares, without gradients.
 
-Andriushchenko et al., ECCV 2020, arXiv 1912.00049, algorithms 1 to 3 (l-infinity, l2); l1 after
-Croce and Hein, ICML 2021, arXiv 2103.01208, sec. 4.
+Andriushchenko et al., ECCV 2020, arXiv 1912.00049, algorithms 1 to 3 (l-infinity, l2). For l1 the
+l2 moves are measured in l1 and projected onto the ball and the pixel range, as in Croce and Hein,
+ICML 2021, arXiv 2103.01208; how much mass a move is given before its projection is our own choice.
 
 Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``; ``s`` side of the squares.
 """
@@ -31,7 +32,7 @@ _DRAWN_AT_ONCE = 50  # queries; one draw of many numbers costs little more than 
 _TILES = 5  # of the start, along each side
 _INSIDE = 1 - 1e-6  # of eps: rounding then does not leave the ball
 _TINY = 1e-12
-_L1_SCALE = 3.0  # of a perturbation before its projection
+_L1_SCALE = 3.0  # of a perturbation before its projection; chosen by its success
 _SHRINKING_STEPS = 8
 
 
@@ -113,7 +114,7 @@ class _Moves(Protocol):
 
         Args:
             best: Best images so far.
-            side: Of the square, before a norm rounds it.
+            side: Of the square in pixels; some norms round it up to an odd number.
             draws: Uniform numbers ``(B, num_draws)``.
         """
         ...
