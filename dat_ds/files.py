@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dat_ds.errors import CheckpointError
+from dat_ds.errors import CheckpointError, DataError
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -22,6 +32,20 @@ def writing(path: Path) -> Iterator[None]:
             f"Cannot write {path}: {error.strerror or error}. What was written earlier is intact: "
             "make room and continue from it (dat-ds train: --resume auto)."
         ) from None
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Turn a file that cannot be written into the advice to repeat the command.
+
+    Raises:
+        DataError: From :class:`CheckpointError`.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        reason = str(error).split(". ")[0]
+        raise DataError(f"{reason}. Make room, and repeat the command.") from None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from dat_ds.attacks.losses import (
     ascent_loss,
     misclassified,
     targeted_dlr,
+    towards,
     true_classes,
 )
 from dat_ds.attacks.modes import ModelMode
@@ -109,7 +110,8 @@ def apgd(
         if len(x) == 0:
             return x.clone()
         if is_targeted:
-            losses = _losses_towards(likeliest_wrong(model, x, y, num_targets))
+            targets = likeliest_wrong(model, x, y, num_targets).unbind(dim=1)
+            losses = [towards(targeted_dlr, target) for target in targets]
         classes = true_classes(y, loss)
         for inner in losses * restarts:
             phases = _phases(threat, steps) if shrinking_ball else [(threat, steps)]
@@ -142,15 +144,6 @@ class _Best:
             self.fools | other.fools,
             torch.where(better, other.value, self.value),
         )
-
-
-def _losses_towards(targets: Tensor) -> list[InnerLoss]:
-    """The targeted DLR loss towards each column of ``targets`` ``(B, T)``."""
-
-    def towards(target: Tensor) -> InnerLoss:
-        return lambda z, labels: targeted_dlr(z, labels, target)
-
-    return [towards(target) for target in targets.unbind(dim=1)]
 
 
 def _phases(threat: ThreatModel, steps: int) -> list[tuple[ThreatModel, int]]:

@@ -14,8 +14,13 @@ from torch import Tensor
 from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
-from dat_ds.attacks.losses import InnerLoss, targeted_dlr, targeted_margin
-from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
+from dat_ds.attacks.losses import InnerLoss, targeted_dlr, targeted_margin, towards
+from dat_ds.attacks.named import (
+    BLACK_BOX,
+    EvaluationAttack,
+    parse_evaluation_attack,
+    run_attack,
+)
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.strong import MALT_GROUPS, STRONG, malt
 from dat_ds.attacks.targets import likeliest_wrong
@@ -103,7 +108,7 @@ def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -
             if attack.restarts > 1:
                 parts.append(f"restart {restart + 1}")
             run = _Run(attack, threat, rank, restart, num_classes)
-            is_black_box = attack.method == "square"
+            is_black_box = attack.method in BLACK_BOX
             stages.append(Stage(attack.name, " ".join(parts), run, is_black_box))
     return stages
 
@@ -159,7 +164,7 @@ class _Run:
     def _loss_towards(self, target: Tensor) -> InnerLoss:
         is_defined = self.num_classes >= self.attack.needed_classes
         loss = targeted_dlr if is_defined else targeted_margin
-        return lambda logits, labels: loss(logits, labels, target)
+        return towards(loss, target)
 
 
 def _malt_stage(attack: EvaluationAttack, threat: ThreatModel, first: int, last: int) -> Stage:

@@ -27,7 +27,6 @@ _OVERSHOOT = 1.05  # eta
 _BACKWARD = 0.9  # beta
 _FINAL_STEPS = 3
 _FINAL_SHARE = 0.99  # of the way on which the margin would vanish: a tie changes no class
-_DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
 
 def fab(
@@ -223,7 +222,7 @@ class _Search:
         found = None
         for margin, weight in self.take_gradient.of_margins(self.model, x_adv, self.y, others):
             slope = torch.linalg.vector_norm(
-                weight.flatten(1), ord=_DUAL[self.threat.norm], dim=1, dtype=torch.float64
+                weight.flatten(1), ord=self.threat.dual_order, dim=1, dtype=torch.float64
             )
             distance = margin.abs() / slope.clamp_min(torch.finfo(torch.float64).tiny)
             if found is not None:

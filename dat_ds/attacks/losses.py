@@ -131,6 +131,11 @@ def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return gap.squeeze(1)
 
 
+def towards(loss: Callable[[Tensor, Tensor, Tensor], Tensor], target: Tensor) -> InnerLoss:
+    """A targeted loss with its target classes ``(B,)``, as an inner loss."""
+    return lambda logits, y: loss(logits, y, target)
+
+
 def kl_divergence(logits: Tensor, p: Tensor) -> Tensor:
     """``KL(p || softmax(logits))`` of each sample; the inner loss of TRADES.
 

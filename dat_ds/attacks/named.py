@@ -50,6 +50,8 @@ _METHODS = {
     "malt": _Method(num_targets=9),
 }
 METHODS = tuple(_METHODS)
+BLACK_BOX = ("square",)
+"""Methods that take no gradient."""
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
 
 

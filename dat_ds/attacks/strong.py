@@ -14,7 +14,7 @@ from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.ascent import worst_of
 from dat_ds.attacks.door import admitted
 from dat_ds.attacks.gradient import InputGradient, Model
-from dat_ds.attacks.losses import InnerLoss, cw_margin, targeted_margin
+from dat_ds.attacks.losses import cw_margin, targeted_margin, towards
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.targets import likeliest_wrong
@@ -26,7 +26,6 @@ MALT_GROUPS = ((1, 1), (2, 3), (4, 9))
 """First and last target class of each stage of ``malt``, the nearest class being 1."""
 
 _SPREAD = 3.0  # of the logits of a network trained with cross-entropy, roughly
-_DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 _CANDIDATES = 20
 
 
@@ -91,7 +90,7 @@ def nearest_classes(
     asked = likeliest_wrong(model, x, y, max(count, _CANDIDATES))
     distances = []
     for margin, slope in take_gradient.of_margins(model, x, y, asked):
-        length = torch.linalg.vector_norm(slope.flatten(1), ord=_DUAL[threat.norm], dim=1)
+        length = torch.linalg.vector_norm(slope.flatten(1), ord=threat.dual_order, dim=1)
         distances.append(-margin / length.clamp_min(torch.finfo(slope.dtype).tiny))
     order = torch.stack(distances, dim=1).argsort(dim=1, stable=True)
     return asked.gather(1, order)[:, :count]
@@ -148,7 +147,7 @@ def malt(
                 threat=threat,
                 steps=steps,
                 restarts=restarts,
-                loss=towards(target),
+                loss=towards(targeted_margin, target),
                 generator=generator,
                 model_mode=model_mode,
                 gradient=gradient,
@@ -156,8 +155,3 @@ def malt(
 
         runs = [lambda target=t: run(target) for t in targets[:, first:].unbind(dim=1)]
         return worst_of(model, runs, y, "cw")
-
-
-def towards(target: Tensor) -> InnerLoss:
-    """The margin of a class ``(B,)`` over the true one, as an inner loss."""
-    return lambda logits, y: targeted_margin(logits, y, target)

@@ -15,6 +15,8 @@ from dat_ds.attacks.projections import per_sample, project_l1_box, project_l2, s
 
 Norm = Literal["linf", "l2", "l1"]
 _L1_SHARE = 0.01  # SLIDE's quantile of 99 %
+_ORDERS = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
+_DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 NORMS: tuple[str, ...] = get_args(Norm)
 
 
@@ -146,9 +148,14 @@ class ThreatModel:
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Length of each sample's perturbation in this norm, ``(B,)``, pixel units."""
-        order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[self.norm]
-        lengths: Tensor = torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
+        delta = (x_adv - x).flatten(1)
+        lengths: Tensor = torch.linalg.vector_norm(delta, ord=_ORDERS[self.norm], dim=1)
         return lengths
+
+    @property
+    def dual_order(self) -> float:
+        """Order of the dual norm, in which a gradient is a loss's slope in this norm."""
+        return _DUAL_ORDERS[self.norm]
 
 
 def sparse_sign(gradient: Tensor, share: float | Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, pgd
 
 Attacker = Callable[[Tensor, Tensor, int], Tensor]
 """``(x, y, seed) -> x_adv``."""
+AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+"""Norms by the names that AutoAttack's library gives them."""
 
 
 def pgd_table(
@@ -70,7 +72,7 @@ def apgd_table(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, s
     base = _library("pyautoattack.autopgd_base")
     if base is None:
         return "AutoAttack is not installed: pip install pyautoattack."
-    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
+    norm = AUTOATTACK_NORMS[threat.norm]
     lines = ["| loss | dat_ds | AutoAttack | s | s |", "|---|---|---|---|---|"]
     for loss in ("ce", "dlr"):
         theirs = base.APGDAttack(

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dat_ds.attacks import ThreatModel, parse_evaluation_attack
 from dat_ds.attacks.ensemble import ENSEMBLES, attack_names
+from dat_ds.bench.attack_strength import AUTOATTACK_NORMS
 from dat_ds.bench.records import write_record
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation.ensemble import EnsembleEvaluation
@@ -31,7 +32,6 @@ logger = logging.getLogger("dat_ds")
 
 OFFICIAL = "official"
 PARTS = (OFFICIAL, *ENSEMBLES)
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _OFFICIAL_BATCH = 250  # the tool's own default
 _CASE = ("target", "data", "threat_model", "num_examples", "labels_correct")
 
@@ -45,13 +45,8 @@ class _Counting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
-        self.passes.forwards += len(x)
-        if logits.requires_grad:
-            logits.register_hook(self._count)  # type: ignore[no-untyped-call]  # in torch
+        self.passes.count(logits)
         return logits
-
-    def _count(self, gradient: Tensor) -> None:
-        self.passes.backwards += len(gradient)
 
 
 def bench_autoattack(
@@ -124,7 +119,7 @@ def _official(
         raise ConfigError("The official tool is not installed: pip install pyautoattack.") from None
     counting = _Counting(model).eval()
     tool = library.AutoAttack(
-        counting, norm=_NORMS[threat.norm], eps=threat.eps, version="standard", seed=seed
+        counting, norm=AUTOATTACK_NORMS[threat.norm], eps=threat.eps, version="standard", seed=seed
     )
     names = list(tool.attacks_to_run)
     tool.version = "custom"  # one attack at a time from here on, with the standard settings
@@ -161,15 +156,11 @@ def _ours(ensemble: str, case: Case, threat: ThreatModel, count: int, seed: int)
     ).run()
     attacks = []
     for name in names:
-        passes, seconds = Passes(), 0.0
-        for stage in outcome.stages:
-            if stage.attack == name:
-                passes.forwards += stage.forwards
-                passes.backwards += stage.backwards
-                seconds += stage.seconds
+        total = outcome.attacks[name]
+        passes = Passes(total.forwards, total.backwards)
         after = names[: names.index(name) + 1]
         standing = [s.correct and s.broken_by not in after for s in outcome.samples]
-        attacks.append(_attack(name, torch.tensor(standing), passes, seconds))
+        attacks.append(_attack(name, torch.tensor(standing), passes, total.seconds))
         logger.info("%s %s: %.2f%% stand", ensemble, name, 100 * attacks[-1]["robust_acc"])
     return _part(attacks, torch.tensor([sample.stands for sample in outcome.samples]))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.cli.arguments import add_case, add_command, add_output_folder
-from dat_ds.errors import ConfigError
 
 _DESCRIPTION = """\
 Evaluate a model under attack. TARGET is the folder of a run, a checkpoint or an export, a timm
@@ -79,9 +78,6 @@ def _evaluate(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     if not asked and (Path(options.target) / "config.json").exists():
         evaluate_run(Path(options.target), options.set, imports=options.imports)
         return 0
-    for key in ("batch_size", "num_examples"):
-        if asked.get(key, 1) < 1:
-            raise ConfigError(f"--{key} {asked[key]}: give at least 1.")
     if "output" in asked:
         asked["output"] = Path(asked["output"])
     evaluate_target(

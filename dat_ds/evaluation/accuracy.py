@@ -145,7 +145,7 @@ def evaluate(
     parsed = [parse_evaluation_attack(name) for name in dict.fromkeys(attacks)]
     if misfits := [m for attack in parsed if (m := attack.problem_with(threat.norm)) is not None]:
         raise ConfigError("\n".join(misfits))
-    device = _device_of(model) if device is None else torch.device(device)
+    device = device_of(model) if device is None else torch.device(device)
     task = _CLASSIFICATION if task is None else task
     gate = Gate("classes" if task is _CLASSIFICATION else "own")
     called = GatedModel(model, gate, refuses_damage=False)
@@ -158,7 +158,7 @@ def evaluate(
             num_examples=num_examples,
             num_workers=num_workers,
         ),
-        lambda x, y: _checked(x, y, model, gate, threat),
+        lambda x, y: checked(x, y, model, gate, threat),
         alone=ranks == 1,
     )
     if len(cast(Any, data)) == 0:
@@ -229,7 +229,7 @@ def _judged(outputs: Tensor, y: Tensor, loss: InnerLoss | None) -> Tensor:
     return loss(outputs.double(), y.double() if y.is_floating_point() else y)
 
 
-def _checked(
+def checked(
     x: Tensor, y: Tensor, model: Model, gate: Gate, threat: ThreatModel
 ) -> tuple[Tensor, Tensor]:
     """Images and class indices of a batch.
@@ -330,7 +330,8 @@ def _combine(names: Sequence[str], gathered: list[object], task: Task) -> Record
     )
 
 
-def _device_of(model: Model) -> torch.device:
+def device_of(model: Model) -> torch.device:
+    """Where a module's parameters are; the CPU for other callables."""
     if isinstance(model, nn.Module):
         for parameter in model.parameters():
             return parameter.device

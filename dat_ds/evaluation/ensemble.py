@@ -16,7 +16,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import cw_margin
 from dat_ds.attacks.named import EvaluationAttack
 from dat_ds.attacks.passes.precision import Precision, shorter_floats
-from dat_ds.contracts import Gate, GatedModel, as_images, check_finite, check_images
+from dat_ds.contracts import Gate, GatedModel, check_finite
 from dat_ds.data.sampler import SampleKey
 from dat_ds.data.samples import Collator
 from dat_ds.data.transforms import fetch_sample
 from dat_ds.errors import ConfigError, DataError
+from dat_ds.evaluation.accuracy import checked
 from dat_ds.evaluation.samples import Journal, Sample, rounded
 from dat_ds.evaluation.watched import ROWS, AllBroken, Passes, WatchedModel
 from dat_ds.ranks import Ranks
@@ -80,6 +81,34 @@ class Outcome:
     samples: list[Sample]
     stages: list[StageCost]
     num_classes: int
+
+    @property
+    def attacks(self) -> dict[str, StageCost]:
+        """The stages of each attack as one, in order, by name; without the unperturbed images."""
+        found: dict[str, StageCost] = {}
+        for stage in self.stages[1:]:
+            before = found.get(stage.attack)
+            found[stage.attack] = (
+                dataclasses.replace(stage, label=stage.attack)
+                if before is None
+                else dataclasses.replace(
+                    before,
+                    broken=before.broken + stage.broken,
+                    forwards=before.forwards + stage.forwards,
+                    backwards=before.backwards + stage.backwards,
+                    seconds=before.seconds + stage.seconds,
+                )
+            )
+        return found
+
+
+class _Batch(NamedTuple):
+    """Samples of a batch after a stage, and what it cost."""
+
+    samples: list[Sample]
+    forwards: int
+    backwards: int
+    seconds: float
 
 
 @dataclass
@@ -150,10 +179,10 @@ class EnsembleEvaluation:
 
     def _natural(self) -> tuple[dict[int, Sample], list[StageCost]]:
         def judge(indices: list[int], passes: Passes) -> list[Sample]:
-            x, y = self._images(indices, is_new=True)
+            x, y = self._images(indices)
             with torch.no_grad():
                 logits = self._called(x)
-            passes.forwards += len(x)
+            passes.count(logits)
             problem = self._gate.problem_of(y)
             if problem is not None:
                 raise DataError(problem)
@@ -214,36 +243,34 @@ class EnsembleEvaluation:
         judge: Callable[[list[int], Passes], list[Sample]],
     ) -> tuple[list[Sample], StageCost]:
         """What ``judge`` makes of the samples, each batch by one rank; a collective."""
-        entries = self._known.get(label, [])
-        done = {sample.index: sample for entry in entries for sample in entry[0]}
+        known = self._known.get(label, [])
+        done = {sample.index: sample for batch in known for sample in batch.samples}
         left = [index for index in indices if index not in done]
         whole = len(left) - len(left) % ROWS
         batches = [left[i : min(i + self._rows, whole)] for i in range(0, whole, self._rows)]
         batches += [left[whole:]] if left[whole:] else []
         own = batches[self.ranks.rank :: self.ranks.count]
-        found: list[tuple[list[Sample], tuple[int, int, float]]] = []
+        found: list[_Batch] = []
         with self.ranks.together():
-            for batch in own:
+            for part in own:
                 passes, started = Passes(), time.perf_counter()
-                with _threads(1 if len(batch) < ROWS else torch.get_num_threads()):
-                    samples = judge(batch, passes)
-                cost = (passes.forwards, passes.backwards, time.perf_counter() - started)
-                self._keep(label, samples, cost)
-                found.append((samples, cost))
+                with _threads(1 if len(part) < ROWS else torch.get_num_threads()):
+                    samples = judge(part, passes)
+                seconds = time.perf_counter() - started
+                found.append(_Batch(samples, passes.forwards, passes.backwards, seconds))
+                self._keep(label, found[-1])
                 self._tell(label, len(done) + len(found) * self._rows * self.ranks.count, indices)
-        shards = cast(
-            "list[list[tuple[list[Sample], tuple[int, int, float]]]]", self.ranks.gather(found)
-        )
-        costs = [cost for shard in shards for _, cost in shard] + [cost for _, cost in entries]
-        done |= {s.index: s for shard in shards for samples, _ in shard for s in samples}
-        earlier = sum(cost[2] for _, cost in entries)
-        slowest = max(sum(cost[2] for _, cost in shard) for shard in shards)
+        shards = cast("list[list[_Batch]]", self.ranks.gather(found))
+        every = [*known, *(batch for shard in shards for batch in shard)]
+        done |= {sample.index: sample for batch in every for sample in batch.samples}
+        earlier = sum(batch.seconds for batch in known)
+        slowest = max(sum(batch.seconds for batch in shard) for shard in shards)
         return [done[index] for index in indices], StageCost(
             attack,
             label,
             attacked=len(indices),
-            forwards=sum(cost[0] for cost in costs),
-            backwards=sum(cost[1] for cost in costs),
+            forwards=sum(batch.forwards for batch in every),
+            backwards=sum(batch.backwards for batch in every),
             seconds=earlier + slowest,
         )
 
@@ -255,29 +282,24 @@ class EnsembleEvaluation:
         if self.progress is not None and self.ranks.is_main:
             self.progress(label, min(done, len(indices)), len(indices))
 
-    def _keep(self, label: str, samples: list[Sample], cost: tuple[int, int, float]) -> None:
+    def _keep(self, label: str, batch: _Batch) -> None:
+        samples, *cost = batch
         rows = [list(dataclasses.astuple(sample)) for sample in samples]
         self.journal.add(
-            {
-                "stage": label,
-                "cost": list(cost),
-                "num_classes": self._gate.num_classes,
-                "rows": rows,
-            }
+            {"stage": label, "cost": cost, "num_classes": self._gate.num_classes, "rows": rows}
         )
 
-    def _read_journal(self) -> dict[str, list[tuple[list[Sample], tuple[int, int, float]]]]:
+    def _read_journal(self) -> dict[str, list[_Batch]]:
         """Batches that an interrupted evaluation has finished, by stage; a collective."""
         with self.ranks.together():
             self.journal.mend()
         entries = self.journal.entries() if self.ranks.is_main else []
         # Ranks may see the files of others at different times: rank 0 reads them for all.
         entries = cast("list[dict[str, Any]]", self.ranks.gather(entries)[0])
-        known: dict[str, list[tuple[list[Sample], tuple[int, int, float]]]] = {}
+        known: dict[str, list[_Batch]] = {}
         for entry in entries:
             samples = [Sample(*row) for row in entry["rows"]]
-            forwards, backwards, seconds = entry["cost"]
-            known.setdefault(entry["stage"], []).append((samples, (forwards, backwards, seconds)))
+            known.setdefault(entry["stage"], []).append(_Batch(samples, *entry["cost"]))
             self._gate.num_classes = entry["num_classes"]
         return known
 
@@ -302,9 +324,9 @@ class EnsembleEvaluation:
 
     # ---- images
 
-    def _images(self, indices: list[int], *, is_new: bool = False) -> tuple[Tensor, Tensor]:
+    def _images(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Images and class indices."""
-        pairs = [self._image(index, is_new) for index in indices]
+        pairs = [self._image(index) for index in indices]
         if len({tuple(x.shape) for x, _ in pairs}) > 1:
             raise DataError(
                 f"Samples {indices[0]} to {indices[-1]} are images of several shapes: give "
@@ -313,16 +335,13 @@ class EnsembleEvaluation:
         x = torch.stack([x for x, _ in pairs]).to(self.ranks.device)
         return x, torch.stack([y for _, y in pairs]).to(self.ranks.device)
 
-    def _image(self, index: int, is_new: bool) -> tuple[Tensor, Tensor]:
+    def _image(self, index: int) -> tuple[Tensor, Tensor]:
         if index in self._cache:
             return self._cache[index]
         sample = fetch_sample(self.data, SampleKey(0, index))
         try:
-            x, y = Collator()([sample], [index])
-            x = as_images(x, self.model)
-            if is_new:
-                check_images(x, self.threat.lower, self.threat.upper)
-            pair = x[0], self._gate.true_classes(y, 1)[0]
+            x, y = checked(*Collator()([sample], [index]), self.model, self._gate, self.threat)
+            pair = x[0], y[0]
         except DataError as error:
             text = str(error)
             raise DataError(

@@ -16,20 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dat_ds.evaluation.record import norm_in_words
 from dat_ds.length import Length
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 LARGEST_CLASSES = 20
 """Classes that a figure shows; of more, those with the smallest accuracy."""
 
-_NORMS = {"linf": "l-infinity", "l2": "l2", "l1": "l1"}
 _DPI = 200
 _LABEL, _TICK = 9, 8  # points
-
-
-def norm_in_words(norm: str) -> str:
-    """``"l-infinity"`` for ``"linf"``."""
-    return _NORMS.get(norm, norm)
 
 
 def length_in_words(value: float | str) -> str:

@@ -8,6 +8,11 @@ from typing import Any
 _NEXT_STEP = "For classes, fine-tune it: --set dat.model.pretrained=RUN, with another objective."
 
 
+def norm_in_words(norm: str) -> str:
+    """``"l-infinity"`` for ``"linf"``."""
+    return "l-infinity" if norm == "linf" else norm
+
+
 def describe(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
     """Clean and robust accuracy of a run and of its natural twin, in one or two sentences.
 
@@ -17,8 +22,7 @@ def describe(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
     """
     dat = record["config"]["dat"]
     threat = dat["threat_model"]
-    norm = {"linf": "l-infinity", "l2": "l2", "l1": "l1"}[threat["norm"]]
-    within = f"within {norm} distance {threat['eps']}"
+    within = f"within {norm_in_words(threat['norm'])} distance {threat['eps']}"
     trained = "naturally trained" if record["natural"] else "adversarially trained"
     if record["natural_acc"] is None:
         return _describe_losses(record, trained, within)

@@ -22,9 +22,18 @@ _SLACK = 1e-6  # of the pixel range: float32's rounding of a distance
 class Passes:
     """Images that went through the model, forwards and backwards."""
 
-    def __init__(self) -> None:
-        self.forwards = 0
-        self.backwards = 0
+    def __init__(self, forwards: int = 0, backwards: int = 0) -> None:
+        self.forwards = forwards
+        self.backwards = backwards
+
+    def count(self, logits: Tensor) -> None:
+        """Count a forward that gave ``logits`` ``(B, K)``, and every backward through them."""
+        self.forwards += len(logits)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]  # in torch
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
 
 
 class AllBroken(Exception):
@@ -83,16 +92,11 @@ class WatchedModel:
             ModelError: For an image in the ball whose outputs are not finite.
         """
         logits = self._model(x_adv)
-        self._passes.forwards += len(x_adv)
-        if logits.requires_grad:
-            logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]  # in torch
+        self._passes.count(logits)
         if len(x_adv) == len(self._x):
             with torch.no_grad():
                 self._look(x_adv, logits)
         return logits
-
-    def _count_backward(self, gradient: Tensor) -> None:
-        self._passes.backwards += len(gradient)
 
     def _look(self, x_adv: Tensor, logits: Tensor) -> None:
         self._calls += 1
@@ -105,8 +109,8 @@ class WatchedModel:
         self.margin = torch.where(smaller, margin, self.margin)
         if bool(fools.any()):
             self._verify(x_adv, fools.nonzero().flatten())
-        if bool(self.broken.all()):
-            raise AllBroken
+            if bool(self.broken.all()):
+                raise AllBroken
 
     def _verify(self, x_adv: Tensor, rows: Tensor) -> None:
         """Look at these rows again by a plain forward.
@@ -117,7 +121,7 @@ class WatchedModel:
         rows = _padded(rows)  # which rows are verified together must not matter
         images = self._threat.project(x_adv[rows], self._x[rows])
         logits = self._plain(images)
-        self._passes.forwards += len(images)
+        self._passes.count(logits)
         check_finite(logits)
         predicted = logits.argmax(dim=1)
         confirmed = predicted != self._y[rows]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.errors import ExportError
+from dat_ds.evaluation.checks import ALARMS
+from dat_ds.evaluation.record import norm_in_words
 
 RECORD_NAMES = ("evaluation.json", "record.json")
 """In the order in which they are looked for beside a model."""
 _WORST_CASE = "all"
-_NORMS = {"linf": "l-infinity", "l2": "l2", "l1": "l1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Measured:
     @property
     def threat(self) -> str:
         """The threat model in words."""
-        return f"{_NORMS.get(self.norm, self.norm)}, eps {self.eps}"
+        return f"{norm_in_words(self.norm)}, eps {self.eps}"
 
     def rows(self) -> list[tuple[str, float]]:
         """What was measured, in words, and the accuracy in [0, 1]; no attack goes unnamed."""
@@ -95,7 +96,7 @@ def _measured(name: str, sha256: str, values: Mapping[str, Any]) -> Measured:
     remarks = [
         f"{check['name']}: {check['status']}. {check['found']} {check['meaning']}"
         for check in values.get("checks") or []
-        if check["status"] in ("suspicious", "failed")
+        if check["status"] in ALARMS
     ]
     return Measured(
         file=name,

@@ -11,12 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dat_ds.errors import CheckpointError, DataError
 from dat_ds.evaluation import figures, html
 from dat_ds.evaluation.curves import accuracy_by_class, name_of
+from dat_ds.evaluation.record import norm_in_words
 from dat_ds.evaluation.report import describe_training
 from dat_ds.evaluation.samples import SAMPLES
-from dat_ds.files import writing
+from dat_ds.files import repeatable, writing
 from dat_ds.judge.evidence import CURVES, METRICS, Evidence
 from dat_ds.judge.words import AGAIN, Section, interval_of, percent_of, short_of
 from dat_ds.length import Length
@@ -43,13 +43,9 @@ class Album:
         """Write a figure as ``NAME.png``; the HTML that shows it."""
         png = figures.as_png(figure)
         path = self._folder / f"{name}.png"
-        try:
-            with writing(path):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(png)
-        except CheckpointError as error:
-            reason = str(error).split(". ")[0]
-            raise DataError(f"{reason}. Make room, and repeat the command.") from None
+        with repeatable(), writing(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png)
         return html.picture(png, alt, caption, kind)
 
 
@@ -171,7 +167,7 @@ def _surface_of(surface: Mapping[str, Any], names: Sequence[str] | None, album: 
         f"Map of the margin around {which}: {at_image:.3g} at the image, {at_adversarial:.3g} at "
         "the adversarial image.",
         f"Margin around {which} ({label}), in the plane of an adversarial and of a random "
-        f"perturbation of the same {figures.norm_in_words(surface['norm'])} length, "
+        f"perturbation of the same {norm_in_words(surface['norm'])} length, "
         f"{figures.length_in_words(surface['length'])}. The black line is the border of its class.",
         "narrow",
     )

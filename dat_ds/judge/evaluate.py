@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -21,8 +20,8 @@ from dat_ds.attacks.ensemble import ENSEMBLES, attack_names
 from dat_ds.attacks.passes.precision import Precision
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.errors import ConfigError
-from dat_ds.evaluation.checks import check_outcome
-from dat_ds.evaluation.ensemble import EnsembleEvaluation, Outcome, Progress
+from dat_ds.evaluation.checks import ALARMS, check_outcome
+from dat_ds.evaluation.ensemble import EnsembleEvaluation, Outcome, Progress, StageCost
 from dat_ds.evaluation.environment import commit, hardware, versions
 from dat_ds.evaluation.samples import (
     EVALUATION,
@@ -34,7 +33,7 @@ from dat_ds.evaluation.samples import (
     wilson_interval,
     write_samples,
 )
-from dat_ds.files import write_json
+from dat_ds.files import sha256_of, write_json
 from dat_ds.judge.doctor import examine
 from dat_ds.judge.report import measure_curves, write_report
 from dat_ds.judge.target import Case, open_case
@@ -81,6 +80,17 @@ class Question:
     output: Path | None = None
     checks: bool = True
     report: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1.
+
+        Raises:
+            ConfigError: For the first.
+        """
+        for key in ("batch_size", "num_examples"):
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                raise ConfigError(f"--{key} {count}: give at least 1.")
 
 
 def evaluate_target(question: Question) -> dict[str, Any]:
@@ -183,8 +193,6 @@ def _indices_of(question: Question, count: int) -> list[int]:
     """The samples that are evaluated, ascending."""
     if question.indices is None:
         wanted = question.num_examples
-        if wanted is not None and wanted < 1:
-            raise ConfigError(f"--num_examples {wanted}: give at least 1, or leave it out for all.")
         return list(range(count if wanted is None else min(wanted, count)))
     if question.num_examples is not None:
         raise ConfigError("--indices and --num_examples: give one of them.")
@@ -215,21 +223,13 @@ def _plan(
     path = Path(case.data.get("path", ""))
     return {
         "model": case.target.digest or case.target.name,
-        "data": {**case.data, "sha256": _digest(path) if path.is_file() else None},
+        "data": {**case.data, "sha256": sha256_of(path) if path.is_file() else None},
         "threat_model": case.threat.to_dict(),
         "attacks": list(names),
         "indices": ranges_of(indices),
         "seed": question.seed,
         "prefilter": question.prefilter,
     }
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _record(
@@ -239,9 +239,9 @@ def _record(
     samples, count = outcome.samples, len(outcome.samples)
     natural = sum(sample.correct for sample in samples)
     robust, standing = {}, natural
-    for attack in _attacks(outcome):
-        standing -= attack["broken"]
-        robust[attack["name"]] = standing / count
+    for name, attack in outcome.attacks.items():
+        standing -= attack.broken
+        robust[name] = standing / count
     run = case.target.run
     names = list(question.attacks)
     return {
@@ -277,21 +277,19 @@ def _record(
 
 def _attacks(outcome: Outcome) -> list[dict[str, Any]]:
     """Findings and costs by attack, each with its stages."""
-    found: dict[str, dict[str, Any]] = {}
-    for cost in outcome.stages[1:]:
-        stage = dataclasses.asdict(cost)
-        attack = found.setdefault(
-            stage.pop("attack"),
-            {
-                "attacked": cost.attacked,
-                **dict.fromkeys(("broken", "forwards", "backwards", "seconds"), 0),
-                "stages": [],
-            },
-        )
-        for key in ("broken", "forwards", "backwards", "seconds"):
-            attack[key] += stage[key]
-        attack["stages"].append(stage)
-    return [{"name": name, **values} for name, values in found.items()]
+    found = []
+    for name, total in outcome.attacks.items():
+        stages = [_cost(stage) for stage in outcome.stages if stage.attack == name]
+        costs = _cost(total)
+        del costs["label"]
+        found.append({"name": name, **costs, "stages": stages})
+    return found
+
+
+def _cost(stage: StageCost) -> dict[str, Any]:
+    costs = dataclasses.asdict(stage)
+    del costs["attack"]
+    return costs
 
 
 def _prefilter(question: Question, outcome: Outcome) -> dict[str, Any] | None:
@@ -327,7 +325,7 @@ def _announce(record: dict[str, Any], output: Path) -> None:
             attack["seconds"],
         )
     for check in record["checks"]:
-        if check["status"] in ("suspicious", "failed"):
+        if check["status"] in ALARMS:
             logger.warning(
                 "Doubtful, %s: %s. %s To do: %s",
                 check["name"],

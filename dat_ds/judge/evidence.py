@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,11 +112,6 @@ def read_evidence(folder: Path) -> Evidence:
         metrics=metrics,
         files=read,
     )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _run_of(folder: Path, evaluation: Mapping[str, Any] | None) -> Path:

@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, attack_mode
 from dat_ds.attacks.gradient import Model
 from dat_ds.contracts import Gate, GatedModel, as_images, check_images
 from dat_ds.data import evaluation_batches
-from dat_ds.errors import CheckpointError, DataError
+from dat_ds.errors import DataError
 from dat_ds.evaluation import draw_examples, html
+from dat_ds.evaluation.accuracy import device_of
 from dat_ds.evaluation.curves import (
     accuracy_against_radius,
     accuracy_against_steps,
     loss_surface,
     radii_of,
 )
-from dat_ds.evaluation.figures import length_in_words, norm_in_words
-from dat_ds.files import replace_text, write_json, writing
+from dat_ds.evaluation.figures import length_in_words
+from dat_ds.evaluation.record import norm_in_words
+from dat_ds.files import repeatable, replace_text, write_json, writing
 from dat_ds.judge import charts, sections
 from dat_ds.judge.evidence import CURVES, read_evidence
 from dat_ds.judge.words import data_in_words
@@ -72,11 +74,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
             sections.provenance_of(evidence),
         ],
     )
-    try:
+    with repeatable():
         replace_text(path, text)
-    except CheckpointError as error:
-        reason = str(error).split(". ")[0]
-        raise DataError(f"{reason}. Make room, and repeat the command.") from None
     return path
 
 
@@ -116,7 +115,7 @@ def measure_curves(
     """
     started = time.perf_counter()
     gate = Gate("classes")
-    device = _device_of(model) if device is None else torch.device(device)
+    device = device_of(model) if device is None else torch.device(device)
     x, y = _images(data, num_examples, batch_size, threat, gate)
     x, y = x.to(device), y.to(device)
     called = GatedModel(model, gate)
@@ -217,8 +216,3 @@ def _examples(
         seed=seed,
     )
     return {"file": str(file), "attack": _EXAMPLES_ATTACK, **found[""]}
-
-
-def _device_of(model: Model) -> torch.device:
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))

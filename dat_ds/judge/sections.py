@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dat_ds.evaluation import figures, html
+from dat_ds.evaluation.checks import ALARMS
 from dat_ds.evaluation.curves import name_of
-from dat_ds.judge.evidence import Evidence, sha256_of
+from dat_ds.evaluation.record import norm_in_words
+from dat_ds.files import sha256_of
+from dat_ds.judge.evidence import Evidence
 from dat_ds.judge.words import (
     AGAIN,
     Section,
@@ -18,8 +21,7 @@ from dat_ds.judge.words import (
     short_of,
 )
 
-_ORDER = ("failed", "suspicious", "ok", "skipped")
-_ALARMS = _ORDER[:2]
+_ORDER = (*ALARMS, "ok", "skipped")
 
 
 def lead_of(evidence: Evidence) -> str:
@@ -34,7 +36,7 @@ def lead_of(evidence: Evidence) -> str:
                 "Threat model",
                 f"eps = {length}",
                 [
-                    f"{figures.norm_in_words(threat['norm'])} norm",
+                    f"{norm_in_words(threat['norm'])} norm",
                     f"pixel values in [{threat.get('lower', 0):g}, {threat.get('upper', 1):g}]",
                 ],
             )
@@ -94,8 +96,8 @@ def checks_of(evidence: Evidence) -> Section:
         text = "The evaluation was not checked for masked gradients and the like. To check it:"
         return ("checks", "Checks", html.missing(text, AGAIN))
     ordered = sorted(checks, key=lambda check: _rank(check["status"]))
-    alarms = [check for check in ordered if check["status"] in _ALARMS]
-    others = [check for check in ordered if check["status"] not in _ALARMS]
+    alarms = [check for check in ordered if check["status"] in ALARMS]
+    others = [check for check in ordered if check["status"] not in ALARMS]
     parts = []
     if alarms:
         caption = "Signs that the model only seems robust, or that the evaluation went wrong."

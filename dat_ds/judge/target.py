@@ -116,9 +116,12 @@ def open_case(
     part = dataset.read_test(0 if run is None else run.dat.seed)
     if len(part.images) == 0:
         raise DataError("There is no image to evaluate: the dataset is empty.")
+    # Where these are the run's own data, they are not read again for their names.
+    trained = part.class_names if data is None else _names_of(run)
     found = load_target(
         target,
         run=run,
+        class_names=None if run is None else trained,
         imports=imports,
         options=values.get("model", {}),
         num_classes=part.num_classes or int(part.images.labels.max()) + 1,
@@ -137,6 +140,7 @@ def load_target(
     text: str,
     *,
     run: RunConfig | None = None,
+    class_names: tuple[str, ...] | None = None,
     imports: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
@@ -148,6 +152,7 @@ def load_target(
     Args:
         text: One of the kinds of the command line.
         run: Run that trained it, where it is the folder of one.
+        class_names: Names of the classes that the run was trained with, where they are known.
         imports: Modules that were imported for it.
         options: Keys of ``dat.model``, for a state dict and a timm name.
         num_classes: Classes of the data, for a state dict of an architecture that does not say.
@@ -158,14 +163,14 @@ def load_target(
         ModelError: Where there is no model, or it cannot be read.
         ConfigError: For a module that cannot be imported.
     """
-    class_names: tuple[str, ...] | None = None
     path = Path(text).expanduser()
     options = dict(options or {})
     module_name, colon, attribute = text.partition(":")
     if colon and module_name in imports:
         model = _called(module_name, attribute)
     elif path.is_dir():
-        model, class_names = _of_folder(path, run)
+        model, names = _of_folder(path, run)
+        class_names = class_names or names
     elif path.is_file():
         model = _of_file(path, options, num_classes, in_chans)
     elif text.startswith("hf:"):
@@ -178,7 +183,7 @@ def load_target(
     if isinstance(model, nn.Module):
         _refuse_meta(model, text)
         training = tuple(name or "model" for name, m in model.named_modules() if m.training)
-        for module in model.modules():  # an exported program refuses eval()
+        for module in model.modules():  # model.eval() is not there for an exported program
             module.training = False
         model.to(device)
         return Target(text, model, run, class_names, _digest(model), training)
@@ -292,7 +297,7 @@ def _called(module: str, attribute: str) -> Any:
 
 def _of_folder(folder: Path, run: RunConfig | None) -> tuple[nn.Module, tuple[str, ...] | None]:
     if run is not None or (folder / SPEC_NAME).is_file() or (folder / "checkpoints").is_dir():
-        return load(folder), _names_of(run)
+        return load(folder), None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -19,7 +19,8 @@ from dat_ds.cli.main import main
 from dat_ds.errors import DataError
 from dat_ds.evaluation import figures, html
 from dat_ds.evaluation.report import report_table
-from dat_ds.judge.evidence import read_evidence, sha256_of
+from dat_ds.files import sha256_of
+from dat_ds.judge.evidence import read_evidence
 from dat_ds.judge.report import measure_curves, write_report
 from dat_ds.length import Length
 

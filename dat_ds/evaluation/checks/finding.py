@@ -11,6 +11,8 @@ Status = Literal["ok", "suspicious", "failed", "skipped"]
 """``"failed"``: the reported numbers cannot be trusted. ``"suspicious"``: they need an explanation.
 ``"skipped"``: nothing was learned."""
 
+ALARMS: tuple[Status, ...] = ("failed", "suspicious")
+
 Subject = TypeVar("Subject")
 
 
@@ -37,7 +39,7 @@ class Finding:
     @property
     def is_alarm(self) -> bool:
         """Whether it is suspicious or failed."""
-        return self.status in ("suspicious", "failed")
+        return self.status in ALARMS
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values: an entry of ``"checks"`` in ``evaluation.json``."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dat_ds.attacks.named import BLACK_BOX
 from dat_ds.evaluation.checks.data import judge_accuracy, judge_label_order
 from dat_ds.evaluation.checks.finding import Check, Finding, Measured, verdict
 from dat_ds.length import parse_length
 
-_BLACK_BOX = ("square",)
 _STEPS = re.compile(r"-([1-9]\d*)")
 _FEWEST = 3  # samples that say more than chance
 _BLACK_BOX_SHARE = 0.05  # of what gradient attacks left
@@ -58,7 +58,7 @@ class Outcome:
 
 def is_black_box(attack: str) -> bool:
     """Whether the evaluation attack of this name takes no gradient."""
-    return attack.partition("-")[0] in _BLACK_BOX
+    return attack.partition("-")[0] in BLACK_BOX
 
 
 def measure_black_box(outcome: Outcome) -> Measured:
