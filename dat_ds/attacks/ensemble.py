@@ -15,12 +15,7 @@ from dat_ds.attacks.apgd import apgd
 from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss, targeted_dlr, targeted_margin, towards
-from dat_ds.attacks.named import (
-    BLACK_BOX,
-    EvaluationAttack,
-    parse_evaluation_attack,
-    run_attack,
-)
+from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.strong import MALT_GROUPS, STRONG, malt
 from dat_ds.attacks.targets import likeliest_wrong
@@ -39,13 +34,11 @@ class Stage:
         attack: Name of the attack that it belongs to: ``"apgd-t-100"``.
         label: Its own name within the ensemble: ``"apgd-t-100 target 3"``.
         run: Makes adversarial images, inside the threat model.
-        is_black_box: Whether it takes no gradient.
     """
 
     attack: str
     label: str
     run: RunStage
-    is_black_box: bool = False
 
 
 def _standard(threat: ThreatModel) -> tuple[str, ...]:
@@ -108,8 +101,7 @@ def stages_of(attack: EvaluationAttack, threat: ThreatModel, num_classes: int) -
             if attack.restarts > 1:
                 parts.append(f"restart {restart + 1}")
             run = _Run(attack, threat, rank, restart, num_classes)
-            is_black_box = attack.method in BLACK_BOX
-            stages.append(Stage(attack.name, " ".join(parts), run, is_black_box))
+            stages.append(Stage(attack.name, " ".join(parts), run))
     return stages
 
 

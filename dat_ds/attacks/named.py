@@ -14,7 +14,7 @@ from dat_ds.attacks.losses import InnerLoss
 from dat_ds.attacks.noise import SampleGenerator
 from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.square import square
-from dat_ds.attacks.strong import malt, probability_margin
+from dat_ds.attacks.strong import apgd_square, malt, probability_margin
 from dat_ds.attacks.threat import Norm, ThreatModel
 
 
@@ -48,10 +48,11 @@ _METHODS = {
     "apgd-cw": _Method("cw"),
     "apgd-pm": _Method(probability_margin),
     "malt": _Method(num_targets=9),
+    "apgd-square": _Method(),
 }
 METHODS = tuple(_METHODS)
-BLACK_BOX = ("square",)
-"""Methods that take no gradient."""
+RANDOM_SEARCH = ("square", "apgd-square")
+"""Methods whose last steps take no gradient."""
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
 
 
@@ -69,7 +70,8 @@ class EvaluationAttack:
             probabilities (``"apgd-pm"``, :func:`dat_ds.attacks.strong.probability_margin`);
             ``"malt"``, APGD towards the 9 nearest wrong classes
             (:func:`dat_ds.attacks.strong.malt`); ``"fab"``, or ``"fab-t"`` over the 9 likeliest
-            wrong classes; ``"square"``.
+            wrong classes; ``"square"``; ``"apgd-square"``, Square from where 20 steps of APGD lead
+            (:func:`dat_ds.attacks.strong.apgd_square`).
         steps: Gradient steps of each run; queries of Square.
         restarts: Independent runs; the worst is kept.
     """
@@ -185,8 +187,9 @@ def run_attack(
             targets=attack.num_targets or None,
             generator=generator,
         )
-    if attack.method == "square":
-        return square(
+    if attack.method in RANDOM_SEARCH:
+        search = square if attack.method == "square" else apgd_square
+        return search(
             model,
             x,
             y,

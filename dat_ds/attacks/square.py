@@ -45,6 +45,7 @@ def square(
     queries: int,
     first_share: float = 0.8,
     restarts: int = 1,
+    start: Tensor | None = None,
     generator: Generator | None = None,
     model_mode: ModelMode = "eval",
 ) -> Tensor:
@@ -63,6 +64,8 @@ def square(
         first_share: Share of the pixels that the first squares cover, in (0, 1]; halved after 10,
             50, 200, 500, 1000, 2000, 4000, 6000 and 8000 queries.
         restarts: Independent runs.
+        start: Images that each run starts from, such as those of another attack; they are
+            projected first. None: stripes for l-infinity, tiles for l2 and l1.
         generator: Source of the starts and squares. None: a fresh, unpredictable one.
         model_mode: Mode of the model's modules during the attack.
 
@@ -89,7 +92,8 @@ def square(
         moves = _MOVES[threat.norm](threat, x)
         with torch.no_grad():
             for _ in range(restarts):
-                found = _search(model, classes, moves, queries, first_share, source)
+                first = moves.start(source) if start is None else threat.project(start, x)
+                found = _search(model, classes, moves, first, queries, first_share, source)
                 better = found[1] > best_margin
                 best = torch.where(per_sample(better, best), found[0], best)
                 best_margin = torch.where(better, found[1], best_margin)
@@ -124,12 +128,12 @@ def _search(
     model: Model,
     y: Tensor,
     moves: _Moves,
+    best: Tensor,
     queries: int,
     first_share: float,
     source: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """The best image of one run, and its margin ``(B,)`` float64."""
-    best = moves.start(source)
+    """The best image of one run from ``best``, and its margin ``(B,)`` float64."""
     margin = cw_margin(model(best).double(), y)
     height, width = best.shape[-2:]
     for query, draws in enumerate(_draws(best, moves.num_draws, queries - 1, source)):

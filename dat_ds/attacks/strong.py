@@ -17,16 +17,19 @@ from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import cw_margin, targeted_margin, towards
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
+from dat_ds.attacks.square import square
 from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
-STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-9", "apgd-pm-20-9", "square-2000")
+STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-9", "apgd-pm-20-9", "apgd-square-2000")
 """Attacks of the ensemble, in order."""
 MALT_GROUPS = ((1, 1), (2, 3), (4, 9))
 """First and last target class of each stage of ``malt``, the nearest class being 1."""
 
 _SPREAD = 3.0  # of the logits of a network trained with cross-entropy, roughly
 _CANDIDATES = 20
+_CLIMB = 20  # steps of Auto-PGD before a search
+_SEARCH_SHARE = 0.1  # of the pixels: larger squares would undo what the gradient found
 
 
 def at_one_spread(logits: Tensor) -> Tensor:
@@ -155,3 +158,69 @@ def malt(
 
         runs = [lambda target=t: run(target) for t in targets[:, first:].unbind(dim=1)]
         return worst_of(model, runs, y, "cw")
+
+
+def apgd_square(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    queries: int,
+    restarts: int = 1,
+    generator: Generator | None = None,
+    model_mode: ModelMode = "eval",
+    gradient: InputGradient | None = None,
+) -> Tensor:
+    """Random search from where the gradient leads: Auto-PGD on the margin, then Square.
+
+    Each run takes 20 steps of :func:`dat_ds.attacks.apgd` from a random start, and searches on from
+    its best point with squares of a tenth of the pixels and less. Where gradients are masked in
+    part, that point is nearer to the boundary than Square's own start.
+
+    Cost: ``restarts`` times 21 forwards, 20 input-gradient backwards and ``queries`` forwards.
+
+    Args:
+        model: As in :func:`dat_ds.attacks.square`, and so are ``x``, ``y``, ``threat``,
+            ``queries``, ``generator`` and ``model_mode``.
+        x: Original images, float32.
+        y: Class indices ``(B,)`` int64.
+        threat: Allowed perturbations.
+        queries: Forwards of a search, at least 1; the first is of the climb's best point.
+        restarts: Independent runs.
+        generator: Source of the random starts and squares.
+        model_mode: Mode of the model's modules.
+        gradient: How input gradients are taken and counted.
+
+    Returns:
+        ``x_adv`` as in :func:`dat_ds.attacks.square`.
+    """
+
+    def run() -> Tensor:
+        climbed = apgd(
+            model,
+            x,
+            y,
+            threat=threat,
+            steps=_CLIMB,
+            loss="cw",
+            generator=generator,
+            model_mode=model_mode,
+            gradient=gradient,
+        )
+        return square(
+            model,
+            x,
+            y,
+            threat=threat,
+            queries=queries,
+            first_share=_SEARCH_SHARE,
+            start=climbed,
+            generator=generator,
+            model_mode=model_mode,
+        )
+
+    with admitted(model, x, y, threat=threat, loss="cw", model_mode=model_mode) as (model, x, y):
+        if len(x) == 0:
+            return x.clone()
+        return worst_of(model, [run] * restarts, y, "cw")

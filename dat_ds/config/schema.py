@@ -124,8 +124,9 @@ class EvaluationConfig(Section):
     cross-entropy, DLR and targeted DLR; for l1 ``apgd-ce-l1`` and ``apgd-t-l1``, which begin in
     larger balls), ``apgd-cw`` and ``apgd-pm`` (on the margin of logits and of probabilities),
     ``malt`` (towards the nearest classes), ``fab`` and ``fab-t`` (smallest perturbations,
-    untargeted and targeted), and ``square`` (black-box; its STEPS are queries): random start but
-    for FAB, the run's threat model.
+    untargeted and targeted), ``square`` (black-box; its STEPS are queries) and ``apgd-square``
+    (the same from where 20 steps of Auto-PGD lead): random start but for FAB, the run's threat
+    model.
     """
 
     attacks: list[str] = field(default_factory=lambda: ["pgd-20"])

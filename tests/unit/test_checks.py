@@ -307,9 +307,10 @@ def evaluation(broken: dict[str, int], standing: int = 40, **changes: Any) -> tu
 
 APGD = {"apgd-ce-100": 20, "apgd-t-100": 2, "square-5000": 0}
 OUTCOMES: list[tuple[str, dict[str, int], dict[str, Any], str]] = [
-    ("outcome_black_box", {"apgd-ce-100": 20, "square-5000": 10}, {}, "suspicious"),
-    ("outcome_black_box", {"apgd-ce-100": 20, "square-5000": 1}, {}, "ok"),
-    ("outcome_black_box", {"square-5000": 30}, {}, "skipped"),
+    ("outcome_random_search", {"apgd-ce-100": 20, "square-5000": 10}, {}, "suspicious"),
+    ("outcome_random_search", {"apgd-ce-100": 20, "square-5000": 1}, {}, "ok"),
+    ("outcome_random_search", {"malt-20": 20, "apgd-square-2000": 10}, {}, "suspicious"),
+    ("outcome_random_search", {"square-5000": 30}, {}, "skipped"),
     ("outcome_loss_dependence", {"apgd-ce-100": 2, "apgd-t-100": 30}, {}, "suspicious"),
     ("outcome_late_breaks", APGD, {"step": 90, "rows": 10}, "suspicious"),
     ("outcome_late_breaks", {"pgd-50-2": 20}, {"step": 60}, "ok"),  # early in the second run

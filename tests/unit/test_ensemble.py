@@ -88,11 +88,6 @@ def test_there_is_a_stage_for_each_target_and_restart(name, classes, labels):
     assert {stage.attack for stage in found} == {name}
 
 
-def test_square_alone_is_black_box():
-    names = attack_names(["standard"], threat_of("linf"))
-    assert [n for n in names if stages(n)[0].is_black_box] == ["square-5000"]
-
-
 @pytest.mark.parametrize(
     ("names", "norm", "text"),
     [

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dat_ds.attacks.named import BLACK_BOX
+from dat_ds.attacks.named import RANDOM_SEARCH, parse_evaluation_attack
 from dat_ds.evaluation.checks.data import judge_accuracy, judge_label_order
 from dat_ds.evaluation.checks.finding import Check, Finding, Measured, verdict
 from dat_ds.length import parse_length
 
 _STEPS = re.compile(r"-([1-9]\d*)")
 _FEWEST = 3  # samples that say more than chance
-_BLACK_BOX_SHARE = 0.05  # of what gradient attacks left
+_SEARCH_SHARE = 0.05  # of what gradient attacks left
 _FALLING_SHARE = 0.25  # of what an attack on another loss left
 _LATE = 0.75  # of a stage's steps
 _LATE_SHARE = 0.25  # of what the stage broke: a quarter of steps at a constant rate
@@ -43,7 +43,7 @@ class Outcome:
     @cached_property
     def by_gradient(self) -> list[Mapping[str, Any]]:
         """Those that follow gradients."""
-        return [a for a in self.attacks if not is_black_box(a["name"])]
+        return [a for a in self.attacks if not is_random_search(a["name"])]
 
     @cached_property
     def eps(self) -> float:
@@ -56,29 +56,29 @@ class Outcome:
         return [sample for sample in self.samples if sample["robust"]]
 
 
-def is_black_box(attack: str) -> bool:
-    """Whether the evaluation attack of this name takes no gradient."""
-    return attack.partition("-")[0] in BLACK_BOX
+def is_random_search(attack: str) -> bool:
+    """Whether the evaluation attack of this name breaks samples without gradients."""
+    return parse_evaluation_attack(attack).method in RANDOM_SEARCH
 
 
-def measure_black_box(outcome: Outcome) -> Measured:
-    """What black-box attacks break of what gradient attacks left."""
+def measure_random_search(outcome: Outcome) -> Measured:
+    """What random search breaks of what gradient attacks left."""
     seen_gradient, worst, found = False, 0.0, ""
     alarm = False
     for attack in outcome.attacks:
-        if not is_black_box(attack["name"]):
+        if not is_random_search(attack["name"]):
             seen_gradient = True
             continue
         share = attack["broken"] / attack["attacked"]
         if seen_gradient and share >= worst:
             worst = share
-            alarm = attack["broken"] >= max(_FEWEST, _BLACK_BOX_SHARE * attack["attacked"])
+            alarm = attack["broken"] >= max(_FEWEST, _SEARCH_SHARE * attack["attacked"])
             found = (
                 f"{attack['name']} breaks {attack['broken']} of the {attack['attacked']} samples "
                 "that gradient attacks left"
             )
     if not found:
-        return Measured("skipped", "no black-box attack came after one that follows gradients")
+        return Measured("skipped", "no random search came after an attack that follows gradients")
     return verdict(alarm, found, worst, fails=worst > 0.5)
 
 
@@ -102,7 +102,7 @@ def measure_late_breaks(outcome: Outcome) -> Measured:
     late = total = 0
     for sample in broken:
         steps = _STEPS.search(sample["broken_by"])
-        if steps is None or is_black_box(sample["broken_by"]):
+        if steps is None or is_random_search(sample["broken_by"]):
             continue
         total += 1
         # A run of K steps is K + 1 forwards; restarts follow one another.
@@ -210,10 +210,10 @@ OUTCOME_CHECKS: tuple[Check[Outcome], ...] = (
         "Remove the cause, or evaluate the expectation of the model over its draws.",
     ),
     Check(
-        "outcome_black_box",
-        measure_black_box,
-        "An attack without gradients succeeds where those with gradients failed (gradient "
-        "masking): robust accuracy is too high.",
+        "outcome_random_search",
+        measure_random_search,
+        "Random search succeeds where gradients failed (gradient masking): robust accuracy is too "
+        "high.",
         "Find what masks the gradient (dat-ds doctor) and attack around it (BPDA, EOT).",
     ),
     Check(
