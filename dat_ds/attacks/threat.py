@@ -149,6 +149,8 @@ class ThreatModel:
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Length of each sample's perturbation in this norm, ``(B,)``, pixel units."""
         delta = (x_adv - x).flatten(1)
+        if self.norm == "linf":  # several times as fast as vector_norm on a CPU
+            return delta.abs_().amax(dim=1)
         lengths: Tensor = torch.linalg.vector_norm(delta, ord=_ORDERS[self.norm], dim=1)
         return lengths
 
