@@ -1,4 +1,4 @@
-"""``dat-ds train | eval | doctor | export | report | config | bench``."""
+"""``dat-ds train | eval | doctor | export | report | checkpoint | config | bench``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import dat_ds
-from dat_ds.cli import bench, config, doctor, evaluate, export, report, train
+from dat_ds.cli import bench, checkpoint, config, doctor, evaluate, export, report, train
 from dat_ds.cli.arguments import check_folders
 from dat_ds.commands import carry_out
 from dat_ds.processes import end_process
@@ -52,6 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dat-ds", description=dat_ds.__doc__)
     parser.add_argument("--version", action="version", version=dat_ds.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, evaluate, doctor, export, config, report, bench):
+    for command in (train, evaluate, doctor, export, report, checkpoint, config, bench):
         command.add(commands)
     return parser

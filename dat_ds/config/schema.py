@@ -179,7 +179,7 @@ class CheckpointConfig(Section):
     """Epochs between two checkpoints."""
     every_steps: int | None = above(0, None)
     """Takes precedence over ``every_epochs``."""
-    keep: int = at_least(1, 1)
+    keep: int = at_least(1, 2)
     """Newest checkpoints kept; the best model is kept beside them."""
 
 

@@ -34,6 +34,7 @@ from dat_ds.engine.exported import exported_weights
 from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.random_state import preserved_random_state
 from dat_ds.engine.reductions import attach_compression
+from dat_ds.engine.safe_loading import load_safely
 from dat_ds.engine.steplog import StepLog
 from dat_ds.engine.validate import attack_problems, evaluation_problems
 from dat_ds.errors import ConfigError, DataError
@@ -104,6 +105,7 @@ class AdversarialEngine:
         """Wrap a DeepSpeed engine; use :func:`dat_ds.initialize` instead."""
         self.deepspeed = engine
         tell_of_partial_checkpoints(engine)
+        load_safely(engine)
         self.module: nn.Module = engine.module
         self.run = run
         self.ranks = ranks

@@ -1,45 +1,56 @@
 """Checkpoints of a run: complete, exact, and never half written.
 
-``<run>/checkpoints/``, or a folder of the user's own::
+In a folder of :class:`dat_ds.checkpoints.CheckpointFolder`::
 
-    latest            name of the newest complete checkpoint
     step-00000120/    DeepSpeed's files (parameters, optimizer, schedule, loss scale), and
       rank-0.pt ...   what every rank has of its own: random state, BatchNorm buffers, EMA,
                       error feedback, what the attack carries along, the user's client state
-      state.json      step, ranks, config, data position, sizes of the files, state of the trainer
+      state.json      step, ranks, config, data position, state of the trainer
+      manifest.json   size and SHA-256 of every other file
       model.safetensors, model.json    the model alone, for dat_ds.models.load
-  reference/      the model as it was at the start, where the objective needs it
-    best/             model.safetensors, model.json of the best validation
+      reference/      the model as it was at the start, where the objective needs it
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import json
 import logging
-import os
-import pickle
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import safe_open
 from torch import Tensor
 
+from dat_ds.checkpoints import (
+    FORMAT,
+    PARTIAL,
+    STATE,
+    CheckpointFolder,
+    check_name,
+    damage_in_words,
+    damage_of,
+    described,
+    files_in,
+    name_of_step,
+    read_state,
+    write_manifest,
+)
 from dat_ds.config import RunConfig
 from dat_ds.engine import hooks
 from dat_ds.engine.exported import exported_weights
 from dat_ds.engine.random_state import random_state, restore_random_state
+from dat_ds.engine.safe_loading import read_file
 from dat_ds.errors import CheckpointError, NumericsError
-from dat_ds.files import replace_text, write_json, writing
+from dat_ds.files import write_json
 from dat_ds.models import PixelModel, save_weights
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import WEIGHTS_NAME
+from dat_ds.ranks import Ranks
 
 if TYPE_CHECKING:
     from dat_ds.engine.adversarial import AdversarialEngine
@@ -47,9 +58,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dat_ds")
 
 REFERENCE = "reference"
-_FORMAT = 1
 _LISTED = 8
-_PARTIAL, _REPLACED = ".partial", ".replaced"
 # May differ between a run and its continuation: they do not change the trajectory.
 _FREE_KEYS = (
     "dat.evaluation",
@@ -95,7 +104,18 @@ def tell_of_partial_checkpoints(engine: DeepSpeedEngine) -> None:
     vars(engine)["save_checkpoint"] = save_checkpoint
 
 
-class Checkpoints:
+def damage_by_ranks(checkpoint: Path, ranks: Ranks) -> list[str]:
+    """What is wrong with a checkpoint's files, each read by one rank; a collective.
+
+    Returns:
+        Sentences, the same on all ranks; empty where every file is as it was written.
+    """
+    own = damage_of(checkpoint, first=ranks.rank, every=ranks.count)
+    shards = cast("list[list[str]]", ranks.gather(own))
+    return list(dict.fromkeys(problem for shard in shards for problem in shard))
+
+
+class Checkpoints(CheckpointFolder):
     """The checkpoints of one run.
 
     Args:
@@ -104,46 +124,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._keep = keep
-
-    @property
-    def best_folder(self) -> Path:
-        """Where the best model is kept."""
-        return self.folder / "best"
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint; None where there is none."""
-        pointer = self.folder / "latest"
-        if not pointer.exists():
-            return None
-        return self.folder / pointer.read_text(encoding="utf-8").strip()
-
-    def latest_in_words(self) -> str:
-        """A sentence that says where the newest checkpoint is."""
-        latest = self.latest()
-        return "No checkpoint was written yet." if latest is None else f"Last checkpoint: {latest}."
-
-    def named(self, tag: str | None) -> Path:
-        """The checkpoint ``tag``, or the newest one.
-
-        Raises:
-            CheckpointError: If there is no such checkpoint, with those that there are.
-        """
-        if tag is not None:
-            _check_name(tag)
-        checkpoint = self.latest() if tag is None else self.folder / tag
-        if checkpoint is not None and checkpoint.is_dir():
-            return checkpoint
-        if (self.folder / "state.json").exists():
-            raise CheckpointError(
-                f"{self.folder} is one checkpoint: write the folder that it lies in, "
-                f"{str(self.folder.parent)!r}, and tag={self.folder.name!r}."
-            )
-        what = "no checkpoint" if checkpoint is None else f"no checkpoint {checkpoint.name!r}"
-        there = sorted(path.parent.name for path in self.folder.glob("*/state.json"))
-        known = f"it has {', '.join(there)}" if there else "nor any other"
-        raise CheckpointError(f"There is {what} in {self.folder} ({known}).")
 
     def save(
         self,
@@ -173,11 +155,11 @@ class Checkpoints:
             DataError: If a batch since the last look held a faulty image or label.
             NumericsError: If weights are not finite.
         """
-        ranks, partial = engine.ranks, self.folder / _PARTIAL
-        name = f"step-{engine.global_steps:08d}" if tag is None else tag
+        ranks, partial = engine.ranks, self.folder / PARTIAL
+        name = name_of_step(engine.global_steps) if tag is None else tag
         with ranks.together():
             refuse_mid_step(engine)
-            _check_name(name)
+            check_name(name)
             _check_client_state(client_state)
         _refuse_different_places(engine, self.folder / name)
         engine.watch.check()
@@ -209,18 +191,31 @@ class Checkpoints:
         with ranks.together():
             if ranks.is_main:
                 written = {
-                    "format": _FORMAT,
+                    "format": FORMAT,
                     "step": engine.global_steps,
                     "ranks": ranks.count,
                     "config": engine.run.to_dict(),
                     "data_position": engine.data_position,
-                    "files": _sizes(partial / name),
                 }
-                write_json(partial / name / "state.json", {**written, **state})
+                write_json(partial / name / STATE, {**written, **state})
+        self._seal(partial / name, ranks)
         with ranks.together():
             if ranks.is_main:
-                self._publish(partial / name)
+                self.publish(partial / name)
+                if self._keep is not None:
+                    self.prune(self._keep)
         return self.folder / name
+
+    @staticmethod
+    def _seal(complete: Path, ranks: Ranks) -> None:
+        """Write the manifest of a checkpoint, each rank having read its share; a collective."""
+        own: dict[str, dict[str, Any]] = {}
+        with ranks.together():
+            own = described(complete, files_in(complete)[ranks.rank :: ranks.count])
+        shards = cast("list[dict[str, dict[str, Any]]]", ranks.gather(own))
+        with ranks.together():
+            if ranks.is_main:
+                write_manifest(complete, {k: v for shard in shards for k, v in shard.items()})
 
     def save_best(self, engine: AdversarialEngine) -> None:
         """Keep the model alone as the best so far; a collective."""
@@ -231,27 +226,37 @@ class Checkpoints:
                 _save_model(self.best_folder, engine, model_state)
 
     def load(
-        self, checkpoint: Path, engine: AdversarialEngine
+        self, checkpoint: Path, engine: AdversarialEngine, *, verified: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Continue ``engine``, with all that belongs to it, from a checkpoint; a collective.
+
+        Args:
+            checkpoint: Its folder.
+            engine: The engine, between two optimizer steps.
+            verified: Whether its files have been compared with its manifest already.
 
         Returns:
             The state of the training loop that was saved with it, and this rank's client state.
 
         Raises:
-            CheckpointError: If it is incomplete or belongs to another run, with all differences;
-                the engine is then as before.
+            CheckpointError: If it is damaged, incomplete or belongs to another run, with all
+                differences; the engine is then as before.
         """
         ranks = engine.ranks
         with ranks.together():
             refuse_mid_step(engine)
+            read_state(checkpoint)
+        damage = [] if verified else damage_by_ranks(checkpoint, ranks)
+        with ranks.together():
+            if damage:
+                raise CheckpointError(self._damaged(checkpoint, damage))
             state = read_state(checkpoint)
             _check_identity(checkpoint, state, engine.run, ranks.count)
-            _check_complete(checkpoint, state, engine)
+            _check_complete(checkpoint, engine)
             _check_model(checkpoint, engine)
-            own = _read_rank_state(checkpoint / f"rank-{ranks.rank}.pt")
+            own = read_file(checkpoint / f"rank-{ranks.rank}.pt")
             if engine.ema is not None and own["ema"] is None:  # one for all ranks
-                own["ema"] = _read_rank_state(checkpoint / "rank-0.pt")["ema"]
+                own["ema"] = read_file(checkpoint / "rank-0.pt")["ema"]
             engine.move_loader(state["step"], state.get("data_position", {}))
         place, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if place is None:
@@ -262,6 +267,11 @@ class Checkpoints:
             file = checkpoint / REFERENCE / WEIGHTS_NAME
             engine.reference.load_state_dict(read_weights(file))
         return state, own.get("client_state", {})
+
+    def _damaged(self, checkpoint: Path, damage: list[str]) -> str:
+        others = [path.name for path in self.newest_first() if path != checkpoint]
+        there = f" Others in {self.folder}: {', '.join(others)}." if others else ""
+        return f"Checkpoint {checkpoint} is damaged. {damage_in_words(damage)}{there}"
 
     def _refuse_damage(self, engine: AdversarialEngine, model_state: Mapping[str, Tensor]) -> None:
         """Refuse to put a damaged run in the place of a good checkpoint; a collective.
@@ -300,21 +310,6 @@ class Checkpoints:
                 "continue from the newest (dat-ds train: --resume auto)."
             )
 
-    def _publish(self, complete: Path) -> None:
-        final, replaced = self.folder / complete.name, self.folder / _REPLACED
-        with writing(final):
-            shutil.rmtree(replaced, ignore_errors=True)
-            if final.exists():
-                os.replace(final, replaced)
-            os.replace(complete, final)
-        replace_text(self.folder / "latest", final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self._keep is None:
-            return
-        for old in sorted(self.folder.glob("step-*"))[: -self._keep]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-
 
 def refuse_mid_step(engine: AdversarialEngine) -> None:
     """Refuse to save or load in the middle of an optimizer step.
@@ -327,14 +322,6 @@ def refuse_mid_step(engine: AdversarialEngine) -> None:
             f"In the middle of optimizer step {engine.global_steps + 1} ({engine.micro_step} of "
             f"{engine.accumulation} micro-steps done, with gradients or perturbed weights that a "
             "checkpoint does not hold): call it after the engine.step() that ends the step."
-        )
-
-
-def _check_name(tag: object) -> None:
-    if not isinstance(tag, str) or not re.fullmatch(r"[\w-][\w.=+-]*", tag) or tag == "latest":
-        raise CheckpointError(
-            f"tag={tag!r} cannot name a checkpoint: write letters, digits, '-', '_' and '.', such "
-            "as 'epoch-3', and not 'latest'."
         )
 
 
@@ -369,26 +356,13 @@ def _refuse_different_places(engine: AdversarialEngine, place: Path) -> None:
             )
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in ``folder``, by its name there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _check_complete(checkpoint: Path, state: Mapping[str, Any], engine: AdversarialEngine) -> None:
-    # Checkpoints of earlier versions do not list their files.
-    needed = dict.fromkeys([f"rank-{engine.ranks.rank}.pt", WEIGHTS_NAME]) | state.get("files", {})
+def _check_complete(checkpoint: Path, engine: AdversarialEngine) -> None:
+    needed = [f"rank-{engine.ranks.rank}.pt", WEIGHTS_NAME]
     if engine.reference is not None:
-        needed.setdefault(f"{REFERENCE}/{WEIGHTS_NAME}", None)
-    for name, size in needed.items():
-        file = checkpoint / name
-        if not file.exists():
+        needed.append(f"{REFERENCE}/{WEIGHTS_NAME}")
+    for name in needed:
+        if not (checkpoint / name).exists():
             raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: {name} is missing.")
-        if size is not None and file.stat().st_size != size:
-            raise CheckpointError(
-                f"Checkpoint {checkpoint} is incomplete: {name} has {file.stat().st_size} of "
-                f"{size} bytes."
-            )
 
 
 def _check_model(checkpoint: Path, engine: AdversarialEngine) -> None:
@@ -413,36 +387,12 @@ def _check_model(checkpoint: Path, engine: AdversarialEngine) -> None:
         )
 
 
-def _read_rank_state(file: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"Cannot read {file}: {reason}. The file is damaged.") from None
-    return state
-
-
 def _is_write_error(error: OSError | RuntimeError) -> bool:
     """Whether a file could not be written, and not a rank that died meanwhile."""
     # torch's writer reports a full disk as a RuntimeError of its own.
     return isinstance(error, OSError) or any(
         words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "file write")
     )
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: If it is missing or unreadable.
-    """
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint of dat_ds: {error}.") from None
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{checkpoint}/state.json has a format this version cannot read.")
-    return state
 
 
 def _save_model(folder: Path, engine: AdversarialEngine, state: Mapping[str, Tensor]) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from dat_ds.engine.checkpoint import read_state
+from dat_ds.checkpoints import damage_in_words, damage_of, read_state
+from dat_ds.engine.safe_loading import read_file, refuse_code
 from dat_ds.errors import CheckpointError
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import WEIGHTS_NAME
@@ -29,8 +28,8 @@ _SEVERAL_WEIGHTS = "zero_one_adam"
 def unaveraged_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The weights that training goes on with from a checkpoint of any ZeRO stage.
 
-    Below ZeRO-3 the file is read with ``weights_only=True``. Under ZeRO-3 DeepSpeed's own
-    ``zero_to_fp32`` puts the shards together, which unpickles DeepSpeed's files, as resuming does.
+    Under ZeRO-3 DeepSpeed's own ``zero_to_fp32`` puts the shards together. Files that name code
+    to run are refused before it unpickles them.
 
     Args:
         checkpoint: A folder that ``engine.save_checkpoint`` wrote, complete with all ranks' files.
@@ -43,13 +42,16 @@ def unaveraged_weights(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: A file is missing or damaged, or ranks held different weights.
     """
     state = read_state(checkpoint)
+    damage = damage_of(checkpoint)
+    if damage:
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged. {damage_in_words(damage)}")
     _check_same_weights(checkpoint, state)
     saved = read_weights(checkpoint / WEIGHTS_NAME)
     stage = state["config"].get("zero_optimization", {}).get("stage", 0)
     try:
         parts = _read_module(checkpoint, stage)
         raw = _gathered(checkpoint) if stage == 3 else parts["module"]
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (CheckpointError, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"The un-averaged weights of {checkpoint} cannot be read: {reason}. All files of all "
@@ -82,12 +84,13 @@ def _check_same_weights(checkpoint: Path, state: Mapping[str, Any]) -> None:
 def _read_module(checkpoint: Path, stage: int) -> dict[str, Any]:
     """What DeepSpeed saved of the module: all of it, but for its parameters under ZeRO-3."""
     name = f"zero_pp_rank_0_{_MODEL_STATES}" if stage == 3 else _MODEL_STATES
-    parts: dict[str, Any] = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    parts: dict[str, Any] = read_file(checkpoint / name)
     return parts
 
 
 def _gathered(checkpoint: Path) -> dict[str, Tensor]:
     """The float32 parameters of a ZeRO-3 checkpoint, put together from every rank's shards."""
+    refuse_code(sorted(checkpoint.glob("*.pt")))
     # DeepSpeed prints its progress.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(

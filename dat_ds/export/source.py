@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.checkpoints import CheckpointFolder
 from dat_ds.engine.unaveraged import unaveraged_weights
 from dat_ds.errors import ExportError, ModelError, UserError
 from dat_ds.evaluation.samples import EVALUATION
@@ -139,7 +139,7 @@ def _config_of(saved: Path, run: Path | None) -> Mapping[str, Any] | None:
     places: list[tuple[Path, str | None]] = [(saved / "state.json", "config")]
     if run is not None:
         places += [(run / "config.json", None), (run / "record.json", "config")]
-        latest = Checkpoints(run / "checkpoints", keep=None).latest()
+        latest = CheckpointFolder(run / "checkpoints").latest()
         if latest is not None:
             places.append((latest / "state.json", "config"))
     for file, key in places:
@@ -164,7 +164,7 @@ def _checkpoint_of(saved: Path, run: Path | None, target: Path) -> Path:
     """The checkpoint with DeepSpeed's files that un-averaged weights are read from."""
     if (saved / "state.json").exists():
         return saved
-    latest = None if run is None else Checkpoints(run / "checkpoints", keep=None).latest()
+    latest = None if run is None else CheckpointFolder(run / "checkpoints").latest()
     if latest is None:
         raise ExportError(
             f"--weights raw: '{target}' holds a model alone, without DeepSpeed's files. Name its "

@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dat_ds.checkpoints import MANIFEST, damage_in_words, damage_of
 from dat_ds.errors import CheckpointError, ModelError
+from dat_ds.files import sync
 from dat_ds.models.build import build_model
 from dat_ds.models.families import huggingface
 from dat_ds.models.families.projection import use_projection_head
@@ -44,7 +46,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], spec: Mapping[str
         CheckpointError: A file cannot be written.
     """
     weights, description = path / WEIGHTS_NAME, path / SPEC_NAME
-    staged = {file: path / f".{file.name}.{os.getpid()}.tmp" for file in (description, weights)}
+    staged = {file: path / f".{file.name}.partial" for file in (description, weights)}
     try:
         path.mkdir(parents=True, exist_ok=True)
         staged[description].write_text(
@@ -56,8 +58,9 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], spec: Mapping[str
         # safetensors makes files that only their owner can read; follow the umask instead.
         shutil.copymode(staged[description], staged[weights])
         for file, temporary in staged.items():
-            _flush(temporary)
+            sync(temporary)  # so that the rename cannot come before the content
             os.replace(temporary, file)
+        sync(path)
     except (OSError, SafetensorError) as error:
         for temporary in staged.values():
             _remove(temporary)
@@ -79,9 +82,14 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> nn.Mo
         Activation checkpointing is off.
 
     Raises:
-        ModelError: There is no saved model, or it cannot be read or rebuilt.
+        ModelError: There is no saved model, it cannot be read or rebuilt, or its file is not as the
+            checkpoint that it is of was written.
     """
     folder = find_saved(Path(path))
+    if (folder / MANIFEST).exists():
+        damage = damage_of(folder, only=(WEIGHTS_NAME, SPEC_NAME))
+        if damage:
+            raise ModelError(f"Checkpoint {folder} is damaged. {damage_in_words(damage)}")
     spec = read_spec(folder / SPEC_NAME)
     weights = read_weights(folder / WEIGHTS_NAME)
     model = _rebuild(spec, folder)
@@ -106,12 +114,6 @@ def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
-
-
-def _flush(file: Path) -> None:
-    """Wait until the content is on the disk, so that the rename cannot come before it."""
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def _remove(file: Path) -> None:

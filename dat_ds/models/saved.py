@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dat_ds.checkpoints import LATEST, CheckpointFolder
 from dat_ds.errors import ModelError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -18,25 +19,25 @@ def find_saved(path: Path) -> Path:
 
     Args:
         path: A folder of ``save_weights``, the ``model.safetensors`` in it, or the folder of a run.
-            Of a run, ``checkpoints/best`` is taken if it has a model, else the checkpoint that
-            ``checkpoints/latest`` names.
+            Of a run, ``checkpoints/best`` is taken if it has a model, else its
+            newest checkpoint.
 
     Raises:
         ModelError: There is none, with the places looked at.
     """
     if path.name == WEIGHTS_NAME:
         path = path.parent
-    checkpoints = path / "checkpoints"
-    candidates = [path, checkpoints / "best"]
-    latest = checkpoints / "latest"
-    if latest.is_file():
-        candidates.append(checkpoints / latest.read_text(encoding="utf-8").strip())
+    checkpoints = CheckpointFolder(path / "checkpoints")
+    candidates = [path, checkpoints.best_folder]
+    latest = checkpoints.latest()
+    if latest is not None:
+        candidates.append(latest)
     for folder in candidates:
         if (folder / WEIGHTS_NAME).is_file():
             return folder
     looked_for = [str(folder / WEIGHTS_NAME) for folder in candidates]
-    if not latest.is_file():
-        looked_for.append(str(latest))
+    if latest is None:
+        looked_for.append(str(checkpoints.folder / LATEST))
     raise ModelError(
         f"No saved model at '{path}'. Looked for: {', '.join(looked_for)}. Give the folder of a "
         f"run, of a checkpoint, or of an export."

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
+from dat_ds.checkpoints import CheckpointFolder, damage_in_words
 from dat_ds.config import RunConfig
-from dat_ds.engine.checkpoint import Checkpoints
+from dat_ds.engine.checkpoint import damage_by_ranks
 from dat_ds.errors import CheckpointError
+from dat_ds.ranks import Ranks
+
+logger = logging.getLogger("dat_ds")
+
+CHECKPOINTS = "checkpoints"
+_TEMPORARY = re.compile(
+    r"(config|record)\.json\.partial|metrics\.jsonl\.partial|"
+    r"\.model\.(safetensors|json)\.(partial|\d+\.tmp)"  # the latter of 0.1
+)
 
 
 def choose_output(run: RunConfig, resume: str) -> str:
-    """The folder of the run: what the config says, or a free default name."""
+    """The folder of the run: what the config says, or a free default name.
+
+    Raises:
+        CheckpointError: If it holds another run, or is not the folder of ``resume``.
+    """
     if resume not in ("none", "auto"):
-        path = Path(resume)
-        inside = path.parent.parent if path.name.startswith("step-") else path
-        return str(inside)
+        folder = run_of(Path(resume))
+        asked = run.dat.output_dir
+        if asked is not None and Path(asked).resolve() != folder.resolve():
+            raise CheckpointError(
+                f"--resume {resume} is of the run in {folder}, and dat.output_dir={asked!r} is "
+                "another folder: leave out dat.output_dir to go on in the run's own, or copy the "
+                f"run to {asked} and resume it there."
+            )
+        return str(folder)
     dat = run.dat
     if dat.output_dir is not None:
         folder = Path(dat.output_dir)
@@ -36,20 +57,55 @@ def choose_output(run: RunConfig, resume: str) -> str:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", "record.json", "checkpoints"))
+    return any((folder / name).exists() for name in ("config.json", "record.json", CHECKPOINTS))
 
 
-def find_checkpoint(output: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from; None where the run starts anew."""
+def run_of(resume: Path) -> Path:
+    """The run that a path given to resume from is of: the run itself, or one of its checkpoints."""
+    return resume.parent.parent if resume.parent.name == CHECKPOINTS else resume
+
+
+def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
+    """The checkpoint to continue from, with its files as they were written; a collective.
+
+    Args:
+        output: Folder of the run.
+        resume: ``"none"``, ``"auto"``, or the path of a run or of one of its checkpoints. Of a run,
+            the newest checkpoint whose files are whole is taken, and what was passed over is said.
+        ranks: The processes, which share the reading.
+
+    Returns:
+        Its folder; None where the run starts anew.
+
+    Raises:
+        CheckpointError: If a checkpoint that was named is not there or is damaged, or if all are.
+    """
     if resume == "none":
         return None
-    path = Path(resume)
-    if path.name.startswith("step-") and path.exists():
-        return path
-    checkpoint = Checkpoints(output / "checkpoints", keep=1).latest()
-    if checkpoint is None and resume != "auto":
-        raise CheckpointError(f"--resume {resume}: there is no checkpoint in {output}/checkpoints.")
-    return checkpoint
+    path, folder = Path(resume), CheckpointFolder(output / CHECKPOINTS)
+    with ranks.together():
+        if resume != "auto" and run_of(path) != path:
+            candidates = [folder.named(path.name)]
+        else:
+            candidates = folder.newest_first()
+            if not candidates and resume != "auto":
+                raise CheckpointError(
+                    f"--resume {resume}: there is no checkpoint in {folder.folder}."
+                )
+    damaged = []
+    for checkpoint in candidates:
+        damage = damage_by_ranks(checkpoint, ranks)
+        if not damage:
+            return checkpoint
+        damaged.append(f"Checkpoint {checkpoint} is damaged. {damage_in_words(damage)}")
+        if ranks.is_main and len(candidates) > 1:
+            logger.warning("%s Going on from an earlier one.", damaged[-1])
+    if not damaged:
+        return None
+    raise CheckpointError(
+        "\n".join(damaged) + "\nNothing was changed. To start anew: choose another folder "
+        f"(--set dat.output_dir=...). Whole files: dat-ds checkpoint verify {output}."
+    )
 
 
 def make_folder(output: Path) -> None:
@@ -64,3 +120,13 @@ def make_folder(output: Path) -> None:
         raise CheckpointError(
             f"Cannot make the run's folder {str(output)!r}: {error.strerror}. Set dat.output_dir."
         ) from None
+
+
+def clean_folder(output: Path) -> None:
+    """Remove the temporary files that a crash has left in the folder of a run; no other file."""
+    checkpoints = CheckpointFolder(output / CHECKPOINTS)
+    checkpoints.clean()
+    for folder in (output, checkpoints.best_folder):
+        for file in folder.glob("*") if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(file.name) and file.is_file():
+                file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from dat_ds.assembly import build_data_of, build_model_of, evaluate_model
+from dat_ds.checkpoints import CheckpointFolder
 from dat_ds.config import (
     RunConfig,
     adapt_to_device,
@@ -19,7 +20,7 @@ from dat_ds.config import (
 )
 from dat_ds.data import DatasetMethod, DataSplits, DistributedLoader, evaluation_batches
 from dat_ds.engine.build import initialize
-from dat_ds.engine.checkpoint import REFERENCE, Checkpoints
+from dat_ds.engine.checkpoint import REFERENCE
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.errors import CheckpointError
 from dat_ds.evaluation import (
@@ -37,7 +38,13 @@ from dat_ds.files import write_json
 from dat_ds.models import load
 from dat_ds.objectives import rotations
 from dat_ds.ranks import Ranks
-from dat_ds.training.folder import choose_output, find_checkpoint, make_folder
+from dat_ds.training.folder import (
+    CHECKPOINTS,
+    choose_output,
+    clean_folder,
+    find_checkpoint,
+    make_folder,
+)
 from dat_ds.training.stopping import StopSignal
 from dat_ds.training.trainer import Trainer
 from dat_ds.training.twin import TWIN_FOLDER, natural_twin_of
@@ -99,9 +106,9 @@ def task_of_export(run: RunConfig, output: Path, ranks: Ranks) -> Task | None:
     objective = run.dat.objective
     reference = None
     if objective.needs_reference:
-        latest = Checkpoints(output / "checkpoints", keep=1).latest()
+        latest = CheckpointFolder(output / CHECKPOINTS).latest()
         if latest is None:
-            raise CheckpointError(f"There is no checkpoint in {output}/checkpoints.")
+            raise CheckpointError(f"There is no checkpoint in {output / CHECKPOINTS}.")
         reference = load(latest / REFERENCE, map_location=ranks.device)
     return task_of(objective, reference)
 
@@ -129,9 +136,10 @@ def _train_one(
     with ranks.together():
         splits = build_data_of(run)
         model = build_model_of(run, splits)
-        checkpoint = find_checkpoint(output, resume)
         if ranks.is_main:
             make_folder(output)
+            clean_folder(output)
+    checkpoint = find_checkpoint(output, resume, ranks)
     if splits.mixture is not None and run.dat.data.pseudo_labels is not None:
         splits.mixture.label(_pseudo_labels(splits.mixture.unlabelled, run, ranks))
     engine, _, loader, _ = initialize(
@@ -140,7 +148,7 @@ def _train_one(
     assert isinstance(loader, DistributedLoader)
     trainer = Trainer(engine, loader, splits.validation, output, stop)
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        trainer.resume(checkpoint, verified=True)
         if ranks.is_main:
             logger.info("Continuing from %s.", checkpoint)
     elif ranks.is_main:

@@ -83,9 +83,14 @@ class Trainer:
         self._monitor = engine.monitor
         self._monitor.take_over(output)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Continue exactly where ``checkpoint`` was written; a collective."""
-        state, _ = self.checkpoints.load(checkpoint, self.engine)
+    def resume(self, checkpoint: Path, *, verified: bool = False) -> None:
+        """Continue exactly where ``checkpoint`` was written; a collective.
+
+        Args:
+            checkpoint: Its folder.
+            verified: Whether its files have been compared with its manifest already.
+        """
+        state, _ = self.checkpoints.load(checkpoint, self.engine, verified=verified)
         if "history" not in state:
             raise CheckpointError(
                 f"Checkpoint {checkpoint} was written by engine.save_checkpoint in a loop of its "

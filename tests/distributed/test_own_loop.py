@@ -359,9 +359,9 @@ REFUSALS = {
     "object": r"CheckpointError: client_state\['it'\] is of class object: give numbers",
     "other config": r"CheckpointError: Checkpoint \S+ belongs to another run:\n.*"
     r"gradient_accumulation_steps: checkpoint 2, this run 1",
-    "cut off": r"CheckpointError: Checkpoint \S+ is incomplete: \S+ has 100 of \d+ bytes\.",
+    "cut off": r"CheckpointError: Checkpoint \S+ is damaged\. \S+ has 100 of \d+ bytes\.",
     "untouched": "True",
-    "no state": r"CheckpointError: \S+ is not a checkpoint of dat_ds: ",
+    "no state": r"CheckpointError: \S+ is no checkpoint of dat_ds, or damaged: ",
     "recovered": "no error",
     "other model": r"CheckpointError: Checkpoint \S+ is of another model:\n"
     r".*  0\.0\.weight: checkpoint \[8, 3, 3, 3\], this model has none\n.*and \d+ more$",

@@ -139,8 +139,9 @@ def test_a_checkpoint_of_an_earlier_version_resumes_too(tmp_path: Path) -> None:
 def make_earlier(checkpoint: Path) -> None:
     """Take out of a checkpoint what earlier versions did not write."""
     state = json.loads((checkpoint / "state.json").read_text())
-    del state["data_position"], state["files"]
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    del state["data_position"]
+    (checkpoint / "state.json").write_text(json.dumps({**state, "format": 1}))
+    (checkpoint / "manifest.json").unlink()
     own = torch.load(checkpoint / "rank-0.pt", weights_only=True)
     del own["rng_python"], own["rng_numpy"], own["client_state"]
     torch.save(own, checkpoint / "rank-0.pt")
