@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dat_ds.errors import CheckpointError, DataError
+from dat_ds.errors import CheckpointError
 
 
 def sha256_of(path: Path) -> str:
@@ -48,22 +48,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {path}: {error.strerror or error}. What was written earlier is intact: "
-            "make room and continue from it (dat-ds train: --resume auto)."
+            "make room, and repeat the command (dat-ds train: with --resume auto)."
         ) from None
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Turn a file that cannot be written into the advice to repeat the command.
-
-    Raises:
-        DataError: From :class:`CheckpointError`.
-    """
-    try:
-        yield
-    except CheckpointError as error:
-        reason = str(error).split(". ")[0]
-        raise DataError(f"{reason}. Make room, and repeat the command.") from None
 
 
 def replace_text(path: Path, text: str) -> None:

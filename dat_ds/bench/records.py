@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dat_ds.errors import CheckpointError, ConfigError
+from dat_ds.errors import ConfigError
 from dat_ds.evaluation import commit, hardware, versions
 from dat_ds.files import write_json
 
@@ -42,13 +42,9 @@ def write_record(output: str | None, values: Mapping[str, Any], device: torch.de
         device: Where it was measured.
 
     Raises:
-        ConfigError: If it cannot be written.
+        CheckpointError: If it cannot be written.
     """
     if output is None:
         return
     origin = {"hardware": hardware(device), "versions": versions(), "commit": commit()}
-    try:
-        write_json(Path(output), {**values, **origin})
-    except CheckpointError as error:
-        reason = str(error).split(". ")[0]
-        raise ConfigError(f"{reason}: make room, and repeat the command.") from None
+    write_json(Path(output), {**values, **origin})

@@ -16,7 +16,7 @@ from dat_ds.evaluation.curves import accuracy_by_class, name_of
 from dat_ds.evaluation.record import norm_in_words
 from dat_ds.evaluation.report import describe_training
 from dat_ds.evaluation.samples import SAMPLES
-from dat_ds.files import repeatable, writing
+from dat_ds.files import writing
 from dat_ds.judge.evidence import CURVES, METRICS, Evidence
 from dat_ds.judge.words import AGAIN, Section, interval_of, percent_of, short_of
 from dat_ds.length import Length
@@ -33,7 +33,7 @@ class Album:
         folder: For the files; made when the first is written.
 
     Raises:
-        DataError: If a file cannot be written.
+        CheckpointError: If a file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Album:
         """Write a figure as ``NAME.png``; the HTML that shows it."""
         png = figures.as_png(figure)
         path = self._folder / f"{name}.png"
-        with repeatable(), writing(path):
+        with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
         return html.picture(png, alt, caption, kind)

@@ -28,7 +28,7 @@ from dat_ds.evaluation.curves import (
 )
 from dat_ds.evaluation.figures import length_in_words
 from dat_ds.evaluation.record import norm_in_words
-from dat_ds.files import repeatable, replace_text, write_json, writing
+from dat_ds.files import replace_text, write_json, writing
 from dat_ds.judge import charts, sections
 from dat_ds.judge.evidence import CURVES, read_evidence
 from dat_ds.judge.words import data_in_words
@@ -53,8 +53,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
         The page's path.
 
     Raises:
-        DataError: For a folder without a result, files that cannot be read, or a page that cannot
-            be written.
+        DataError: For a folder without a result, or files that cannot be read.
+        CheckpointError: If the page cannot be written.
     """
     evidence = read_evidence(folder)
     album = charts.Album(folder / FIGURES)
@@ -74,8 +74,7 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
             sections.provenance_of(evidence),
         ],
     )
-    with repeatable():
-        replace_text(path, text)
+    replace_text(path, text)
     return path
 
 

@@ -159,7 +159,7 @@ def test_a_run_is_evaluated_as_before_and_under_an_ensemble(
     assert judged["natural_acc"] == record["natural_acc"]
     assert judged["threat_model"]["eps"] == "2/16"
     assert judged["config"] == record["config"]
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     arguments = [str(checkpoint), *ensemble, "--output", str(tmp_path / "other")]
     assert main(["eval", *arguments]) == 0
     capfd.readouterr()

@@ -385,7 +385,7 @@ def test_a_run_exports_its_average_with_its_record_and_raw_weights_without(run: 
 
     assert main(["export", str(run), "--to", "folder", "--weights", "raw"]) == 0
     raw = run / "exports" / "folder-raw"
-    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    checkpoint = max((run / "checkpoints").glob("step-*"))
     module = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     state = models.load(raw).state_dict()
     assert all(torch.equal(v, module[k]) for k, v in state.items())
@@ -398,7 +398,7 @@ def test_a_run_exports_its_average_with_its_record_and_raw_weights_without(run: 
 def test_a_checkpoint_other_than_the_evaluated_model_is_exported_without_its_record(
     run: Path, tmp_path: Path
 ) -> None:
-    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    checkpoint = max((run / "checkpoints").glob("step-*"))
     export(Order(target=checkpoint, to="folder", output=tmp_path / "out"))
     assert "No evaluation of these weights is known." in (tmp_path / "out/README.md").read_text()
 
@@ -506,13 +506,13 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_a_damaged_checkpoint_is_a_message(run: Path, tmp_path: Path) -> None:
-    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    checkpoint = max((run / "checkpoints").glob("step-*"))
     damaged = tmp_path / "checkpoints" / checkpoint.name
     damaged.mkdir(parents=True)
     for file in checkpoint.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
     (damaged / "mp_rank_00_model_states.pt").write_bytes(b"none")
-    with pytest.raises(UserError, match=r"un-averaged weights of .* cannot be read"):
+    with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt has 4 of \d+ bytes"):
         export(Order(target=damaged, to="folder", weights="raw"))
 
 
