@@ -14,6 +14,7 @@ name goes into ``.replaced`` meanwhile.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -55,7 +56,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: If it is missing, unreadable, or of another version's format.
     """
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = json.loads(_text_of(checkpoint / STATE))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
@@ -67,6 +68,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{_WITHOUT_MANIFEST} and {FORMAT}."
         )
     return state
+
+
+def _text_of(file: Path) -> str:
+    """Text of a file; opening a pipe would wait for ever.
+
+    Raises:
+        OSError: If it is none, or cannot be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(file))
+    return file.read_text(encoding="utf-8")
 
 
 # ---- whole files
@@ -128,7 +140,7 @@ def damage_of(
     except CheckpointError as error:
         return [str(error)]
     found = []
-    if only is None:
+    if only is None and (checkpoint / MANIFEST).exists():
         strange = [n for n in files_in(checkpoint) if n.endswith(".pt") and n not in entries]
         found += [f"{checkpoint / name} is not one of the checkpoint's files." for name in strange]
     names = sorted(entries if only is None else set(only) & set(entries))
@@ -146,9 +158,14 @@ def _entries(checkpoint: Path) -> dict[str, dict[str, Any]]:
         if state["format"] != _WITHOUT_MANIFEST:
             raise CheckpointError(f"{manifest} is missing.")
         # Checkpoints before 0.1 listed no files.
-        return {name: {"bytes": size} for name, size in state.get("files", {}).items()}
+        sizes = state.get("files", {})
+        if not isinstance(sizes, dict):
+            raise CheckpointError(
+                f"{checkpoint / STATE} is damaged: its files are no list of sizes."
+            )
+        return {name: {"bytes": size} for name, size in sizes.items()}
     try:
-        written = json.loads(manifest.read_text(encoding="utf-8"))
+        written = json.loads(_text_of(manifest))
         files: dict[str, dict[str, Any]] = written["files"]
         whole = _digest(files) == written["sha256"] and STATE in files
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -174,6 +191,8 @@ def _damage_of_file(file: Path, entry: Mapping[str, Any]) -> str | None:
             return "has other bytes than were written"
     except (OSError, ValueError) as error:  # a name may hold a NUL character
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    except (KeyError, TypeError):
+        return "has no size in the manifest"
     return None
 
 
@@ -297,11 +316,10 @@ class CheckpointFolder:
     def _pointed(self) -> Path | None:
         pointer = self.folder / LATEST
         try:
-            name = pointer.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return None
+            name = _text_of(pointer).strip()
         except (OSError, ValueError) as error:
-            logger.warning("%s cannot be read (%s): going by the steps.", pointer, error)
+            if pointer.exists():
+                logger.warning("%s cannot be read (%s): going by the steps.", pointer, error)
             return None
         if not is_checkpoint_name(name):
             raise CheckpointError(

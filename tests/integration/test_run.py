@@ -157,8 +157,9 @@ def check_resume(tmp_path: Path, values: dict[str, Any], *, earlier: bool = Fals
     assert train(tmp_path, values) == 0
     (interrupted / "record.json").unlink()
     (interrupted / "checkpoints" / "latest").write_text("step-00000015")
-    for late in ("step-00000020", "step-00000024", "best"):
-        shutil.rmtree(interrupted / "checkpoints" / late)
+    for other in (5, 10, 20, 24):
+        shutil.rmtree(interrupted / "checkpoints" / f"step-{other:08d}")
+    shutil.rmtree(interrupted / "checkpoints" / "best")
     if earlier:
         make_earlier(interrupted / "checkpoints" / "step-00000015")
     torch.manual_seed(12345)

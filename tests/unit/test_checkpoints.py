@@ -131,6 +131,24 @@ def test_latest_that_is_no_name_beside_it_is_refused(folder, name):
         CheckpointFolder(folder).latest()
 
 
+def test_pipes_in_the_place_of_files_are_not_waited_for(folder):
+    path = folder / "step-00000015"
+    for file in (folder / "latest", path / "state.json", path / "rank-0.pt"):
+        file.unlink()
+        os.mkfifo(file)
+    assert CheckpointFolder(folder).latest() == path
+    assert damage_of(path) == [f"{path / name} is missing." for name in ("rank-0.pt", "state.json")]
+
+
+@pytest.mark.parametrize("files", [[], {"rank-0.pt": None}, {"rank-0.pt": "big"}, {"a\0b": 1}])
+def test_a_state_of_0_1_that_makes_no_sense_is_damage(folder, files):
+    path = folder / "step-00000015"
+    (path / "manifest.json").unlink()
+    state = {"format": 1, "step": 15, "files": files}
+    (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert len(damage_of(path)) == 1
+
+
 def test_a_checkpoint_whose_state_is_damaged_is_still_seen(folder):
     (folder / "step-00000015" / "state.json").write_bytes(b"\xff{")
     assert CheckpointFolder(folder).latest() == folder / "step-00000015"
