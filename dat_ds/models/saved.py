@@ -24,6 +24,7 @@ def find_saved(path: Path) -> Path:
 
     Raises:
         ModelError: There is none, with the places looked at.
+        CheckpointError: The run's ``latest`` names something that is not beside it.
     """
     if path.name == WEIGHTS_NAME:
         path = path.parent

@@ -337,6 +337,7 @@ def test_a_run_folder_stands_for_its_best_then_its_latest_checkpoint(
     for value, name in ((1.0, "step_10"), (2.0, "best")):
         state = {**vit.state_dict(), "body.head.bias": torch.full((10,), value)}
         save_weights(checkpoints / name, state, vit.spec)
+    (checkpoints / "step_10" / "state.json").write_text('{"format": 1, "step": 10}')
     (checkpoints / "latest").write_text("step_10\n")
     assert load(tmp_path).body.head.bias[0] == 2.0
     assert load(checkpoints / "step_10" / "model.safetensors").body.head.bias[0] == 1.0
