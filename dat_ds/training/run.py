@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ from dat_ds.training.folder import (
     find_checkpoint,
     make_folder,
 )
+from dat_ds.training.lock import locked
 from dat_ds.training.stopping import StopSignal
 from dat_ds.training.trainer import Trainer
 from dat_ds.training.twin import TWIN_FOLDER, natural_twin_of
@@ -80,6 +82,18 @@ def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | No
         if ranks.is_main:
             chosen = choose_output(run, resume)
     output = Path(str(ranks.gather(chosen)[0]))
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                make_folder(output)
+                stack.enter_context(locked(output))
+        return _train_in(output, run, ranks, resume, stop)
+
+
+def _train_in(
+    output: Path, run: RunConfig, ranks: Ranks, resume: str, stop: StopSignal
+) -> dict[str, Any] | None:
+    """The run and its natural twin in a folder that is this run's alone."""
     record = _train_one(run, ranks, output, resume, stop)
     if record is None:
         return None

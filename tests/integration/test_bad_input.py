@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,24 @@ def test_no_room_for_a_checkpoint_leaves_the_earlier_one(
     path = tmp_path / "config.json"
     assert main(["train", "--deepspeed_config", str(path), "--resume", "auto"]) == 0
     assert tiny_run.rows(tmp_path / "run")[-1]["step"] == 24
+
+
+def test_a_folder_in_which_another_run_is_at_work_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    holds = (
+        "import sys, pathlib; from dat_ds.training.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", holds, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        message = fails_with(tmp_path, capsys, tiny_run.config(tmp_path / "run"))
+        other.communicate("\n")
+    assert f"in use by process {other.pid}" in message
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_the_earlier_one(
