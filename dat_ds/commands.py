@@ -32,7 +32,8 @@ def carry_out(command: Callable[[], int]) -> int:
         command: Returns an exit code.
 
     Returns:
-        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it.
+        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it, 130
+        interrupted.
     """
     _log_to_stdout()
     try:
@@ -42,6 +43,8 @@ def carry_out(command: Callable[[], int]) -> int:
         return _fail(str(error), 2)
     except NumericsError as error:
         return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("Interrupted. Complete checkpoints are intact.", 130)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
             checkpoint or run folder.
 
     Returns:
-        The record, or None where SIGTERM stopped the run, which ``resume="auto"`` continues.
+        The record, or None where a signal or the end of its launcher stopped the run, which
+        ``resume="auto"`` continues.
 
     Raises:
         UserError: For every mistake in what was asked, on all ranks.
@@ -176,8 +177,9 @@ def _train_one(
     if not finished:
         if ranks.is_main:
             logger.info(
-                "Stopped by SIGTERM after step %d; nothing is lost. To continue, repeat the "
-                "command with --resume auto.",
+                "Stopped by %s after step %d; nothing is lost. To continue, repeat the command "
+                "with --resume auto.",
+                stop.reason,
                 engine.global_steps,
             )
         return None

@@ -1,31 +1,97 @@
-"""Stopping a run on SIGTERM."""
+"""Stopping a run, or saving it, when a signal asks for it or its launcher has ended."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
+from pathlib import PurePath
+
+import psutil
+
+_STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+_SAVING = "SIGUSR2"
+_LOOK = 2.0  # seconds between two looks at the launcher
+_LAUNCHERS = ("deepspeed", "torchrun")
+_LAUNCHER_MODULES = (
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+)
 
 
 class StopSignal:
-    """Remembers that SIGTERM came, for the training loop to ask between two steps.
+    """Remembers what signals asked for, for the training loop to ask between two steps.
+
+    SIGTERM, SIGHUP, SIGUSR1 and SIGINT ask to save and stop, and so does the end of the launcher
+    that started this process; a second SIGINT interrupts at once. SIGUSR2 asks to save and go on.
 
     Attributes:
-        requested: Whether this process was asked to stop; ranks agree on it themselves.
+        reason: What asked this process to stop, in words; None while nothing has. Ranks agree on
+            it themselves.
+        saves: Whether this process was asked to save.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.reason: str | None = None
+        self.saves = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGTERM inside, instead of dying of it."""
-
-        def request_stop(_signum: int, _frame: object) -> None:
-            self.requested = True
-
-        before = signal.signal(signal.SIGTERM, request_stop)
+        """Catch the signals inside, instead of dying of them; of the main thread."""
+        before = {name: signal.getsignal(signal.Signals[name]) for name in (*_STOPPING, _SAVING)}
+        for name in _STOPPING:
+            signal.signal(signal.Signals[name], self._request_stop)
+        signal.signal(signal.Signals[_SAVING], self._request_save)
+        ended = threading.Event()
+        watching = threading.Thread(target=self._watch, args=(launchers(), ended), daemon=True)
+        watching.start()
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            ended.set()
+            watching.join()
+            for name, handler in before.items():
+                signal.signal(signal.Signals[name], handler)
+
+    def _request_stop(self, signum: int, _frame: object) -> None:
+        name = signal.Signals(signum).name
+        if name == "SIGINT" and self.reason == name:
+            raise KeyboardInterrupt
+        self.reason = self.reason or name
+
+    def _request_save(self, _signum: int, _frame: object) -> None:
+        self.saves = True
+
+    def _watch(self, processes: list[psutil.Process], ended: threading.Event) -> None:
+        while processes and not ended.wait(_LOOK):
+            dead = [process for process in processes if not _is_alive(process)]
+            if dead:
+                self.reason = self.reason or f"the end of its launcher (process {dead[0].pid})"
+                return
+
+
+def launchers() -> list[psutil.Process]:
+    """The launchers among the processes that this one descends from, nearest first."""
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process().parent()
+        while process is not None and _is_launcher(process.cmdline()):
+            found.append(process)
+            process = process.parent()
+    return found
+
+
+def _is_launcher(words: list[str]) -> bool:
+    # python /usr/bin/deepspeed ..., or python -u -m deepspeed.launcher.launch ...
+    first = words[:4]
+    return any(PurePath(w).name in _LAUNCHERS or w in _LAUNCHER_MODULES for w in first)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False

@@ -28,7 +28,7 @@ from dat_ds.training.stopping import StopSignal
 
 logger = logging.getLogger("dat_ds")
 
-_GO_ON, _STOP, _BAD_DATA = 0, 1, 2
+_GO_ON, _SAVE, _STOP, _BAD_DATA = range(4)  # ranks follow the largest
 
 
 class Trainer:
@@ -122,18 +122,27 @@ class Trainer:
             stack.callback(lambda: self._steps.close())
             while self.engine.global_steps < self.total_steps:
                 batches, error = self._fetch_step()
-                signal_seen = _STOP if self._stop.requested else _GO_ON
-                status = self.ranks.max(_BAD_DATA if error is not None else signal_seen)
+                status = self.ranks.max(_BAD_DATA if error is not None else self._asked())
                 if status != _GO_ON:
+                    self._stop.saves = False
                     self.save_checkpoint()
+                if status > _SAVE:
                     with self.ranks.together():
                         if error is not None:
                             raise error
+                    reasons = self.ranks.gather(self._stop.reason)
+                    self._stop.reason = next(str(reason) for reason in reasons if reason)
                     return False
                 self.engine.train_step(batches)
                 bar.update()
                 self._after_step(batches, bar)
         return True
+
+    def _asked(self) -> int:
+        """What this rank's signals ask for."""
+        if self._stop.reason is not None:
+            return _STOP
+        return _SAVE if self._stop.saves else _GO_ON
 
     def _drop_later_rows(self) -> None:
         """Cut the metrics of steps after the present one, which are about to be repeated."""

@@ -118,6 +118,30 @@ def test_sigterm_saves_and_exits_cleanly_on_every_rank(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{last:08d}"
 
 
+def test_ranks_whose_launcher_is_killed_save_and_stop(tmp_path: Path) -> None:
+    values = long_config(tmp_path / "run", tiny_run.VIT)
+    values["dat"]["schedule"]["epochs"] = 400
+    values["dat"]["checkpoint"] = {"every_epochs": 400}
+    config = tiny_run.write(tmp_path / "config.json", values)
+    process = launch("train_vit.py", config)
+    wait_for_rows(tmp_path / "run", 5)
+    ranks = ranks_of(process)
+    ranks[0].send_signal(signal.SIGUSR2)
+    saved = tmp_path / "run" / "checkpoints" / "latest"
+    deadline = time.monotonic() + TIMEOUT
+    while not saved.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    wait_for_rows(tmp_path / "run", len(tiny_run.rows(tmp_path / "run")) + 2)  # it goes on
+    process.send_signal(signal.SIGKILL)
+    _, output = finish(process)
+    _, alive = psutil.wait_procs(ranks, timeout=TIMEOUT)
+    assert not alive
+    assert "Stopped by the end of its launcher" in output
+    last = tiny_run.rows(tmp_path / "run")[-1]["step"]
+    assert saved.read_text() == f"step-{last:08d}"
+
+
 def test_a_mistake_exits_with_2_and_one_error_per_rank(tmp_path: Path) -> None:
     values = long_config(tmp_path / "run", {"name": "no_such_model"})
     code, output = finish(launch("train_cnn.py", tiny_run.write(tmp_path / "c.json", values)))

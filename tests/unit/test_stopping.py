@@ -1,0 +1,84 @@
+"""Claims about what signals ask of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from dat_ds.training import stopping
+from dat_ds.training.stopping import StopSignal, launchers
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
+def test_these_ask_to_stop_and_say_so(name: str) -> None:
+    before = signal.getsignal(signal.Signals[name])
+    stop = StopSignal()
+    with stop.listening():
+        assert stop.reason is None
+        os.kill(os.getpid(), signal.Signals[name])
+        assert stop.reason == name
+        assert not stop.saves
+    assert signal.getsignal(signal.Signals[name]) == before
+
+
+def test_sigusr2_asks_to_save_and_go_on() -> None:
+    stop = StopSignal()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.saves
+        assert stop.reason is None
+
+
+def test_a_second_ctrl_c_interrupts_and_one_after_sigterm_does_not() -> None:
+    stop = StopSignal()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGTERM"
+    again = StopSignal()
+    with again.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_end_of_a_launcher_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_LOOK", 0.01)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        monkeypatch.setattr(stopping, "launchers", lambda: [psutil.Process(other.pid)])
+        stop = StopSignal()
+        with stop.listening():
+            time.sleep(0.1)
+            assert stop.reason is None
+            other.kill()
+            deadline = time.monotonic() + 20
+            while stop.reason is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert stop.reason == f"the end of its launcher (process {other.pid})"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["/usr/bin/python3", "/venv/bin/deepspeed", "--quiet", "train.py"], True),
+        (["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x"], True),
+        (["/venv/bin/python3", "/venv/bin/torchrun", "train.py"], True),
+        (["python", "-m", "torch.distributed.run", "train.py"], True),
+        (["bash", "-c", "deepspeed train.py"], False),
+        (["python", "train.py", "--deepspeed", "--deepspeed_config", "x", "deepspeed"], False),
+        ([], False),
+    ],
+)
+def test_which_process_is_a_launcher(words: list[str], expected: bool) -> None:
+    assert stopping._is_launcher(words) is expected
+
+
+def test_this_process_has_no_launcher() -> None:
+    assert launchers() == []
