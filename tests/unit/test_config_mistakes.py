@@ -180,7 +180,8 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
             ours(evaluation={"attacks": ["pgd-20", "pgd20"]}),
             "dat.evaluation.attacks[1]: 'pgd20' is not an evaluation attack: write METHOD-STEPS "
             "or METHOD-STEPS-RESTARTS, such as 'pgd-20' or 'pgd-50-10'; methods are pgd, apgd-ce, "
-            "apgd-dlr, apgd-t, apgd-ce-l1, apgd-t-l1, fab, fab-t, square, apgd-cw, apgd-pm, malt.",
+            "apgd-dlr, apgd-t, apgd-ce-l1, apgd-t-l1, fab, fab-t, square, apgd-cw, apgd-pm, malt, "
+            "apgd-square.",
         ),
         (
             ours(evaluation={"validation_attack": "aa"}),
