@@ -30,6 +30,7 @@ from dat_ds.files import replace_text, sha256_of, sync, write_json, writing
 
 logger = logging.getLogger("dat_ds")
 
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 PARTIAL, _REPLACED = ".partial", ".replaced"
 FORMAT = 2
@@ -42,6 +43,11 @@ _LISTED = 3
 def is_checkpoint_name(name: str) -> bool:
     """Whether ``name`` can be that of a checkpoint: a folder beside ``latest``, no path."""
     return bool(_NAME.fullmatch(name)) and name != LATEST
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None for any other path."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
 
 
 def name_of_step(step: int) -> str:
@@ -196,10 +202,11 @@ def _damage_of_file(file: Path, entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-def damage_in_words(problems: Sequence[str]) -> str:
-    """The first of these problems, and how many there are."""
-    more = len(problems) - _LISTED
-    return " ".join(problems[:_LISTED]) + (f" And {more} more." if more > 0 else "")
+def damage_in_words(checkpoint: Path, damage: Sequence[str]) -> str:
+    """A message of what :func:`damage_of` has found: the first of it, and how much there is."""
+    more = len(damage) - _LISTED
+    listed = " ".join(damage[:_LISTED]) + (f" And {more} more." if more > 0 else "")
+    return f"Checkpoint {checkpoint} is damaged. {listed}"
 
 
 # ---- the folder
@@ -296,9 +303,8 @@ class CheckpointFolder:
         Returns:
             What was removed.
         """
-        newest = self.latest()
-        ours = [path for path in self.newest_first() if _OF_STEPS.fullmatch(path.name)]
-        removed = [path for path in ours[keep:] if path != newest]
+        # What latest names comes first, so it is among those that stay.
+        removed = [path for path in self.newest_first() if _OF_STEPS.fullmatch(path.name)][keep:]
         for path in removed:
             shutil.rmtree(path, ignore_errors=True)
         return removed

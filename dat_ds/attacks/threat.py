@@ -15,7 +15,7 @@ from dat_ds.attacks.projections import per_sample, project_l1_box, project_l2, s
 
 Norm = Literal["linf", "l2", "l1"]
 _L1_SHARE = 0.01  # SLIDE's quantile of 99 %
-_ORDERS = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
+_ORDERS = {"l2": 2.0, "l1": 1.0}
 _DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 NORMS: tuple[str, ...] = get_args(Norm)
 

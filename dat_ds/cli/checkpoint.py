@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dat_ds.checkpoints import STATE, CheckpointFolder, damage_of, read_state
+from dat_ds.checkpoints import CHECKPOINTS, STATE, CheckpointFolder, damage_of, read_state
 from dat_ds.cli.arguments import add_command
 from dat_ds.errors import CheckpointError, UserError
 
@@ -45,7 +45,7 @@ def _checkpoint(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int
 
 
 def _folder_of(path: Path) -> CheckpointFolder:
-    inside = path / "checkpoints"
+    inside = path / CHECKPOINTS
     folder = inside if inside.is_dir() else path
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {str(path)!r}.")

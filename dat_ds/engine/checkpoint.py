@@ -245,12 +245,11 @@ class Checkpoints(CheckpointFolder):
         ranks = engine.ranks
         with ranks.together():
             refuse_mid_step(engine)
-            read_state(checkpoint)
+            state = read_state(checkpoint)
         damage = [] if verified else damage_by_ranks(checkpoint, ranks)
         with ranks.together():
             if damage:
                 raise CheckpointError(self._damaged(checkpoint, damage))
-            state = read_state(checkpoint)
             _check_identity(checkpoint, state, engine.run, ranks.count)
             _check_complete(checkpoint, engine)
             _check_model(checkpoint, engine)
@@ -271,7 +270,7 @@ class Checkpoints(CheckpointFolder):
     def _damaged(self, checkpoint: Path, damage: list[str]) -> str:
         others = [path.name for path in self.newest_first() if path != checkpoint]
         there = f" Others in {self.folder}: {', '.join(others)}." if others else ""
-        return f"Checkpoint {checkpoint} is damaged. {damage_in_words(damage)}{there}"
+        return damage_in_words(checkpoint, damage) + there
 
     def _refuse_damage(self, engine: AdversarialEngine, model_state: Mapping[str, Tensor]) -> None:
         """Refuse to put a damaged run in the place of a good checkpoint; a collective.

@@ -44,7 +44,7 @@ def unaveraged_weights(checkpoint: Path) -> dict[str, Tensor]:
     state = read_state(checkpoint)
     damage = damage_of(checkpoint)
     if damage:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged. {damage_in_words(damage)}")
+        raise CheckpointError(damage_in_words(checkpoint, damage))
     _check_same_weights(checkpoint, state)
     saved = read_weights(checkpoint / WEIGHTS_NAME)
     stage = state["config"].get("zero_optimization", {}).get("stage", 0)

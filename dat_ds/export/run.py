@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from dat_ds.checkpoints import CHECKPOINTS, run_of
 from dat_ds.errors import ExportError, UserError
 from dat_ds.export.base import Format
 from dat_ds.export.card import Card
@@ -108,9 +109,10 @@ def default_output(order: Order) -> Path:
     target = order.target.parent if order.target.is_file() else order.target
     target = target if target.name else target.absolute()  # "."
     suffix = "" if order.weights is None else f"-{order.weights}"
-    if target.parent.name == "checkpoints":
-        return target.parent.parent / "exports" / f"{order.to}-{target.name}{suffix}"
-    if (target / "checkpoints").is_dir():
+    run = run_of(target)
+    if run is not None:
+        return run / "exports" / f"{order.to}-{target.name}{suffix}"
+    if (target / CHECKPOINTS).is_dir():
         return target / "exports" / f"{order.to}{suffix}"
     return target.with_name(f"{target.name}-{order.to}{suffix}")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dat_ds.checkpoints import CheckpointFolder
+from dat_ds.checkpoints import CHECKPOINTS, STATE, CheckpointFolder, run_of
 from dat_ds.engine.unaveraged import unaveraged_weights
 from dat_ds.errors import ExportError, ModelError, UserError
 from dat_ds.evaluation.samples import EVALUATION
@@ -95,7 +95,7 @@ def read_source(target: Path, weights: Weights | None = None, record: Path | Non
         UserError: There is no such model, record or kind of weights.
     """
     saved = find_saved(target)
-    run = saved.parent.parent if saved.parent.name == "checkpoints" else None
+    run = run_of(saved)
     if not read_spec(saved / SPEC_NAME):
         raise ModelError(
             f"The model in '{saved}' is a module of your own, which dat_ds cannot rebuild: only "
@@ -136,12 +136,12 @@ def read_source(target: Path, weights: Weights | None = None, record: Path | Non
 
 def _config_of(saved: Path, run: Path | None) -> Mapping[str, Any] | None:
     """The config of the run, from wherever one was left."""
-    places: list[tuple[Path, str | None]] = [(saved / "state.json", "config")]
+    places: list[tuple[Path, str | None]] = [(saved / STATE, "config")]
     if run is not None:
         places += [(run / "config.json", None), (run / "record.json", "config")]
-        latest = CheckpointFolder(run / "checkpoints").latest()
+        latest = CheckpointFolder(run / CHECKPOINTS).latest()
         if latest is not None:
-            places.append((latest / "state.json", "config"))
+            places.append((latest / STATE, "config"))
     for file, key in places:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -162,9 +162,9 @@ def _ema_decay(config: Mapping[str, Any] | None) -> float | None:
 
 def _checkpoint_of(saved: Path, run: Path | None, target: Path) -> Path:
     """The checkpoint with DeepSpeed's files that un-averaged weights are read from."""
-    if (saved / "state.json").exists():
+    if (saved / STATE).exists():
         return saved
-    latest = None if run is None else CheckpointFolder(run / "checkpoints").latest()
+    latest = None if run is None else CheckpointFolder(run / CHECKPOINTS).latest()
     if latest is None:
         raise ExportError(
             f"--weights raw: '{target}' holds a model alone, without DeepSpeed's files. Name its "

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dat_ds.checkpoints import CHECKPOINTS
 from dat_ds.config import RunConfig, load_config
 from dat_ds.config.load import apply_override
 from dat_ds.config.schema import ThreatModelConfig
@@ -296,7 +297,7 @@ def _called(module: str, attribute: str) -> Any:
 
 
 def _of_folder(folder: Path, run: RunConfig | None) -> tuple[nn.Module, tuple[str, ...] | None]:
-    if run is not None or (folder / SPEC_NAME).is_file() or (folder / "checkpoints").is_dir():
+    if run is not None or (folder / SPEC_NAME).is_file() or (folder / CHECKPOINTS).is_dir():
         return load(folder), None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -89,7 +89,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> nn.Mo
     if (folder / MANIFEST).exists():
         damage = damage_of(folder, only=(WEIGHTS_NAME, SPEC_NAME))
         if damage:
-            raise ModelError(f"Checkpoint {folder} is damaged. {damage_in_words(damage)}")
+            raise ModelError(damage_in_words(folder, damage))
     spec = read_spec(folder / SPEC_NAME)
     weights = read_weights(folder / WEIGHTS_NAME)
     model = _rebuild(spec, folder)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dat_ds.checkpoints import LATEST, CheckpointFolder
+from dat_ds.checkpoints import CHECKPOINTS, LATEST, CheckpointFolder
 from dat_ds.errors import ModelError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -28,7 +28,7 @@ def find_saved(path: Path) -> Path:
     """
     if path.name == WEIGHTS_NAME:
         path = path.parent
-    checkpoints = CheckpointFolder(path / "checkpoints")
+    checkpoints = CheckpointFolder(path / CHECKPOINTS)
     candidates = [path, checkpoints.best_folder]
     latest = checkpoints.latest()
     if latest is not None:

@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from dat_ds.checkpoints import CheckpointFolder, damage_in_words
+from dat_ds.checkpoints import CHECKPOINTS, CheckpointFolder, damage_in_words, run_of
 from dat_ds.config import RunConfig
 from dat_ds.engine.checkpoint import damage_by_ranks
 from dat_ds.errors import CheckpointError
@@ -14,7 +14,6 @@ from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
 
-CHECKPOINTS = "checkpoints"
 _TEMPORARY = re.compile(
     r"(config|record)\.json\.partial|metrics\.jsonl\.partial|"
     r"\.model\.(safetensors|json)\.(partial|\d+\.tmp)"  # the latter of 0.1
@@ -28,7 +27,7 @@ def choose_output(run: RunConfig, resume: str) -> str:
         CheckpointError: If it holds another run, or is not the folder of ``resume``.
     """
     if resume not in ("none", "auto"):
-        folder = run_of(Path(resume))
+        folder = run_of(Path(resume)) or Path(resume)
         asked = run.dat.output_dir
         if asked is not None and Path(asked).resolve() != folder.resolve():
             raise CheckpointError(
@@ -60,11 +59,6 @@ def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "record.json", CHECKPOINTS))
 
 
-def run_of(resume: Path) -> Path:
-    """The run that a path given to resume from is of: the run itself, or one of its checkpoints."""
-    return resume.parent.parent if resume.parent.name == CHECKPOINTS else resume
-
-
 def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
     """The checkpoint to continue from, with its files as they were written; a collective.
 
@@ -84,7 +78,7 @@ def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
         return None
     path, folder = Path(resume), CheckpointFolder(output / CHECKPOINTS)
     with ranks.together():
-        if resume != "auto" and run_of(path) != path:
+        if resume != "auto" and run_of(path) is not None:
             candidates = [folder.named(path.name)]
         else:
             candidates = folder.newest_first()
@@ -97,7 +91,7 @@ def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
         damage = damage_by_ranks(checkpoint, ranks)
         if not damage:
             return checkpoint
-        damaged.append(f"Checkpoint {checkpoint} is damaged. {damage_in_words(damage)}")
+        damaged.append(damage_in_words(checkpoint, damage))
         if ranks.is_main and len(candidates) > 1:
             logger.warning("%s Going on from an earlier one.", damaged[-1])
     if not damaged:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from dat_ds.assembly import build_data_of, build_model_of, evaluate_model
-from dat_ds.checkpoints import CheckpointFolder
+from dat_ds.checkpoints import CHECKPOINTS, CheckpointFolder
 from dat_ds.config import (
     RunConfig,
     adapt_to_device,
@@ -40,7 +40,6 @@ from dat_ds.models import load
 from dat_ds.objectives import rotations
 from dat_ds.ranks import Ranks
 from dat_ds.training.folder import (
-    CHECKPOINTS,
     choose_output,
     clean_folder,
     find_checkpoint,

@@ -10,8 +10,7 @@ from pathlib import PurePath
 
 import psutil
 
-_STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
-_SAVING = "SIGUSR2"
+_STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 _LOOK = 2.0  # seconds between two looks at the launcher
 _LAUNCHERS = ("deepspeed", "torchrun")
 _LAUNCHER_MODULES = (
@@ -41,10 +40,8 @@ class StopSignal:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signals inside, instead of dying of them; of the main thread."""
-        before = {name: signal.getsignal(signal.Signals[name]) for name in (*_STOPPING, _SAVING)}
-        for name in _STOPPING:
-            signal.signal(signal.Signals[name], self._request_stop)
-        signal.signal(signal.Signals[_SAVING], self._request_save)
+        before = {number: signal.signal(number, self._request_stop) for number in _STOPPING}
+        before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._request_save)
         ended = threading.Event()
         watching = threading.Thread(target=self._watch, args=(launchers(), ended), daemon=True)
         watching.start()
@@ -53,8 +50,8 @@ class StopSignal:
         finally:
             ended.set()
             watching.join()
-            for name, handler in before.items():
-                signal.signal(signal.Signals[name], handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _request_stop(self, signum: int, _frame: object) -> None:
         name = signal.Signals(signum).name

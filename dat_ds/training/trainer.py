@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat_ds.assembly import build_schedule
+from dat_ds.checkpoints import CHECKPOINTS
 from dat_ds.data import DistributedLoader, PlannedBatch
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
@@ -57,7 +58,7 @@ class Trainer:
         engine.watch.folder = output
         self.run = engine.run
         self.ranks = engine.ranks
-        self.checkpoints = Checkpoints(output / "checkpoints", self.run.dat.checkpoint.keep)
+        self.checkpoints = Checkpoints(output / CHECKPOINTS, self.run.dat.checkpoint.keep)
         schedule = build_schedule(self.run.dat, loader.steps_per_epoch)
         assert schedule is not None
         self.total_steps = schedule.total_steps
