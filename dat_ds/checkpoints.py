@@ -33,7 +33,7 @@ logger = logging.getLogger("dat_ds")
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 PARTIAL, _REPLACED = ".partial", ".replaced"
-FORMAT = 2
+FORMAT = 3  # of state.json: since 3 with the layout of the shards, since 2 with a manifest
 _WITHOUT_MANIFEST = 1  # the format of dat_ds 0.1
 _OF_STEPS = re.compile(r"step-\d{8,}")
 _NAME = re.compile(r"[\w-][\w.=+-]*")
@@ -68,10 +68,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint} is no checkpoint of dat_ds, or damaged: {checkpoint / STATE}: {reason}."
         ) from None
-    if not isinstance(state, dict) or state.get("format") not in (_WITHOUT_MANIFEST, FORMAT):
+    if not isinstance(state, dict) or state.get("format") not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{checkpoint / STATE} has a format that this version cannot read: it reads "
-            f"{_WITHOUT_MANIFEST} and {FORMAT}."
+            f"{checkpoint / STATE} has a format that this version cannot read: it reads 1 to "
+            f"{FORMAT}."
         )
     return state
 

@@ -19,11 +19,19 @@ def add(commands: Any) -> None:
         metavar="auto|PATH",
         help="continue from the run's newest checkpoint, or from this one",
     )
+    parser.add_argument(
+        "--changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="with --resume: a key or section of the config, such as dat.schedule, that differs "
+        "from the checkpoint's on purpose; may be repeated",
+    )
 
 
 def _train(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     run = load_run(options, defaults)
     from dat_ds.training.run import train
 
-    train(run, resume=options.resume)
+    train(run, resume=options.resume, changed=options.changed)
     return 0

@@ -181,6 +181,9 @@ class CheckpointConfig(Section):
     """Takes precedence over ``every_epochs``."""
     keep: int = at_least(1, 2)
     """Newest checkpoints kept; the best model is kept beside them."""
+    asynchronous: bool = False
+    """Write them beside training, from a copy of the state in the memory of the host: at most one
+    at a time. One that a crash interrupts is lost; those before it are not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,11 +167,13 @@ def fetch_sample(dataset: Dataset[Any], key: SampleKey) -> Sample:
 
 
 def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
-    """Stored image of item ``index`` before any resizing, and its label.
+    """Stored image of item ``index`` before any resizing or augmentation, and its label.
 
     A dataset without a method ``raw`` gives the item itself.
     """
     dataset, index = _owner(dataset, index)
+    if isinstance(dataset, KeyedDataset):
+        return fetch_raw(dataset.dataset, index)
     raw = getattr(dataset, "raw", None)
     sample: Sample = dataset[index] if raw is None else raw(index)
     return sample

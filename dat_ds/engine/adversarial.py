@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from dat_ds.attacks.strategy import Adversarial
 from dat_ds.config import RunConfig, threat_of
 from dat_ds.contracts import as_images, as_pictures
 from dat_ds.data import BatchPlan, DistributedLoader, Loader, file_of
+from dat_ds.data.fingerprint import fingerprint
 from dat_ds.data.loader import PlannedBatch
 from dat_ds.data.samples import Batch
 from dat_ds.engine import hooks
 from dat_ds.engine.bare import BareModel, graphs_of
 from dat_ds.engine.checkpoint import Checkpoints, tell_of_partial_checkpoints
 from dat_ds.engine.exported import exported_weights
+from dat_ds.engine.identity import Identity
 from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.random_state import preserved_random_state
 from dat_ds.engine.reductions import attach_compression
@@ -447,26 +449,30 @@ class AdversarialEngine:
         return checkpoints.save(self, {}, tag=tag, client_state=client_state)
 
     def load_checkpoint(
-        self, folder: str | Path, tag: str | None = None
+        self, folder: str | Path, tag: str | None = None, *, changed: Collection[str] = ()
     ) -> tuple[Path, dict[str, Any]]:
         """Go on from a checkpoint, of :meth:`save_checkpoint` or of a run; a collective.
+
+        Ranks, ZeRO stage and accumulation may differ from the checkpoint's; the global batch may
+        not.
 
         Args:
             folder: Folder of the checkpoints.
             tag: Name of the checkpoint; None for the one written last.
+            changed: Keys or sections of the config that differ from the checkpoint's on purpose.
 
         Returns:
-            Folder of the checkpoint, and this rank's client state.
+            Folder of the checkpoint, and this rank's client state (of another rank, where there
+            were fewer).
 
         Raises:
             CheckpointError: If there is no such checkpoint, or it is incomplete or belongs to
-                another config or number of ranks, with all differences; the engine is then as
-                before.
+                another config or other data, with all differences; the engine is then as before.
         """
         checkpoints = Checkpoints(Path(folder), keep=None)
         with self.ranks.together():
             checkpoint = checkpoints.named(tag)
-        _, client_state = checkpoints.load(checkpoint, self)
+        _, client_state = checkpoints.load(checkpoint, self, changed=changed)
         return checkpoint, client_state
 
     @property
@@ -474,19 +480,33 @@ class AdversarialEngine:
         """The loader's position after the last optimizer step; None without a loader."""
         return self._data_position
 
-    def move_loader(self, step: int, position: Mapping[str, int] | None) -> None:
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """What a checkpoint of this run is known by."""
+        data = None
+        if self.ranks.is_main and isinstance(self.loader, DistributedLoader):
+            with preserved_random_state(self.ranks.device):
+                data = fingerprint(self.loader.dataset)
+        return Identity(self.run, self.ranks.count, self.deepspeed.train_batch_size(), data)
+
+    def move_loader(
+        self, step: int, position: Mapping[str, int] | None, *, restarts: bool = False
+    ) -> None:
         """Let the loader go on where a checkpoint says.
 
         Args:
             step: Optimizer steps done.
             position: The loader's; None where there was no loader; empty where it is not known.
+            restarts: Whether a new epoch begins, since a position in other data means nothing.
 
         Raises:
             CheckpointError: If it is the position in other data.
         """
         if self.loader is None or position is None:
             return
-        if position:
+        if restarts and position:
+            self.loader.set_position(position["epoch"] + (position["step"] > 0), 0)
+        elif position:
             self.loader.load_state_dict(position)
         elif self.loader.steps_per_epoch is not None:
             self.loader.set_position(*divmod(step, self.loader.steps_per_epoch))

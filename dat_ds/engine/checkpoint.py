@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,22 +35,21 @@ from dat_ds.checkpoints import (
     check_name,
     damage_in_words,
     damage_of,
-    described,
-    files_in,
     name_of_step,
     read_state,
     write_manifest,
 )
-from dat_ds.config import RunConfig
 from dat_ds.engine import hooks
+from dat_ds.engine.checkpoint_writer import CheckpointWriter, Job, deepspeeds_files, snapshot
 from dat_ds.engine.exported import exported_weights
-from dat_ds.engine.random_state import random_state, restore_random_state
+from dat_ds.engine.rank_state import leave_behind, rank_state, restore_rank_state
+from dat_ds.engine.resharding import layout_of, load_resharded
 from dat_ds.engine.safe_loading import read_file
 from dat_ds.errors import CheckpointError, NumericsError
-from dat_ds.files import write_json
+from dat_ds.files import replace_text
 from dat_ds.models import PixelModel, save_weights
 from dat_ds.models.pretrained import read_weights
-from dat_ds.models.saved import WEIGHTS_NAME
+from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME
 from dat_ds.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -59,29 +59,6 @@ logger = logging.getLogger("dat_ds")
 
 REFERENCE = "reference"
 _LISTED = 8
-# May differ between a run and its continuation: they do not change the trajectory.
-_FREE_KEYS = (
-    "dat.evaluation",
-    "dat.checkpoint",
-    "dat.logging",
-    "dat.engine.resident_parameters_gib",
-    "dat.output_dir",
-    "dat.data.path",
-    "dat.data.num_workers",
-    "dat.data.pin_memory",
-    "dat.model.pretrained",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "flops_profiler",
-    "comms_logger",
-    "dump_state",
-    "log_level",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "comet",
-)
 
 
 def tell_of_partial_checkpoints(engine: DeepSpeedEngine) -> None:
@@ -126,6 +103,7 @@ class Checkpoints(CheckpointFolder):
     def __init__(self, folder: Path, keep: int | None) -> None:
         super().__init__(folder)
         self._keep = keep
+        self._writer: CheckpointWriter | None = None
 
     def save(
         self,
@@ -134,17 +112,20 @@ class Checkpoints(CheckpointFolder):
         *,
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
+        in_background: bool = False,
     ) -> Path:
         """Write a checkpoint of this moment; a collective.
 
         It is written beside the earlier ones and renamed when complete, so a crash or a full disk
-        never costs an earlier checkpoint.
+        never costs an earlier checkpoint. One that is being written is finished first.
 
         Args:
             engine: The engine, between two optimizer steps.
             state: JSON-serialisable state of the training loop.
             tag: Name of the checkpoint; None for ``step-`` and the number of steps.
             client_state: What this rank wants back: plain types and tensors.
+            in_background: Whether training may go on while a copy of the state, in the memory of
+                the host, is written; :meth:`finish_if_written` and :meth:`finish` complete it.
 
         Returns:
             Folder of the checkpoint.
@@ -161,6 +142,7 @@ class Checkpoints(CheckpointFolder):
             refuse_mid_step(engine)
             check_name(name)
             _check_client_state(client_state)
+        self.finish(ranks)
         _refuse_different_places(engine, self.folder / name)
         engine.watch.check()
         with exported_weights(engine):
@@ -168,54 +150,54 @@ class Checkpoints(CheckpointFolder):
         self._refuse_damage(engine, model_state)
         with ranks.together():
             if ranks.is_main:
-                self._make_room(partial, engine)
-        try:
-            DeepSpeedEngine.save_checkpoint(
-                engine.deepspeed, str(partial), tag=name, save_latest=False
-            )
-            own = {**_rank_state(engine), "client_state": dict(client_state or {})}
-            torch.save(own, partial / name / f"rank-{ranks.rank}.pt")
-            if ranks.is_main:
-                _save_model(partial / name, engine, model_state)
-                if engine.reference is not None:
-                    reference = engine.reference.state_dict()
-                    _save_model(partial / name / REFERENCE, engine, reference)
-        except (OSError, RuntimeError) as error:
-            if not _is_write_error(error):
-                raise
-            raise CheckpointError(
-                f"Cannot write a checkpoint into {partial}: {error}. Earlier checkpoints are "
-                "intact: make room and continue from the newest (dat-ds train: --resume auto)."
-            ) from None
-        ranks.barrier()  # until every rank's files are there
-        with ranks.together():
-            if ranks.is_main:
-                written = {
-                    "format": FORMAT,
-                    "step": engine.global_steps,
-                    "ranks": ranks.count,
-                    "config": engine.run.to_dict(),
-                    "data_position": engine.data_position,
-                }
-                write_json(partial / name / STATE, {**written, **state})
-        self._seal(partial / name, ranks)
-        with ranks.together():
-            if ranks.is_main:
-                self.publish(partial / name)
-                if self._keep is not None:
-                    self.prune(self._keep)
+                self._make_room(partial / name, engine)
+        state = {
+            "format": FORMAT,
+            "step": engine.global_steps,
+            "accumulation": engine.accumulation,
+            "data_position": engine.data_position,
+            **engine.identity.to_state(),
+            **state,
+        }
+        own = {**rank_state(engine), "client_state": dict(client_state or {})}
+        jobs = deepspeeds_files(engine.deepspeed, partial / name, copied=in_background)
+        jobs.append(_own_file(partial / name, ranks.rank, snapshot(own) if in_background else own))
+        if ranks.is_main:
+            jobs += _main_files(partial / name, engine, model_state, state)
+        self._writer = CheckpointWriter(
+            partial / name, jobs, engine.global_steps, in_background=in_background
+        )
+        if not in_background:
+            self.finish(ranks)
         return self.folder / name
 
-    @staticmethod
-    def _seal(complete: Path, ranks: Ranks) -> None:
-        """Write the manifest of a checkpoint, each rank having read its share; a collective."""
-        own: dict[str, dict[str, Any]] = {}
+    def finish_if_written(self, ranks: Ranks) -> None:
+        """Give a checkpoint its place once all ranks have written it; a collective.
+
+        Raises:
+            CheckpointError: If a file of it cannot be written; earlier checkpoints are intact.
+        """
+        if self._writer is not None and not ranks.max(not self._writer.is_done):
+            self.finish(ranks)
+
+    def finish(self, ranks: Ranks) -> None:
+        """Wait for a checkpoint that is being written, and give it its place; a collective.
+
+        Raises:
+            CheckpointError: If a file of it cannot be written; earlier checkpoints are intact.
+        """
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
         with ranks.together():
-            own = described(complete, files_in(complete)[ranks.rank :: ranks.count])
-        shards = cast("list[dict[str, dict[str, Any]]]", ranks.gather(own))
+            writer.wait()
+        shards = cast("list[dict[str, dict[str, Any]]]", ranks.gather(writer.entries))
         with ranks.together():
             if ranks.is_main:
-                write_manifest(complete, {k: v for shard in shards for k, v in shard.items()})
+                write_manifest(writer.folder, {k: v for shard in shards for k, v in shard.items()})
+                self.publish(writer.folder)
+                if self._keep is not None:
+                    self.prune(self._keep)
 
     def save_best(self, engine: AdversarialEngine) -> None:
         """Keep the model alone as the best so far; a collective."""
@@ -223,20 +205,30 @@ class Checkpoints(CheckpointFolder):
             model_state = hooks.full_state_dict(engine.deepspeed)
         with engine.ranks.together():
             if engine.ranks.is_main:
-                _save_model(self.best_folder, engine, model_state)
+                save_weights(self.best_folder, model_state, _spec_of(engine))
 
     def load(
-        self, checkpoint: Path, engine: AdversarialEngine, *, verified: bool = False
+        self,
+        checkpoint: Path,
+        engine: AdversarialEngine,
+        *,
+        verified: bool = False,
+        changed: Collection[str] = (),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Continue ``engine``, with all that belongs to it, from a checkpoint; a collective.
+
+        The number of ranks, the ZeRO stage, and how ranks and accumulation make up the global
+        batch may be others than the checkpoint's.
 
         Args:
             checkpoint: Its folder.
             engine: The engine, between two optimizer steps.
             verified: Whether its files have been compared with its manifest already.
+            changed: Keys or sections of the config that differ from the checkpoint's on purpose.
 
         Returns:
-            The state of the training loop that was saved with it, and this rank's client state.
+            The state of the training loop that was saved with it, and this rank's client state;
+            a rank that was added gets that of another.
 
         Raises:
             CheckpointError: If it is damaged, incomplete or belongs to another run, with all
@@ -250,21 +242,36 @@ class Checkpoints(CheckpointFolder):
         with ranks.together():
             if damage:
                 raise CheckpointError(self._damaged(checkpoint, damage))
-            _check_identity(checkpoint, state, engine.run, ranks.count)
-            _check_complete(checkpoint, engine)
+            engine.identity.check(checkpoint, state, changed)
+            file = f"rank-{ranks.rank % state['ranks']}.pt"
+            _check_complete(checkpoint, engine, file)
             _check_model(checkpoint, engine)
-            own = read_file(checkpoint / f"rank-{ranks.rank}.pt")
+            own = read_file(checkpoint / file)
             if engine.ema is not None and own["ema"] is None:  # one for all ranks
                 own["ema"] = read_file(checkpoint / "rank-0.pt")["ema"]
-            engine.move_loader(state["step"], state.get("data_position", {}))
-        place, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if place is None:
-            raise CheckpointError(f"Checkpoint {checkpoint} is incomplete: DeepSpeed reads none.")
-        _restore_rank_state(own, engine)
+            restarts = engine.identity.restarts_epoch(changed)
+            engine.move_loader(state["step"], state.get("data_position", {}), restarts=restarts)
+        hyperparameters = hooks.hyperparameters(engine.deepspeed)
+        layout = own.get("layout")  # that of earlier versions' checkpoints is this one
+        resharded = bool(ranks.max(layout not in (None, layout_of(engine.deepspeed))))
+        if resharded:
+            with ranks.together():
+                load_resharded(checkpoint, engine.deepspeed, engine.ema, state["ranks"])
+            own["ema"] = None
+        else:
+            place, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
+            if place is None:
+                raise CheckpointError(
+                    f"Checkpoint {checkpoint} is incomplete: DeepSpeed reads none."
+                )
+        if changed:
+            hooks.set_hyperparameters(engine.deepspeed, hyperparameters)
+        leave_behind(own, state, engine, resharded=resharded)
+        restore_rank_state(own, engine)
         if engine.reference is not None:
             # Not what the model was made from this time, but what the run started with.
-            file = checkpoint / REFERENCE / WEIGHTS_NAME
-            engine.reference.load_state_dict(read_weights(file))
+            weights = read_weights(checkpoint / REFERENCE / WEIGHTS_NAME)
+            engine.reference.load_state_dict(weights)
         return state, own.get("client_state", {})
 
     def _damaged(self, checkpoint: Path, damage: list[str]) -> str:
@@ -294,7 +301,7 @@ class Checkpoints(CheckpointFolder):
 
     def _make_room(self, partial: Path, engine: AdversarialEngine) -> None:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial.parent, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(f"Cannot make {partial}: {error.strerror}.") from None
@@ -355,8 +362,8 @@ def _refuse_different_places(engine: AdversarialEngine, place: Path) -> None:
             )
 
 
-def _check_complete(checkpoint: Path, engine: AdversarialEngine) -> None:
-    needed = [f"rank-{engine.ranks.rank}.pt", WEIGHTS_NAME]
+def _check_complete(checkpoint: Path, engine: AdversarialEngine, own: str) -> None:
+    needed = [own, WEIGHTS_NAME]
     if engine.reference is not None:
         needed.append(f"{REFERENCE}/{WEIGHTS_NAME}")
     for name in needed:
@@ -386,90 +393,28 @@ def _check_model(checkpoint: Path, engine: AdversarialEngine) -> None:
         )
 
 
-def _is_write_error(error: OSError | RuntimeError) -> bool:
-    """Whether a file could not be written, and not a rank that died meanwhile."""
-    # torch's writer reports a full disk as a RuntimeError of its own.
-    return isinstance(error, OSError) or any(
-        words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "file write")
-    )
+def _own_file(folder: Path, rank: int, own: Mapping[str, Any]) -> Job:
+    name = f"rank-{rank}.pt"
+    return Job(lambda: torch.save(own, folder / name), (name,))
 
 
-def _save_model(folder: Path, engine: AdversarialEngine, state: Mapping[str, Tensor]) -> None:
-    spec = engine.module.spec if isinstance(engine.module, PixelModel) else {}
-    save_weights(folder, state, spec)
+def _main_files(
+    folder: Path,
+    engine: AdversarialEngine,
+    model_state: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> list[Job]:
+    """The files that one rank writes for all: the model, the reference, ``state.json``."""
+    spec = _spec_of(engine)
+    jobs = [Job(lambda: save_weights(folder, model_state, spec), (WEIGHTS_NAME, SPEC_NAME))]
+    if engine.reference is not None:
+        reference = engine.reference.state_dict()  # frozen: no copy is needed
+        names = tuple(f"{REFERENCE}/{name}" for name in (WEIGHTS_NAME, SPEC_NAME))
+        jobs.append(Job(lambda: save_weights(folder / REFERENCE, reference, spec), names))
+    text = json.dumps(state, indent=1) + "\n"  # as it is now
+    jobs.append(Job(lambda: replace_text(folder / STATE, text), (STATE,)))
+    return jobs
 
 
-def _rank_state(engine: AdversarialEngine) -> dict[str, Any]:
-    ema = engine.ema
-    state: dict[str, Any] = {
-        **random_state(engine.ranks.device),
-        "buffers": {name: b.detach().cpu() for name, b in engine.module.named_buffers()},
-        "ema": ema.state_dict() if ema is not None and _holds_ema(engine) else None,
-        "strategy": engine.inner.strategy.state_dict(),
-        "attack_precision": engine.attack_precision,
-    }
-    if engine.averaging_optimizer is not None:
-        state["optimizer"] = engine.averaging_optimizer.rank_state_dict()
-    if engine.compression is not None:
-        state["compression"] = engine.compression.state_dict()
-    return state
-
-
-def _holds_ema(engine: AdversarialEngine) -> bool:
-    """Whether this rank writes the average: its own where weights differ, else one for all."""
-    is_own = engine.run.zero_stage == 3 or engine.replicas_differ
-    return is_own or engine.ranks.is_main
-
-
-@torch.no_grad()
-def _restore_rank_state(state: Mapping[str, Any], engine: AdversarialEngine) -> None:
-    for name, buffer in engine.module.named_buffers():
-        buffer.copy_(state["buffers"][name])
-    if engine.ema is not None and state["ema"] is not None:
-        engine.ema.load_state_dict(state["ema"])
-    if engine.averaging_optimizer is not None:
-        engine.averaging_optimizer.load_rank_state_dict(state["optimizer"])
-        hooks.copy_master_weights(engine.deepspeed)
-    if engine.compression is not None:
-        engine.compression.load_state_dict(state["compression"])
-    # Until 2026 "free" held what the strategy of that name carries along, and None for others.
-    carried = state["strategy"] if "strategy" in state else state["free"]
-    engine.inner.strategy.load_state_dict(carried or {})
-    engine.inner.precision = state["attack_precision"]
-    restore_random_state(state, engine.ranks.device)
-
-
-def _check_identity(checkpoint: Path, state: Mapping[str, Any], run: RunConfig, ranks: int) -> None:
-    saved, now = _flatten(state["config"]), _flatten(run.to_dict())
-    saved["ranks"], now["ranks"] = state["ranks"], ranks
-    missing = object()
-    differences = [
-        f"  {key}: checkpoint {_shown(saved.get(key, missing), missing)}, "
-        f"this run {_shown(now.get(key, missing), missing)}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key, missing) != now.get(key, missing) and not _is_free(key)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"Checkpoint {checkpoint} belongs to another run:\n" + "\n".join(differences) + "\n"
-            "Use the config that made it, or start a new run in another folder (dat-ds train: "
-            "--set dat.output_dir=...)."
-        )
-
-
-def _shown(value: Any, missing: object) -> str:
-    return "has none" if value is missing else repr(value)
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _spec_of(engine: AdversarialEngine) -> Mapping[str, Any]:
+    return engine.module.spec if isinstance(engine.module, PixelModel) else {}

@@ -10,7 +10,7 @@ import functools
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dat_ds import zero3
 from dat_ds.errors import NumericsError, UserError
@@ -122,6 +123,21 @@ def loss_scale(engine: DeepSpeedEngine) -> float:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def load_loss_scale(engine: DeepSpeedEngine, saved: Mapping[str, Any]) -> None:
+    """Go on with the float16 loss scale that DeepSpeed's optimizer of any ZeRO stage has saved."""
+    if not engine.fp16_enabled():
+        return
+    source = vars(saved["loss_scaler"]) if "loss_scaler" in saved else saved
+    unfused = isinstance(engine.optimizer, FP16_UnfusedOptimizer)
+    scaler = engine.optimizer.loss_scale_config if unfused else engine.optimizer.loss_scaler
+    for name in _SCALER_STATE:
+        if name in source and hasattr(scaler, name):
+            setattr(scaler, name, source[name])
+
+
 def missing_loss_scale(engine: DeepSpeedEngine) -> float:
     """Factor for the loss that ``backward`` leaves out although ``step`` divides by it.
 
@@ -166,10 +182,16 @@ def copy_master_weights(engine: DeepSpeedEngine) -> None:
 
 def gradient_scale(engine: DeepSpeedEngine) -> float:
     """The factor on all gradients right now, under ``fp16`` or float16 autocast; else 1."""
-    scaler = engine.torch_autocast_z0_gradscaler or getattr(
+    scaler = grad_scaler(engine)
+    return loss_scale(engine) if scaler is None else float(scaler.get_scale())
+
+
+def grad_scaler(engine: DeepSpeedEngine) -> torch.amp.GradScaler | None:
+    """The scaler of torch under float16 autocast; None elsewhere."""
+    scaler: torch.amp.GradScaler | None = engine.torch_autocast_z0_gradscaler or getattr(
         engine.optimizer, "torch_autocast_gradscaler", None
     )
-    return loss_scale(engine) if scaler is None else float(scaler.get_scale())
+    return scaler
 
 
 _AVERAGE_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
@@ -361,6 +383,30 @@ def basic_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return basic
 
 
+_STEP = "step"  # where an optimizer counts steps in its groups, they are no option of its
+
+
+def hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    """Options of the optimizer's parameter groups, such as its rates before any schedule."""
+    base_rates = getattr(engine.lr_scheduler, "base_lrs", None)
+    groups = basic_optimizer(engine).param_groups
+    options = [{k: v for k, v in g.items() if k not in ("params", _STEP)} for g in groups]
+    rates = [group["lr"] for group in options] if base_rates is None else base_rates
+    return [{**group, "lr": rate} for group, rate in zip(options, rates, strict=True)]
+
+
+def set_hyperparameters(engine: DeepSpeedEngine, options: Sequence[Mapping[str, Any]]) -> None:
+    """Put the options of :func:`hyperparameters` in the place of those of a checkpoint."""
+    groups = basic_optimizer(engine).param_groups
+    for group, new in zip(groups, options, strict=True):
+        group.update(new)
+    scheduler = engine.lr_scheduler
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [group["lr"] for group in options]
+        for group, rate in zip(groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+
+
 def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> None:
     """Tell ``optimizer``, which ``engine`` drives, where the layers lie in what it is handed.
 
@@ -421,6 +467,51 @@ def _copy_to_parameters(zero: Any, index: int) -> None:
         shard.data.copy_(zero.single_partition_of_fp32_groups[index].data)
 
 
+Piece = tuple[str, int, int, int]
+"""Elements of a parameter within a flat tensor: its name, the index of the first one in the
+flattened parameter, their number, and where they begin in the tensor."""
+
+
+@dataclass(frozen=True)
+class MasterWeights:
+    """A tensor that the optimizer is handed, in the order in which it numbers them.
+
+    Attributes:
+        tensor: This rank's, float32, with padding under ZeRO.
+        pieces: What lies in it.
+    """
+
+    tensor: Tensor
+    pieces: list[Piece]
+
+
+def master_weights(engine: DeepSpeedEngine) -> list[MasterWeights]:
+    """What the optimizer of this rank updates, at any ZeRO stage and precision."""
+    zero = engine.optimizer
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    if isinstance(zero, _SHARDED):
+        return [MasterWeights(group.flat, group.pieces(names)) for group in _flat_groups(zero)]
+    masters = [p for group in zero.param_groups for p in group["params"]]
+    groups = zero.fp16_groups if isinstance(zero, FP16_UnfusedOptimizer) else None
+    parameters = masters if groups is None else [p for group in groups for p in group]
+    return [
+        MasterWeights(master, [(names[id(p)], 0, p.numel(), 0)])
+        for master, p in zip(masters, parameters, strict=True)
+    ]
+
+
+def held_pieces(engine: DeepSpeedEngine) -> list[Piece]:
+    """What lies in each of :func:`held_weights`."""
+    pieces = []
+    for name, p in engine.module.named_parameters():
+        first, numel = 0, p.numel()
+        if hasattr(p, "ds_tensor"):
+            first = p.ds_tensor.ds_numel * dist.get_rank(p.ds_process_group)
+            numel = min(p.ds_tensor.ds_numel, max(0, p.ds_numel - first))
+        pieces.append((name, first, numel, 0))
+    return pieces
+
+
 @dataclass(frozen=True)
 class _FlatGroup:
     """A flat tensor of master weights of this rank, and where parameters lie.
@@ -431,6 +522,7 @@ class _FlatGroup:
         offsets: Where each parameter begins in that space.
         sizes: Its elements in that space.
         start: See ``flat``.
+        firsts: Index of each parameter's first element in that space; None for 0.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -438,6 +530,20 @@ class _FlatGroup:
     offsets: Sequence[int]
     sizes: Sequence[int]
     start: int = 0
+    firsts: Sequence[int] | None = None
+
+    def pieces(self, names: dict[int, str]) -> list[Piece]:
+        """What lies in ``flat``, by the names of parameters' identities."""
+        pieces, end = [], self.start + self.flat.numel()
+        firsts = self.firsts or [0] * len(self.offsets)
+        for p, offset, size, first in zip(
+            self.parameters, self.offsets, self.sizes, firsts, strict=True
+        ):
+            left, right = max(offset, self.start), min(offset + size, end)
+            if left < right:
+                piece = (first + left - offset, right - left, left - self.start)
+                pieces.append((names[id(p)], *piece))
+        return pieces
 
     def cut(self, first_layer: int) -> Segments:
         """The pieces of ``flat``, whose layers are numbered from ``first_layer``."""
@@ -484,7 +590,7 @@ def _slices(parameters: Sequence[Any], flat: Tensor) -> _FlatGroup:
         min(length, max(0, p.ds_numel - begin))
         for p, length, begin in zip(parameters, lengths, begins, strict=True)
     ]
-    return _FlatGroup(parameters, flat, _starts(lengths), sizes)
+    return _FlatGroup(parameters, flat, _starts(lengths), sizes, firsts=begins)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

@@ -25,7 +25,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Go on from :func:`random_state`; generators that ``state`` lacks stay as they are."""
-    torch.set_rng_state(state["rng_cpu"])
+    if "rng_cpu" in state:
+        torch.set_rng_state(state["rng_cpu"])
     if "rng_python" in state:
         random.setstate(state["rng_python"])
     if "rng_numpy" in state:

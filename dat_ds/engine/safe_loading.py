@@ -22,15 +22,20 @@ from dat_ds.errors import CheckpointError
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
+def read_file(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """What DeepSpeed or :func:`torch.save` wrote: tensors and plain types.
+
+    Args:
+        path: The file.
+        map_location: As of :func:`torch.load`.
+        mmap: Whether tensors are read from the disk only where they are used.
 
     Raises:
         CheckpointError: If the file is missing or damaged, or names code to run.
     """
     try:
         with torch.serialization.safe_globals(_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
         raise CheckpointError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -246,10 +247,7 @@ class EnsembleEvaluation:
         known = self._known.get(label, [])
         done = {sample.index: sample for batch in known for sample in batch.samples}
         left = [index for index in indices if index not in done]
-        whole = len(left) - len(left) % ROWS
-        batches = [left[i : min(i + self._rows, whole)] for i in range(0, whole, self._rows)]
-        batches += [left[whole:]] if left[whole:] else []
-        own = batches[self.ranks.rank :: self.ranks.count]
+        own = shared_batches(left, self._rows, self.ranks.count)[self.ranks.rank]
         found: list[_Batch] = []
         with self.ranks.together():
             for part in own:
@@ -259,7 +257,8 @@ class EnsembleEvaluation:
                 seconds = time.perf_counter() - started
                 found.append(_Batch(samples, passes.forwards, passes.backwards, seconds))
                 self._keep(label, found[-1])
-                self._tell(label, len(done) + len(found) * self._rows * self.ranks.count, indices)
+                attacked = sum(len(batch.samples) for batch in found) * self.ranks.count
+                self._tell(label, len(done) + attacked, indices)
         shards = cast("list[list[_Batch]]", self.ranks.gather(found))
         every = [*known, *(batch for shard in shards for batch in shard)]
         done |= {sample.index: sample for batch in every for sample in batch.samples}
@@ -352,6 +351,31 @@ class EnsembleEvaluation:
             self._cache[index] = pair
             self._cached_bytes += size
         return pair
+
+
+def shared_batches(indices: Sequence[int], rows: int, ranks: int) -> list[list[list[int]]]:
+    """Batches of the samples for each rank, with about as many samples for each.
+
+    Args:
+        indices: Samples.
+        rows: Most samples of a batch, a multiple of 32.
+        ranks: Number of ranks.
+
+    Returns:
+        The batches of each rank. Every batch is of a multiple of 32 samples but for the one of
+        the last up to 31 samples.
+    """
+    blocks = len(indices) // ROWS
+    # As many batches as ranks, or a multiple of it, where there are blocks enough.
+    count = min(blocks, -(-blocks * ROWS // (rows * ranks)) * ranks)
+    ends = [ROWS * (blocks * i // count) for i in range(count + 1)] if count else [0]
+    batches = [list(indices[a:b]) for a, b in itertools.pairwise(ends)]
+    if rest := list(indices[blocks * ROWS :]):
+        batches.append(rest)
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for batch in sorted(batches, key=len, reverse=True):
+        min(shares, key=lambda share: sum(map(len, share))).append(batch)
+    return shares
 
 
 @contextlib.contextmanager

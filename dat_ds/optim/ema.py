@@ -22,13 +22,17 @@ class WeightEma:
         weights: Returns the tensors that hold this rank's weights, always in the same order;
             called anew each time, since a shard may be stored elsewhere after a step.
         decay: Largest decay, in (0, 1).
+
+    Attributes:
+        averages: float32, one for each of the weights.
+        num_updates: How often the weights were folded in.
     """
 
     def __init__(self, weights: Callable[[], Sequence[Tensor]], decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
         self._weights = weights
-        self._averages = [w.detach().float().clone() for w in weights()]
+        self.averages = [w.detach().float().clone() for w in weights()]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -37,14 +41,14 @@ class WeightEma:
         self.num_updates += 1
         weights = [w.float() for w in self._weights()]
         if weights:  # a rank may hold no shard
-            torch._foreach_lerp_(self._averages, weights, 1 - decay)
+            torch._foreach_lerp_(self.averages, weights, 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Put the averages in place of the weights; restore the weights bit for bit on exit."""
         backup = [w.detach().clone() for w in self._weights()]
         with torch.no_grad():
-            for weight, average in zip(self._weights(), self._averages, strict=True):
+            for weight, average in zip(self._weights(), self.averages, strict=True):
                 weight.copy_(average)
         try:
             yield
@@ -55,7 +59,7 @@ class WeightEma:
 
     def state_dict(self) -> dict[str, object]:
         """The averages of this rank and the number of updates."""
-        return {"num_updates": self.num_updates, "averages": self._averages}
+        return {"num_updates": self.num_updates, "averages": self.averages}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore :meth:`state_dict`; shapes must match."""
@@ -63,6 +67,6 @@ class WeightEma:
         assert isinstance(averages, list)
         assert isinstance(num_updates, int)
         with torch.no_grad():
-            for mine, saved in zip(self._averages, averages, strict=True):
+            for mine, saved in zip(self.averages, averages, strict=True):
                 mine.copy_(saved)
         self.num_updates = num_updates

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +55,22 @@ from dat_ds.training.twin import TWIN_FOLDER, natural_twin_of
 logger = logging.getLogger("dat_ds")
 
 
-def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on.
+
+    Args:
+        source: See ``resume`` of :func:`train`.
+        changed: See there.
+    """
+
+    source: str
+    changed: tuple[str, ...] = ()
+
+
+def train(
+    run: RunConfig, *, resume: str = "none", changed: Collection[str] = ()
+) -> dict[str, Any] | None:
     """Carry out a run from its config to its ``record.json``.
 
     Args:
@@ -61,6 +78,7 @@ def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
         resume: ``"none"`` starts anew; ``"auto"`` continues from the newest checkpoint of the
             run's folder, or starts anew where there is none; a path continues from that
             checkpoint or run folder.
+        changed: Keys or sections of the config that differ from the checkpoint's on purpose.
 
     Returns:
         The record, or None where a signal or the end of its launcher stopped the run, which
@@ -71,16 +89,16 @@ def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
     """
     stop = StopSignal()
     with stop.listening():
-        return _train(run, resume, stop)
+        return _train(run, Resume(resume, tuple(changed)), stop)
 
 
-def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | None:
+def _train(run: RunConfig, resume: Resume, stop: StopSignal) -> dict[str, Any] | None:
     ranks = setup_ranks()
     run = adapt_to_device(run, ranks.device.type)
     chosen = ""
     with ranks.together():
         if ranks.is_main:
-            chosen = choose_output(run, resume)
+            chosen = choose_output(run, resume.source)
     output = Path(str(ranks.gather(chosen)[0]))
     with contextlib.ExitStack() as stack:
         with ranks.together():
@@ -91,7 +109,7 @@ def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | No
 
 
 def _train_in(
-    output: Path, run: RunConfig, ranks: Ranks, resume: str, stop: StopSignal
+    output: Path, run: RunConfig, ranks: Ranks, resume: Resume, stop: StopSignal
 ) -> dict[str, Any] | None:
     """The run and its natural twin in a folder that is this run's alone."""
     record = _train_one(run, ranks, output, resume, stop)
@@ -101,7 +119,7 @@ def _train_in(
     if run.dat.evaluation.natural_twin and run.dat.attack.name != "none":
         if ranks.is_main:
             logger.info("Training the natural twin, for comparison.")
-        twin_resume = "none" if resume == "none" else "auto"
+        twin_resume = resume if resume.source == "none" else Resume("auto", resume.changed)
         twin_output = output / TWIN_FOLDER
         twin = _train_one(natural_twin_of(run), ranks, twin_output, twin_resume, stop)
         if twin is None:
@@ -142,7 +160,7 @@ def describe_outcome(outcome: Record, run: RunConfig, ranks: Ranks) -> dict[str,
 
 
 def _train_one(
-    run: RunConfig, ranks: Ranks, output: Path, resume: str, stop: StopSignal
+    run: RunConfig, ranks: Ranks, output: Path, resume: Resume, stop: StopSignal
 ) -> dict[str, Any] | None:
     started = time.perf_counter()
     # Dropout and drop path differ between ranks; everything else is seeded explicitly.
@@ -153,7 +171,7 @@ def _train_one(
         if ranks.is_main:
             make_folder(output)
             clean_folder(output)
-    checkpoint = find_checkpoint(output, resume, ranks)
+    checkpoint = find_checkpoint(output, resume.source, ranks)
     if splits.mixture is not None and run.dat.data.pseudo_labels is not None:
         splits.mixture.label(_pseudo_labels(splits.mixture.unlabelled, run, ranks))
     engine, _, loader, _ = initialize(
@@ -162,7 +180,7 @@ def _train_one(
     assert isinstance(loader, DistributedLoader)
     trainer = Trainer(engine, loader, splits.validation, output, stop)
     if checkpoint is not None:
-        trainer.resume(checkpoint, verified=True)
+        trainer.resume(checkpoint, verified=True, changed=resume.changed)
         if ranks.is_main:
             logger.info("Continuing from %s.", checkpoint)
     elif ranks.is_main:

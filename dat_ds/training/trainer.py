@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Collection, Generator, Iterator, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from dat_ds.checkpoints import CHECKPOINTS
 from dat_ds.data import DistributedLoader, PlannedBatch
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
-from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError
+from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError, UserError
 from dat_ds.evaluation import Record
 from dat_ds.files import append_row, keep_rows_until
 from dat_ds.training.guard import Guard, GuardReading, multi_step
@@ -81,17 +81,23 @@ class Trainer:
         self._warned_of_skips = False
         self._shown: dict[str, str] = {}
         self._checkpointed_at = -1
+        self._changed: Collection[str] = ()
         self._monitor = engine.monitor
         self._monitor.take_over(output)
 
-    def resume(self, checkpoint: Path, *, verified: bool = False) -> None:
+    def resume(
+        self, checkpoint: Path, *, verified: bool = False, changed: Collection[str] = ()
+    ) -> None:
         """Continue exactly where ``checkpoint`` was written; a collective.
 
         Args:
             checkpoint: Its folder.
             verified: Whether its files have been compared with its manifest already.
+            changed: Keys or sections of the config that differ from the checkpoint's on purpose.
         """
-        state, _ = self.checkpoints.load(checkpoint, self.engine, verified=verified)
+        state, _ = self.checkpoints.load(
+            checkpoint, self.engine, verified=verified, changed=changed
+        )
         if "history" not in state:
             raise CheckpointError(
                 f"Checkpoint {checkpoint} was written by engine.save_checkpoint in a loop of its "
@@ -103,6 +109,7 @@ class Trainer:
         if state["strengthened"]:
             self._strengthen()
         self._checkpointed_at = self.engine.global_steps
+        self._changed = changed
 
     def fit(self) -> bool:
         """Train to the end, or until asked to stop.
@@ -119,7 +126,7 @@ class Trainer:
         self._steps = self._stream()
         self._drop_later_rows()
         # Closing the stream, which a roll-back replaces, ends the loader's workers.
-        with self._progress() as bar, contextlib.ExitStack() as stack:
+        with self._progress() as bar, self._complete_checkpoints(), contextlib.ExitStack() as stack:
             stack.callback(lambda: self._steps.close())
             while self.engine.global_steps < self.total_steps:
                 batches, error = self._fetch_step()
@@ -137,7 +144,21 @@ class Trainer:
                 self.engine.train_step(batches)
                 bar.update()
                 self._after_step(batches, bar)
+                self.checkpoints.finish_if_written(self.ranks)
         return True
+
+    @contextlib.contextmanager
+    def _complete_checkpoints(self) -> Iterator[None]:
+        """On exit, wait for a checkpoint that is being written; a collective.
+
+        Not where this rank alone has failed: the others would not come.
+        """
+        try:
+            yield
+        except UserError:
+            self.checkpoints.finish(self.ranks)
+            raise
+        self.checkpoints.finish(self.ranks)
 
     def _asked(self) -> int:
         """What this rank's signals ask for."""
@@ -203,6 +224,7 @@ class Trainer:
         self._reading = self._guard.look(x, y)
         if not self._reading.fired:
             return False
+        self.checkpoints.finish(self.ranks)
         step, guard = self.engine.global_steps, self.run.dat.guard
         words = (
             f"Catastrophic overfitting in step {step}: accuracy is "
@@ -246,7 +268,7 @@ class Trainer:
     def _return_to(self, checkpoint: Path, bar: tqdm[Any]) -> None:
         seconds = self.seconds()
         self._steps.close()
-        self.resume(checkpoint)
+        self.resume(checkpoint, changed=self._changed)
         self._drop_later_rows()
         # The time since the checkpoint was spent all the same.
         self.seconds_before, self._start = seconds, time.perf_counter()
@@ -389,7 +411,8 @@ class Trainer:
             return
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
         state |= {"strengthened": self.is_strengthened, "events": self.events}
-        self.checkpoints.save(self.engine, state)
+        in_background = self.run.dat.checkpoint.asynchronous
+        self.checkpoints.save(self.engine, state, in_background=in_background)
         self._checkpointed_at = self.engine.global_steps
 
     def all_events(self) -> list[dict[str, Any]]:

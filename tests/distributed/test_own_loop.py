@@ -244,7 +244,7 @@ def refusals() -> dict[str, str]:
         lambda: engine.save_checkpoint(folder / f"of-rank-{engine.ranks.rank}")
     )
     engine.ranks.barrier()
-    other = start("plain", 0)
+    other = start("awp", 0)
     found["other config"] = message_of(lambda: other.load_checkpoint(folder))
     other.close()
     other = start("accumulation", 0, model=tiny.vit())
@@ -358,7 +358,7 @@ REFUSALS = {
     "inside": r"CheckpointError: \S+first is one checkpoint: write .* tag='first'\.",
     "object": r"CheckpointError: client_state\['it'\] is of class object: give numbers",
     "other config": r"CheckpointError: Checkpoint \S+ belongs to another run:\n.*"
-    r"gradient_accumulation_steps: checkpoint 2, this run 1",
+    r"dat\.weight_perturbation\.name: checkpoint 'none', this run 'awp'",
     "cut off": r"CheckpointError: Checkpoint \S+ is damaged\. \S+ has 100 of \d+ bytes\.",
     "untouched": "True",
     "no state": r"CheckpointError: \S+ is no checkpoint of dat_ds, or damaged: ",

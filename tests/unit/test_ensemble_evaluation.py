@@ -19,7 +19,7 @@ from dat_ds.attacks.ensemble import Stage
 from dat_ds.data.images import TensorImages
 from dat_ds.errors import CheckpointError, DataError, ModelError
 from dat_ds.evaluation import ensemble
-from dat_ds.evaluation.ensemble import EnsembleEvaluation, Outcome
+from dat_ds.evaluation.ensemble import EnsembleEvaluation, Outcome, shared_batches
 from dat_ds.evaluation.samples import (
     Journal,
     open_folder,
@@ -304,6 +304,19 @@ def test_it_works_under_inference_mode_and_leaves_no_trace() -> None:
     assert model.training
     assert model.w.requires_grad
     assert model.w.grad is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [32, 64, 256])
+@pytest.mark.parametrize("count", [0, 14, 32, 110, 550, 1000])
+def test_ranks_have_about_as_many_samples(count: int, rows: int, ranks: int) -> None:
+    shares = shared_batches(range(count), rows, ranks)
+    batches = [batch for share in shares for batch in share]
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert all(0 < len(batch) <= rows for batch in batches)
+    assert sum(len(batch) % 32 != 0 for batch in batches) <= 1
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 32
 
 
 @pytest.mark.parametrize(("successes", "count"), [(0, 10), (5, 10), (10, 10), (551, 1000)])

@@ -1,0 +1,82 @@
+"""What tells one dataset from another: its size, and digests of some of its samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dat_ds.data.samples import is_stream
+from dat_ds.data.transforms import fetch_raw
+from dat_ds.errors import DataError
+
+_PROBES = 64
+
+
+def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
+    """Number of samples, and digests of up to 64 of them, evenly spread, without augmentation.
+
+    Each is read twice: where the two differ, as with random transforms of the user's own, samples
+    cannot tell datasets apart and only the number is given.
+
+    Args:
+        dataset: Map-style dataset.
+
+    Returns:
+        ``num_samples``, and ``samples``, digests by index; None for a stream.
+    """
+    if is_stream(dataset):
+        return None
+    size = len(cast(Any, dataset))
+    count = min(_PROBES, size)
+    indices = sorted({i * (size - 1) // max(1, count - 1) for i in range(count)})
+    try:
+        first, second = ([_digest(fetch_raw(dataset, i)) for i in indices] for _ in range(2))
+    except DataError:  # the loader names it, should it be asked for that sample
+        first = second = []
+    same = dict(zip(map(str, indices), first, strict=False)) if first == second else {}
+    return {"num_samples": size, "samples": same}
+
+
+def difference(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:
+    """How two fingerprints differ, in words; None where nothing says that they do."""
+    if saved is None or now is None:
+        return None
+    if saved["num_samples"] != now["num_samples"]:
+        return f"checkpoint {saved['num_samples']} samples, this run {now['num_samples']}"
+    both = saved["samples"].keys() & now["samples"].keys()
+    other = sorted((i for i in both if saved["samples"][i] != now["samples"][i]), key=int)
+    if not other:
+        return None
+    return f"sample {other[0]} and {len(other) - 1} more of {len(both)} that were compared"
+
+
+def _digest(sample: object) -> str:
+    state = hashlib.blake2b(digest_size=8)
+    _update(state, sample)
+    return state.hexdigest()
+
+
+def _update(state: Any, value: object) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().numpy()
+    if isinstance(value, Image.Image):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        state.update(f"{value.dtype}{value.shape}".encode())
+        state.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            state.update(str(key).encode())
+            _update(state, value[key])
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            _update(state, item)
+    elif isinstance(value, Number | str | bytes):
+        state.update(repr(value).encode())

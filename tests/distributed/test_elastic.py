@@ -1,0 +1,169 @@
+"""A run goes on with other ranks, at another ZeRO stage, with other accumulation."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import tiny
+from tests.distributed.harness import allow_fp16, run_ranks
+
+GLOBAL_BATCH, IMAGES = 12, 30  # an epoch ends with an uneven batch
+PART = 5  # optimizer steps between two changes
+SECTIONS: dict[str, dict[str, Any]] = {
+    "adam": {"dat": {"ema": {"decay": 0.5}}},
+    "muon": {"optimizer": None, "dat": {"optimizer": {"name": "muon"}}},
+    "fp16": tiny.PRECISIONS["fp16"],
+    "lamb": {"optimizer": None, "dat": {"optimizer": {"name": "lamb"}}},
+    "bf16": {**tiny.PRECISIONS["bf16"], "dat": {"ema": {"decay": 0.5}}},
+}
+FLOAT32 = ("adam", "muon", "lamb")
+SHORT, LONG = ("adam", "muon", "fp16"), ("lamb", "bf16")
+# (ranks, ZeRO stage): 2 -> 1 -> 3 -> 2 ranks, stages 0 -> 2 -> 3 and back.
+ROUTE = ((2, 0), (1, 2), (3, 3), (2, 1))
+MICRO = {2: 3, 1: 4, 3: 4}  # by ranks; accumulation makes up the rest
+
+
+def start(name: str, ranks: int, stage: int, data: Any = None) -> Any:
+    from torch.utils.data import TensorDataset
+
+    import dat_ds
+
+    config = tiny.config(
+        stage,
+        **{"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, **SECTIONS[name]},
+        train_batch_size=GLOBAL_BATCH,
+        train_micro_batch_size_per_gpu=MICRO[ranks],
+    )
+    config.pop("gradient_accumulation_steps")
+    if config["optimizer"] is None:
+        config.pop("optimizer")
+    data = TensorDataset(*tiny.images(IMAGES)) if data is None else data
+    return dat_ds.initialize(model=tiny.vit(), config=config, training_data=data)[0]
+
+
+def train(engine: Any, steps: int) -> list[tuple[float, list[int]]]:
+    """The global loss and the samples of each step, in the order of the global batch."""
+    rows: list[tuple[float, list[int]]] = []
+    while len(rows) < steps:
+        for batches in engine.loader.steps():
+            engine.train_step(batches)
+            plans = [plan for _, _, plan in batches]
+            own = [(plan.first_position, plan.indices) for plan in plans]
+            pieces = sorted(piece for shard in engine.ranks.gather(own) for piece in shard)
+            samples = [index for _, indices in pieces for index in indices]
+            rows.append((engine.reduced_metrics()["loss"], samples))
+            if len(rows) == steps:
+                break
+    return rows
+
+
+def whole_state(engine: Any) -> dict[str, Any]:
+    """Weights, optimizer state and average of all ranks, put together by parameter."""
+    import torch
+
+    from dat_ds.engine import hooks
+
+    optimizer = hooks.basic_optimizer(engine.deepspeed)
+    own = []
+    for master in hooks.master_weights(engine.deepspeed):
+        state = optimizer.state[master.tensor]
+        flats = {"master": master.tensor, **state}
+        for key, flat in flats.items():
+            if isinstance(flat, torch.Tensor) and flat.dim():
+                for name, first, numel, at in master.pieces:
+                    own.append((key, name, first, flat.detach().flatten()[at : at + numel].clone()))
+    held = {"held": hooks.held_weights(engine.deepspeed)}
+    if engine.ema is not None:
+        held["average"] = engine.ema.averages
+    for key, tensors in held.items():
+        for tensor, piece in zip(tensors, hooks.held_pieces(engine.deepspeed), strict=True):
+            name, first, numel, _ = piece
+            own.append((key, name, first, tensor.detach().flatten()[:numel].clone()))
+    found: dict[str, dict[int, Any]] = {}
+    for shard in engine.ranks.gather(own):
+        for key, name, first, values in shard:
+            if len(values):
+                found.setdefault(f"{key} of {name}", {})[first] = values
+    return {key: torch.cat([v for _, v in sorted(at.items())]) for key, at in found.items()}
+
+
+def go_on(number: int, folder: str, names: Sequence[str]) -> dict[str, Any]:
+    """One part of the route for each section; the first also trains all of it uninterrupted."""
+    from dat_ds.engine import hooks
+
+    ranks, stage = ROUTE[number]
+    allow_fp16()
+    reports: dict[str, Any] = {}
+    for name in names:
+        if number == 0 and name in FLOAT32:
+            whole = start(name, ranks, stage)
+            reports[f"{name}, uninterrupted"] = train(whole, PART * len(ROUTE))
+            whole.close()
+        engine = start(name, ranks, stage)
+        place = Path(folder) / name
+        if number:
+            engine.load_checkpoint(place)
+        assert engine.global_steps == number * PART
+        before = whole_state(engine), hooks.loss_scale(engine.deepspeed)
+        reports[name] = train(engine, PART if name in FLOAT32 else 2)
+        if name not in FLOAT32:
+            engine.deepspeed.global_steps = (number + 1) * PART
+        engine.save_checkpoint(place)
+        after = whole_state(engine), hooks.loss_scale(engine.deepspeed)
+        reports[f"{name}, states"] = before, after
+        engine.close()
+    return reports
+
+
+def follow_route(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What rank 0 reports of each part of the route."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            run_ranks(go_on, ranks, number, folder, names)[0]
+            for number, (ranks, _) in enumerate(ROUTE)
+        ]
+
+
+@pytest.fixture(scope="module", params=[SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+def names_and_parts(request: pytest.FixtureRequest) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    return request.param, follow_route(request.param)
+
+
+def test_losses_and_samples_go_on_wherever_it_runs(names_and_parts: Any) -> None:
+    names, parts = names_and_parts
+    for name in set(names) & set(FLOAT32):
+        expected = parts[0][f"{name}, uninterrupted"]
+        found = [row for part in parts for row in part[name]]
+        assert [samples for _, samples in found] == [samples for _, samples in expected]
+        losses = [loss for loss, _ in found]
+        assert losses == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert len({round(loss, 3) for loss in losses}) > PART  # they change on the way
+
+
+def test_every_element_is_that_of_the_checkpoint(names_and_parts: Any) -> None:
+    names, parts = names_and_parts
+    for name in names:
+        for earlier, later in itertools.pairwise(parts):
+            saved, saved_scale = earlier[f"{name}, states"][1]
+            loaded, loaded_scale = later[f"{name}, states"][0]
+            assert saved.keys() == loaded.keys()
+            assert any(key.startswith(("exp_avg ", "momentum_buffer ")) for key in saved)
+            assert all(saved[key].equal(loaded[key]) for key in saved)
+            assert saved_scale == loaded_scale
+
+
+if __name__ == "__main__":  # the table
+    each = follow_route(FLOAT32)
+    for section in FLOAT32:
+        straight = [loss for loss, _ in each[0][f"{section}, uninterrupted"]]
+        changed = [loss for part in each for loss, _ in part[section]]
+        worst = max(abs(a / b - 1) for a, b in zip(changed, straight, strict=True))
+        print(f"{section}: largest relative difference of the loss {worst:.1e}")
+        for step, pair in enumerate(zip(straight, changed, strict=True), 1):
+            print(f"  step {step:2}: {pair[0]:.9f} {pair[1]:.9f}")
