@@ -103,24 +103,24 @@ class Identity:
 
     def restarts_epoch(self, changed: Collection[str]) -> bool:
         """Whether the order of the data differs on purpose, so that a new epoch has to begin."""
-        return any(
-            _is_in(key, changed) or _is_in(name, [key]) for key in _ORDER for name in changed
-        )
+        if any(_is_in(name, _ORDER) for name in changed):
+            return True
+        return any(_is_in(key, changed) for key in _ORDER)
 
     def _differences(self, state: Mapping[str, Any], changed: Collection[str]) -> list[str]:
         saved, now = _flatten(state["config"]), _flatten(self.run.to_dict())
-        unknown = [name for name in changed if not any(_is_in(key, [name]) for key in saved | now)]
-        if unknown:
-            raise CheckpointError(
-                f"--changed {unknown[0]}: the config has no such key or section. Write one such as "
-                "dat.schedule or optimizer.params.lr."
-            )
         free = [*_NOT_THE_TRAJECTORY, *changed]
         if state["format"] >= _RESHARDED_FROM:
             free += _WHERE_IT_RUNS
             saved[_GLOBAL_BATCH], now[_GLOBAL_BATCH] = state["global_batch"], self.global_batch
         else:
             saved["ranks"], now["ranks"] = state["ranks"], self.ranks
+        unknown = [name for name in changed if not any(_is_in(key, [name]) for key in saved | now)]
+        if unknown:
+            raise CheckpointError(
+                f"--changed {unknown[0]}: the config has no such key or section. Write one such as "
+                "dat.schedule or optimizer.params.lr."
+            )
         found = [
             f"{key}: checkpoint {_shown(saved.get(key, _MISSING))}, "
             f"this run {_shown(now.get(key, _MISSING))}"

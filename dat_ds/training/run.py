@@ -214,6 +214,7 @@ def _train_one(
         "attack_precision": engine.attack_precision,
         "seconds": {
             "train": train_seconds,
+            "checkpoints": trainer.checkpoint_seconds,
             "evaluate": time.perf_counter() - before,
             "total": trainer.seconds_before + time.perf_counter() - started,
         },

@@ -65,6 +65,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         self.seconds_before = 0.0
+        self.checkpoint_seconds = 0.0  # that training waited for, since this process began
         guard = self.run.dat.guard
         self._guard: Guard | None = None
         if guard.action != "none" and self.run.dat.attack.name != "none":
@@ -412,7 +413,9 @@ class Trainer:
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
         state |= {"strengthened": self.is_strengthened, "events": self.events}
         in_background = self.run.dat.checkpoint.asynchronous
+        started = time.perf_counter()
         self.checkpoints.save(self.engine, state, in_background=in_background)
+        self.checkpoint_seconds += time.perf_counter() - started
         self._checkpointed_at = self.engine.global_steps
 
     def all_events(self) -> list[dict[str, Any]]:

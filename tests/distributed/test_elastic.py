@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,21 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "lamb": {"optimizer": None, "dat": {"optimizer": {"name": "lamb"}}},
     "bf16": {**tiny.PRECISIONS["bf16"], "dat": {"ema": {"decay": 0.5}}},
 }
+# What ranks have of their own starts anew on other ranks; on ZeRO-0 in the first two parts.
+OWN: dict[str, tuple[dict[str, Any], str]] = {
+    "one_bit_adam": (
+        {"optimizer": None, "dat": {"optimizer": {"name": "one_bit_adam", "freeze_step": 2}}},
+        "Compression errors of 2 ranks do not fit 1: they start from zero.",
+    ),
+    "int8": (
+        {"dat": {"compression": {"name": "int8", "error_feedback": True}}},
+        "Start from zero again: errors of gradient compression.",
+    ),
+    "fgsm_pgi": (
+        {"dat": {"attack": {"name": "fgsm_pgi"}}},
+        "Start from zero again: perturbations that the attack carries along.",
+    ),
+}
 FLOAT32 = ("adam", "muon", "lamb")
 SHORT, LONG = ("adam", "muon", "fp16"), ("lamb", "bf16")
 # (ranks, ZeRO stage): 2 -> 1 -> 3 -> 2 ranks, stages 0 -> 2 -> 3 and back.
@@ -34,9 +50,13 @@ def start(name: str, ranks: int, stage: int, data: Any = None) -> Any:
 
     import dat_ds
 
+    section = OWN[name][0] if name in OWN else SECTIONS[name]
     config = tiny.config(
         stage,
-        **{"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, **SECTIONS[name]},
+        **{
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            **{**SECTIONS, **{k: v for k, (v, _) in OWN.items()}}[name],
+        },
         train_batch_size=GLOBAL_BATCH,
         train_micro_batch_size_per_gpu=MICRO[ranks],
     )
@@ -121,11 +141,36 @@ def go_on(number: int, folder: str, names: Sequence[str]) -> dict[str, Any]:
     return reports
 
 
+def start_anew(number: int, folder: str) -> dict[str, Any]:
+    """On two ranks, then on one: global losses of each, and what was warned of."""
+    reports = {}
+    for name in OWN:
+        engine = start(name, ROUTE[number][0], 0)
+        place = Path(folder) / name
+        records: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, found=records: found.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("dat_ds").addHandler(handler)
+        if number:
+            engine.load_checkpoint(place)
+        logging.getLogger("dat_ds").removeHandler(handler)
+        rows = train(engine, PART)
+        engine.save_checkpoint(place)
+        engine.close()
+        reports[f"{name}, own"] = [loss for loss, _ in rows], records
+    return reports
+
+
+def part_of_route(number: int, folder: str, names: Sequence[str]) -> dict[str, Any]:
+    own = start_anew(number, folder) if number < 2 and names == SHORT else {}
+    return {**own, **go_on(number, folder, names)}
+
+
 def follow_route(names: Sequence[str]) -> list[dict[str, Any]]:
     """What rank 0 reports of each part of the route."""
     with tempfile.TemporaryDirectory() as folder:
         return [
-            run_ranks(go_on, ranks, number, folder, names)[0]
+            run_ranks(part_of_route, ranks, number, folder, names)[0]
             for number, (ranks, _) in enumerate(ROUTE)
         ]
 
@@ -144,6 +189,14 @@ def test_losses_and_samples_go_on_wherever_it_runs(names_and_parts: Any) -> None
         losses = [loss for loss, _ in found]
         assert losses == pytest.approx([loss for loss, _ in expected], rel=1e-5)
         assert len({round(loss, 3) for loss in losses}) > PART  # they change on the way
+
+
+def test_what_ranks_have_of_their_own_starts_anew_and_says_so(names_and_parts: Any) -> None:
+    names, parts = names_and_parts
+    for name, (_, words) in OWN.items() if names == SHORT else ():
+        (first, _), (second, warnings) = parts[0][f"{name}, own"], parts[1][f"{name}, own"]
+        assert any(warning.endswith(words) for warning in warnings), warnings
+        assert max(second) < max(first) + 0.1  # goes on, not from random weights of another scale
 
 
 def test_every_element_is_that_of_the_checkpoint(names_and_parts: Any) -> None:

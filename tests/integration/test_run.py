@@ -132,6 +132,30 @@ def test_resume_is_bit_exact_where_micro_batches_are_attacked_together(tmp_path:
     check_resume(tmp_path, values)
 
 
+def test_resume_is_bit_exact_from_what_was_written_beside_training(tmp_path: Path) -> None:
+    values = tiny_run.config(tmp_path / "whole")
+    values["dat"]["checkpoint"]["asynchronous"] = True
+    check_resume(tmp_path, values)
+
+
+def test_other_data_are_refused_and_another_rate_has_to_be_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_run.config(tmp_path / "run", schedule={"name": "constant", "epochs": 1})
+    values["dat"]["evaluation"]["pictures"] = 0
+    assert train(tmp_path, values) == 0
+    values["optimizer"]["params"]["lr"] = 0.001
+    values["dat"]["schedule"]["epochs"] = 2
+    assert train(tmp_path, values, "--resume", "auto") == 2
+    message = capsys.readouterr().err
+    assert "optimizer.params.lr: checkpoint 0.003, this run 0.001" in message
+    assert "dat.schedule.epochs: checkpoint 1.0, this run 2.0" in message
+    named = ["--changed", "optimizer.params.lr", "--changed", "dat.schedule"]
+    assert train(tmp_path, values, "--resume", "auto", *named) == 0
+    rows = tiny_run.rows(tmp_path / "run")
+    assert [row["lr"] for row in rows] == pytest.approx([0.003] * 12 + [0.001] * 12)
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes_too(tmp_path: Path) -> None:
     check_resume(tmp_path, tiny_run.config(tmp_path / "whole"), earlier=True)
 
@@ -139,11 +163,12 @@ def test_a_checkpoint_of_an_earlier_version_resumes_too(tmp_path: Path) -> None:
 def make_earlier(checkpoint: Path) -> None:
     """Take out of a checkpoint what earlier versions did not write."""
     state = json.loads((checkpoint / "state.json").read_text())
-    del state["data_position"]
+    for key in ("data_position", "accumulation", "global_batch", "data"):
+        del state[key]
     (checkpoint / "state.json").write_text(json.dumps({**state, "format": 1}))
     (checkpoint / "manifest.json").unlink()
     own = torch.load(checkpoint / "rank-0.pt", weights_only=True)
-    del own["rng_python"], own["rng_numpy"], own["client_state"]
+    del own["rng_python"], own["rng_numpy"], own["client_state"], own["layout"]
     torch.save(own, checkpoint / "rank-0.pt")
 
 
