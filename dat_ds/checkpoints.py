@@ -287,6 +287,7 @@ class CheckpointFolder:
                 os.replace(final, replaced / final.name)
             os.replace(complete, final)
             sync(self.folder)
+            sync(self.folder.parent)  # its own name may be new
         replace_text(self.folder / LATEST, final.name)
         for left in (replaced, self.folder / PARTIAL):  # DeepSpeed puts scripts of its own there
             shutil.rmtree(left, ignore_errors=True)

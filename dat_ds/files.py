@@ -86,6 +86,17 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def sync_rows(path: Path) -> None:
+    """Have the rows of a file, and its name, on the disk; nothing where there is no such file.
+
+    Raises:
+        CheckpointError: If they cannot be written.
+    """
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        sync(path)
+        sync(path.parent)
+
+
 def keep_rows_until(path: Path, step: int) -> None:
     """Drop the rows after ``step``, which a continued run writes again, and half-written ones."""
     if not path.exists():

@@ -23,12 +23,13 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError, UserError
 from dat_ds.evaluation import Record
-from dat_ds.files import append_row, keep_rows_until
+from dat_ds.files import append_row, keep_rows_until, sync_rows
 from dat_ds.training.guard import Guard, GuardReading, multi_step
 from dat_ds.training.stopping import StopSignal
 
 logger = logging.getLogger("dat_ds")
 
+METRICS = "metrics.jsonl"
 _GO_ON, _SAVE, _STOP, _BAD_DATA = range(4)  # ranks follow the largest
 
 
@@ -171,7 +172,7 @@ class Trainer:
         """Cut the metrics of steps after the present one, which are about to be repeated."""
         with self.ranks.together():
             if self.ranks.is_main:
-                keep_rows_until(self.output / "metrics.jsonl", self.engine.global_steps)
+                keep_rows_until(self.output / METRICS, self.engine.global_steps)
 
     # ---- one step
 
@@ -308,7 +309,7 @@ class Trainer:
         }
         with self.ranks.together():
             if self.ranks.is_main:
-                append_row(self.output / "metrics.jsonl", row)
+                append_row(self.output / METRICS, row)
         self._monitor.write(step, {f"train/{k}": v for k, v in row.items()})
         self._shown = {
             "loss": f"{metrics['loss']:.3f}",
@@ -414,6 +415,9 @@ class Trainer:
         state |= {"strengthened": self.is_strengthened, "events": self.events}
         in_background = self.run.dat.checkpoint.asynchronous
         started = time.perf_counter()
+        with self.ranks.together():
+            if self.ranks.is_main:  # rows up to here are not written again
+                sync_rows(self.output / METRICS)
         self.checkpoints.save(self.engine, state, in_background=in_background)
         self.checkpoint_seconds += time.perf_counter() - started
         self._checkpointed_at = self.engine.global_steps

@@ -55,7 +55,7 @@ def start(name: str, ranks: int, stage: int, data: Any = None) -> Any:
         stage,
         **{
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-            **{**SECTIONS, **{k: v for k, (v, _) in OWN.items()}}[name],
+            **section,
         },
         train_batch_size=GLOBAL_BATCH,
         train_micro_batch_size_per_gpu=MICRO[ranks],
