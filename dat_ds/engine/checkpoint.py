@@ -63,6 +63,7 @@ _LISTED = 8
 _FREE_KEYS = (
     "dat.evaluation",
     "dat.checkpoint",
+    "dat.fault",
     "dat.logging",
     "dat.engine.resident_parameters_gib",
     "dat.output_dir",

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import timedelta
 from typing import cast
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dat_ds.engine import hooks
-from dat_ds.errors import ConfigError
-from dat_ds.processes import free_port
+from dat_ds.errors import ConfigError, FaultError
+from dat_ds.processes import adopt_slurm_step, free_port
 from dat_ds.ranks import Ranks
 
+_MARGIN = 60.0  # seconds by which torch waits longer than the heartbeat
 
-def setup_ranks() -> Ranks:
+
+def setup_ranks(*, waits: float | None = None) -> Ranks:
     """Join the process group that the launcher prepared; without a launcher, be the only rank.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, which the
-    ``deepspeed`` launcher, ``torchrun`` and SLURM set-ups export.
+    ``deepspeed`` launcher and ``torchrun`` export, or what ``srun`` does.
+
+    Args:
+        waits: Seconds until a rank that has not joined is missed, and after which a thread of the
+            caller's ends this process if a collective has not returned. None: DeepSpeed decides,
+            and ends a collective after 10 minutes.
+
+    Raises:
+        FaultError: If a rank has not joined in time, with its number.
     """
+    adopt_slurm_step()
     if not dist.is_initialized() and "RANK" not in os.environ:
         _become_single_rank()
     if not deepspeed.comm.is_initialized():
         hooks.skip_shared_memory_op()
-        deepspeed.init_distributed(verbose=False)
+        _join(waits)
     hooks.use_current_collectives()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     deepspeed.accelerator.get_accelerator().set_device(local_rank)
@@ -39,14 +54,68 @@ def setup_ranks() -> Ranks:
     )
 
 
+def _join(waits: float | None) -> None:
+    if not waits:
+        deepspeed.init_distributed(verbose=False)
+        return
+    # Ours speaks first, and with the rank's name.
+    patience = timedelta(seconds=waits + _MARGIN)
+    if "DEEPSPEED_TIMEOUT" in os.environ:
+        patience = default_pg_timeout
+    store = _await_ranks(timedelta(seconds=waits))
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=patience)
+    except dist.DistError as error:
+        raise FaultError(f"The ranks did not find each other: {error}") from None
+    del store  # it serves the process group meanwhile
+
+
+def _await_ranks(timeout: timedelta) -> TCPStore | None:
+    """Wait until every rank has called; torch itself would not say which has not."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if count == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    # torchrun's store outlives its workers.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"dat_ds/{start}/{other}" for other in range(count)]
+    try:
+        store = TCPStore(
+            address,
+            port,
+            count,
+            serves,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store.set(keys[rank], "here")
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not store.check(keys):  # its own wait warns in a way of its own
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+    except dist.DistError as error:
+        first = str(error).split("\n")[0]
+        raise FaultError(f"Rank 0 does not answer at {address}, port {port}: {first}") from None
+    if missing:
+        raise FaultError(
+            f"Rank {', '.join(missing)} of {count} has not started within "
+            f"{timeout.total_seconds():g} s (dat.fault.timeout): its output says why, or where it "
+            "hangs. Nothing was changed."
+        )
+    return store
+
+
 def _become_single_rank() -> None:
-    for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        started_here = key != "SLURM_NTASKS" or "SLURM_STEP_ID" in os.environ  # by srun
-        if int(os.environ.get(key, "1")) > 1 and started_here:
-            raise ConfigError(
-                f"{key}={os.environ[key]}, but RANK is not set: every task would train by itself. "
-                "Start one torchrun per machine under srun, as docs/launching.md shows."
-            )
+    tasks = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    if int(tasks) > 1:
+        raise ConfigError(
+            f"OMPI_COMM_WORLD_SIZE={tasks}, but RANK is not set: every task would train by itself. "
+            "Start one torchrun per machine, as docs/launching.md shows."
+        )
     os.environ.update(
         RANK="0",
         WORLD_SIZE="1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import psutil
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 _LOOK = 2.0  # seconds between two looks at the launcher
 _LAUNCHERS = ("deepspeed", "torchrun")
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # that each sets for its ranks
 _LAUNCHER_MODULES = (
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
@@ -63,6 +65,8 @@ class StopSignal:
         self.saves = True
 
     def _watch(self, processes: list[psutil.Process], ended: threading.Event) -> None:
+        if not processes and any(name in os.environ for name in _OF_LAUNCHERS):
+            self.reason = self.reason or "the end of its launcher, before it began"
         while processes and not ended.wait(_LOOK):
             dead = [process for process in processes if not _is_alive(process)]
             if dead:
@@ -75,8 +79,9 @@ def launchers() -> list[psutil.Process]:
     found: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         process = psutil.Process().parent()
-        while process is not None and _is_launcher(process.cmdline()):
-            found.append(process)
+        while process is not None:
+            if _is_launcher(process.cmdline()):
+                found.append(process)
             process = process.parent()
     return found
 

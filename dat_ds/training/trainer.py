@@ -24,6 +24,7 @@ from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError
 from dat_ds.evaluation import Record
 from dat_ds.files import append_row, keep_rows_until
+from dat_ds.progress import PROGRESS
 from dat_ds.training.guard import Guard, GuardReading, multi_step
 from dat_ds.training.stopping import StopSignal
 
@@ -158,10 +159,13 @@ class Trainer:
 
         They are read before the step begins, so that all ranks can still stop together.
         """
+        PROGRESS.enter("data", self.engine.global_steps)
         try:
             return next(self._steps), None
         except DataError as error:
             return [], error
+        finally:
+            PROGRESS.enter("step")
 
     def _stream(self) -> Generator[list[PlannedBatch], None, None]:
         while True:
@@ -180,7 +184,8 @@ class Trainer:
             self._log_step(batches[-1], bar)
         if self._is_due(step, dat.evaluation.validation_every_epochs) or is_last:
             try:
-                self._validate()
+                with PROGRESS.within("validation"):
+                    self._validate()
             except (DataError, ModelError):  # a checkpoint refuses damaged weights by name
                 self.save_checkpoint()
                 raise
@@ -200,7 +205,8 @@ class Trainer:
         """
         assert self._guard is not None
         x, y, _ = batches[-1]
-        self._reading = self._guard.look(x, y)
+        with PROGRESS.within("guard"):
+            self._reading = self._guard.look(x, y)
         if not self._reading.fired:
             return False
         step, guard = self.engine.global_steps, self.run.dat.guard
@@ -389,7 +395,8 @@ class Trainer:
             return
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
         state |= {"strengthened": self.is_strengthened, "events": self.events}
-        self.checkpoints.save(self.engine, state)
+        with PROGRESS.within("checkpoint"):
+            self.checkpoints.save(self.engine, state)
         self._checkpointed_at = self.engine.global_steps
 
     def all_events(self) -> list[dict[str, Any]]:
