@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-from dat_ds.errors import FAULT, FaultError, NumericsError, UserError
+from dat_ds.errors import FAULT, INTERRUPTED, FaultError, NumericsError, UserError
 
 logger = logging.getLogger("dat_ds")
 
@@ -46,7 +46,7 @@ def carry_out(command: Callable[[], int]) -> int:
     except FaultError as error:
         return _fail(str(error), FAULT)
     except KeyboardInterrupt:
-        return _fail("Interrupted. Complete checkpoints are intact.", 130)
+        return _fail("Interrupted. Complete checkpoints are intact.", INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ class NumericsError(RuntimeError):
     """Training met a non-finite loss; no further update was made."""
 
 
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C."""
 FAULT = 75
 """Exit code after a :class:`FaultError`: temporary, to be started again (EX_TEMPFAIL)."""
 

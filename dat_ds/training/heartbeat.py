@@ -32,6 +32,7 @@ logger = logging.getLogger("dat_ds")
 
 _NEIGHBOURS = 8  # ranks that each rank watches: a constant, so that files stay few
 _PATIENCE = 10.0  # seconds in which someone finds out which rank's connection broke
+_GLANCE = 2.0  # seconds between two looks at whether a fault has been found
 _IN_A_HURRY = 0.2
 _GRACE = 5.0  # seconds for what should take no time
 _UNSEEN = 60.0  # seconds after which a file on another host ought to be seen here
@@ -106,21 +107,24 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._wake.wait(_IN_A_HURRY if self._hurries else self._period)
+            self._wake.wait(_IN_A_HURRY if self._hurries else min(self._period, _GLANCE))
+            self._wake.clear()
             if self._ended.is_set():
                 return
             with contextlib.suppress(OSError):  # what cannot be read is no sign of anything
-                self._look()
+                fault = self._beats.fault()
+                if fault is not None:
+                    self._end(fault, says=False)
+                if self._hurries or time.monotonic() - self._looked_at >= self._period:
+                    self._look()
 
     def _look(self) -> None:
         now = time.monotonic()
         passed = min(now - self._looked_at, 2 * self._period)
         self._looked_at = now
         if self._beats.is_superseded():
-            self._end(Fault(f"{self._me()} is of an earlier start of this run; it ends.", FAULT))
-        fault = self._beats.fault()
-        if fault is not None:
-            self._end(fault, says=False)
+            words = f"{self._me()} ends: the run has been started again without it."
+            self._end(Fault(words, FAULT))
         self._idle = 0.0 if self._progressed() else self._idle + passed
         with contextlib.suppress(OSError):
             self._write()
