@@ -120,7 +120,8 @@ class Heartbeat:
 
     def _look(self) -> None:
         now = time.monotonic()
-        passed = min(now - self._looked_at, 2 * self._period)
+        # What is longer is no time in which this process ran.
+        passed = min(now - self._looked_at, self._timeout / 4)
         self._looked_at = now
         if self._beats.is_superseded():
             words = f"{self._me()} ends: the run has been started again without it."
