@@ -161,6 +161,10 @@ def torchrun(config: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+def _rows(run: Path) -> int:
+    return len(tiny_run.rows(run)) if (run / "metrics.jsonl").exists() else 0
+
+
 def processes_of(config: Path) -> Iterator[psutil.Process]:
     """Every process that was started for a config."""
     for process in psutil.process_iter():
@@ -176,7 +180,8 @@ def launcher_deaths(folder: Path, count: int, seed: int) -> list[tuple[str, str,
     kinds = [(kind, name) for name in names for kind in ("deepspeed", "torchrun")]
     for number in range(count):
         kind, name = kinds[number % len(kinds)]
-        values = values_of(folder / str(number), timeout=15)
+        values = values_of(folder / str(number), timeout=30)
+        values["dat"]["checkpoint"] = {"every_epochs": 500}
         values["dat"]["schedule"] = {"epochs": 500}
         values["dat"]["evaluation"]["validation_every_epochs"] = 500
         values["dat"]["data"]["num_workers"] = source.randrange(2)
@@ -188,10 +193,12 @@ def launcher_deaths(folder: Path, count: int, seed: int) -> list[tuple[str, str,
         else:
             rows = source.randint(1, 20)
             when = f"{rows} steps"
-            wait_for_rows(folder / str(number), rows)
+            while _rows(folder / str(number)) < rows:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.05)
         process.send_signal(signal.Signals[name])
         began = time.monotonic()
-        while list(processes_of(config)) and time.monotonic() - began < 60:
+        while list(processes_of(config)) and time.monotonic() - began < 90:
             time.sleep(0.2)
         seconds, left = time.monotonic() - began, list(processes_of(config))
         for orphan in left:
