@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import cast
 
@@ -17,10 +18,13 @@ from dat_ds.errors import ConfigError, FaultError
 from dat_ds.processes import adopt_slurm_step, free_port
 from dat_ds.ranks import Ranks
 
+_AFTER_STOP = 20.0  # seconds to wait for the others, once asked to stop
 _MARGIN = 60.0  # seconds by which torch waits longer than the heartbeat
 
 
-def setup_ranks(*, waits: float | None = None) -> Ranks:
+def setup_ranks(
+    *, waits: float | None = None, stop: Callable[[], str | None] = lambda: None
+) -> Ranks:
     """Join the process group that the launcher prepared; without a launcher, be the only rank.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, which the
@@ -30,6 +34,8 @@ def setup_ranks(*, waits: float | None = None) -> Ranks:
         waits: Seconds until a rank that has not joined is missed, and after which a thread of the
             caller's ends this process if a collective has not returned. None: DeepSpeed decides,
             and ends a collective after 10 minutes.
+        stop: Says what has asked this process to stop. It still joins, for all to stop together,
+            but does not wait long for that.
 
     Raises:
         FaultError: If a rank has not joined in time, with its number.
@@ -39,7 +45,7 @@ def setup_ranks(*, waits: float | None = None) -> Ranks:
         _become_single_rank()
     if not deepspeed.comm.is_initialized():
         hooks.skip_shared_memory_op()
-        _join(waits)
+        _join(waits, stop)
     hooks.use_current_collectives()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     deepspeed.accelerator.get_accelerator().set_device(local_rank)
@@ -54,15 +60,15 @@ def setup_ranks(*, waits: float | None = None) -> Ranks:
     )
 
 
-def _join(waits: float | None) -> None:
-    if not waits:
+def _join(waits: float | None, stop: Callable[[], str | None]) -> None:
+    if not waits or dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
         return
     # Ours speaks first, and with the rank's name.
     patience = timedelta(seconds=waits + _MARGIN)
     if "DEEPSPEED_TIMEOUT" in os.environ:
         patience = default_pg_timeout
-    store = _await_ranks(timedelta(seconds=waits))
+    store = _await_ranks(waits, stop)
     try:
         deepspeed.init_distributed(verbose=False, timeout=patience)
     except dist.DistError as error:
@@ -70,7 +76,7 @@ def _join(waits: float | None) -> None:
     del store  # it serves the process group meanwhile
 
 
-def _await_ranks(timeout: timedelta) -> TCPStore | None:
+def _await_ranks(timeout: float, stop: Callable[[], str | None]) -> TCPStore | None:
     """Wait until every rank has called; torch itself would not say which has not."""
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if count == 1:
@@ -86,14 +92,17 @@ def _await_ranks(timeout: timedelta) -> TCPStore | None:
             port,
             count,
             serves,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=True,
         )
         store.set(keys[rank], "here")
-        deadline = time.monotonic() + timeout.total_seconds()
+        began, asked = time.monotonic(), None
         while not store.check(keys):  # its own wait warns in a way of its own
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if asked is None and stop() is not None:
+                asked = now
+            if now - began > timeout or (asked is not None and now - asked > _AFTER_STOP):
                 break
             time.sleep(0.1)
         missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
@@ -101,10 +110,12 @@ def _await_ranks(timeout: timedelta) -> TCPStore | None:
         first = str(error).split("\n")[0]
         raise FaultError(f"Rank 0 does not answer at {address}, port {port}: {first}") from None
     if missing:
+        name = f"Rank {', '.join(missing)} of {count}"
+        if asked is not None:
+            raise FaultError(f"Stopped by {stop()}; {name} has not started. Nothing was changed.")
         raise FaultError(
-            f"Rank {', '.join(missing)} of {count} has not started within "
-            f"{timeout.total_seconds():g} s (dat.fault.timeout): its output says why, or where it "
-            "hangs. Nothing was changed."
+            f"{name} has not started within {timeout:g} s (dat.fault.timeout): its output says "
+            "why, or where it hangs. Nothing was changed."
         )
     return store
 

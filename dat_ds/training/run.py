@@ -81,7 +81,7 @@ def train(run: RunConfig, *, resume: str = "none") -> dict[str, Any] | None:
 
 
 def _train(run: RunConfig, resume: str, stop: StopSignal) -> dict[str, Any] | None:
-    ranks = setup_ranks(waits=run.dat.fault.timeout)
+    ranks = setup_ranks(waits=run.dat.fault.timeout, stop=lambda: stop.reason)
     run = adapt_to_device(run, ranks.device.type)
     chosen = ""
     with ranks.together():

@@ -187,25 +187,29 @@ def launcher_deaths(folder: Path, count: int, seed: int) -> list[tuple[str, str,
         values["dat"]["data"]["num_workers"] = source.randrange(2)
         config = tiny_run.write(folder / f"{number}.json", values)
         process = launch("train_vit.py", config) if kind == "deepspeed" else torchrun(config)
-        if source.random() < 0.3:
-            when = f"{source.uniform(1, 8):.1f} s"
-            time.sleep(float(when.split()[0]))
-        else:
-            rows = source.randint(1, 20)
-            when = f"{rows} steps"
-            while _rows(folder / str(number)) < rows:
+        starts, seconds, rows = source.random() < 0.3, source.uniform(1, 8), source.randint(1, 20)
+        try:
+            began = time.monotonic()
+            while (
+                time.monotonic() - began < seconds
+                if starts
+                else _rows(config.with_suffix("")) < rows
+            ):
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.05)
-        process.send_signal(signal.Signals[name])
-        began = time.monotonic()
-        while list(processes_of(config)) and time.monotonic() - began < 90:
-            time.sleep(0.2)
-        seconds, left = time.monotonic() - began, list(processes_of(config))
-        for orphan in left:
-            orphan.kill()
+            process.send_signal(signal.Signals[name])
+            began = time.monotonic()
+            while list(processes_of(config)) and time.monotonic() - began < 90:
+                time.sleep(0.2)
+        finally:
+            left = list(processes_of(config))
+            for orphan in left:
+                orphan.kill()
+        took = time.monotonic() - began
         output, _ = process.communicate(timeout=30)
         outcome = f"{len(left)} orphans\n{output}" if left else "none left"
-        found.append((kind, name, when, outcome, seconds))
+        when = f"{seconds:.1f} s" if starts else f"{rows} steps"
+        found.append((kind, name, when, outcome, took))
         sys.stderr.write(f"{number}: {found[-1]}\n")
     return found
 
@@ -264,8 +268,8 @@ def test_the_elastic_agent_of_torchrun_starts_a_killed_run_again(tmp_path: Path)
     children = psutil.Process(process.pid).children()
     ranks = {child.environ()["RANK"]: child for child in children if "RANK" in child.environ()}
     ranks["1"].kill()
-    code, output = finish(process)
-    assert code == 0, output
+    output, _ = process.communicate(timeout=3 * LONGEST)
+    assert process.returncode == 0, output
     assert output.count("Continuing from") == 1, output
     assert output.count("dat-ds: error: Rank 1 ") == 1, output
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole" / "run")
