@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import cast
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError, FaultError
 from dat_ds.processes import adopt_slurm_step, free_port
 from dat_ds.ranks import Ranks
 
+_SCHEME = "dat-ds"  # of our rendezvous, for torch
 _AFTER_STOP = 20.0  # seconds to wait for the others, once asked to stop
 _MARGIN = 60.0  # seconds by which torch waits longer than the heartbeat
 
@@ -61,7 +63,7 @@ def setup_ranks(
 
 
 def _join(waits: float | None, stop: Callable[[], str | None]) -> None:
-    if not waits or dist.is_initialized():
+    if not waits or dist.is_initialized() or os.environ["WORLD_SIZE"] == "1":
         deepspeed.init_distributed(verbose=False)
         return
     # Ours speaks first, and with the rank's name.
@@ -70,33 +72,50 @@ def _join(waits: float | None, stop: Callable[[], str | None]) -> None:
         patience = default_pg_timeout
     store = _await_ranks(waits, stop)
     try:
-        deepspeed.init_distributed(verbose=False, timeout=patience)
-    except dist.DistError as error:
-        raise FaultError(f"The ranks did not find each other: {error}") from None
-    del store  # it serves the process group meanwhile
+        deepspeed.init_distributed(verbose=False, timeout=patience, init_method=f"{_SCHEME}://")
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "connectFullMesh" in str(error):
+            raise FaultError(f"The ranks did not connect to each other: {error}") from None
+        raise
+    del store  # rank 0's serves the process group meanwhile
 
 
-def _await_ranks(timeout: float, stop: Callable[[], str | None]) -> TCPStore | None:
+def _store(timeout: timedelta) -> PrefixStore:
+    """The store of this start of the ranks, whom nobody has to await to open it.
+
+    torchrun may keep its store from one start to the next, where torch itself would then find the
+    addresses of processes that have died.
+    """
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        os.environ["RANK"] == "0" and not is_agents,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return PrefixStore(f"dat_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _rendezvous(
+    _url: str, timeout: timedelta, **_options: object
+) -> Iterator[tuple[PrefixStore, int, int]]:
+    """What torch asks for the store of a process group."""
+    yield _store(timeout), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+register_rendezvous_handler(_SCHEME, _rendezvous)  # type: ignore[no-untyped-call]
+
+
+def _await_ranks(timeout: float, stop: Callable[[], str | None]) -> PrefixStore:
     """Wait until every rank has called; torch itself would not say which has not."""
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if count == 1:
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    # torchrun's store outlives its workers.
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    keys = [f"dat_ds/{start}/{other}" for other in range(count)]
+    keys = [f"here/{other}" for other in range(count)]
     try:
-        store = TCPStore(
-            address,
-            port,
-            count,
-            serves,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        store.set(keys[rank], "here")
+        store = _store(timedelta(seconds=timeout))
+        store.set(keys[rank], "")
         began, asked = time.monotonic(), None
         while not store.check(keys):  # its own wait warns in a way of its own
             now = time.monotonic()
@@ -107,8 +126,9 @@ def _await_ranks(timeout: float, stop: Callable[[], str | None]) -> TCPStore | N
             time.sleep(0.1)
         missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
     except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
         first = str(error).split("\n")[0]
-        raise FaultError(f"Rank 0 does not answer at {address}, port {port}: {first}") from None
+        raise FaultError(f"Rank 0 does not answer at {address}: {first}") from None
     if missing:
         name = f"Rank {', '.join(missing)} of {count}"
         if asked is not None:

@@ -7,6 +7,7 @@ launchers, at random, and prints two tables.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -189,13 +190,14 @@ def launcher_deaths(folder: Path, count: int, seed: int) -> list[tuple[str, str,
         process = launch("train_vit.py", config) if kind == "deepspeed" else torchrun(config)
         starts, seconds, rows = source.random() < 0.3, source.uniform(1, 8), source.randint(1, 20)
         try:
-            began = time.monotonic()
+            began = math.inf
             while (
-                time.monotonic() - began < seconds
-                if starts
-                else _rows(config.with_suffix("")) < rows
+                time.monotonic() - began < seconds if starts else rows > _rows(folder / str(number))
             ):
                 assert process.poll() is None, process.communicate()[0]
+                # From the moment at which the ranks are there: they still import.
+                if began == math.inf and len(list(processes_of(config))) > 2 + (kind != "torchrun"):
+                    began = time.monotonic()
                 time.sleep(0.05)
             process.send_signal(signal.Signals[name])
             began = time.monotonic()
