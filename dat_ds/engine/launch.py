@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -80,18 +83,22 @@ def _join(waits: float | None, stop: Callable[[], str | None]) -> None:
     del store  # rank 0's serves the process group meanwhile
 
 
+def _serves_store() -> bool:
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return os.environ["RANK"] == "0" and not is_agents
+
+
 def _store(timeout: timedelta) -> PrefixStore:
     """The store of this start of the ranks, whom nobody has to await to open it.
 
     torchrun may keep its store from one start to the next, where torch itself would then find the
     addresses of processes that have died.
     """
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
-        os.environ["RANK"] == "0" and not is_agents,
+        _serves_store(),
         timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,
@@ -113,31 +120,45 @@ def _await_ranks(timeout: float, stop: Callable[[], str | None]) -> PrefixStore:
     """Wait until every rank has called; torch itself would not say which has not."""
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     keys = [f"here/{other}" for other in range(count)]
+    began, asked = time.monotonic(), math.inf
+
+    def is_over() -> bool:
+        nonlocal asked
+        now = time.monotonic()
+        asked = asked if stop() is None else min(asked, now)
+        time.sleep(0.1)
+        return now - began > timeout or now - asked > _AFTER_STOP
+
+    missing = [0]
     try:
-        store = _store(timedelta(seconds=timeout))
-        store.set(keys[rank], "")
-        began, asked = time.monotonic(), None
-        while not store.check(keys):  # its own wait warns in a way of its own
-            now = time.monotonic()
-            if asked is None and stop() is not None:
-                asked = now
-            if now - began > timeout or (asked is not None and now - asked > _AFTER_STOP):
-                break
-            time.sleep(0.1)
-        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-    except dist.DistError as error:
-        address = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
-        first = str(error).split("\n")[0]
-        raise FaultError(f"Rank 0 does not answer at {address}: {first}") from None
-    if missing:
-        name = f"Rank {', '.join(missing)} of {count}"
-        if asked is not None:
-            raise FaultError(f"Stopped by {stop()}; {name} has not started. Nothing was changed.")
-        raise FaultError(
-            f"{name} has not started within {timeout:g} s (dat.fault.timeout): its output says "
-            "why, or where it hangs. Nothing was changed."
-        )
-    return store
+        # The waits of the store itself cannot be ended, and warn in a way of their own.
+        while not (is_there := _serves_store() or _is_served()) and not is_over():
+            pass
+        if is_there:
+            store = _store(timedelta(seconds=timeout))
+            store.set(keys[rank], "")
+            while not store.check(keys) and not is_over():
+                pass
+            missing = [other for other, key in enumerate(keys) if not store.check([key])]
+    except dist.DistError:  # rank 0 has stopped, or ended
+        missing = [0]
+    if not missing:
+        return store
+    name = f"Rank {', '.join(map(str, missing))} of {count}"
+    if asked < math.inf:
+        raise FaultError(f"Stopped by {stop()}; {name} has not started. Nothing was changed.")
+    raise FaultError(
+        f"{name} has not started within {timeout:g} s (dat.fault.timeout): its output says why, or "
+        "where it hangs. Nothing was changed."
+    )
+
+
+def _is_served() -> bool:
+    """Whether the process that has the store listens already."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=2.0):
+        return True
+    return False
 
 
 def _become_single_rank() -> None:
