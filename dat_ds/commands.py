@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-from dat_ds.errors import NumericsError, UserError
+from dat_ds.errors import FAULT, INTERRUPTED, FaultError, NumericsError, UserError
 
 logger = logging.getLogger("dat_ds")
 
@@ -32,8 +32,8 @@ def carry_out(command: Callable[[], int]) -> int:
         command: Returns an exit code.
 
     Returns:
-        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it, 130
-        interrupted.
+        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it, 75 a
+        rank hung or died, 130 interrupted.
     """
     _log_to_stdout()
     try:
@@ -43,8 +43,10 @@ def carry_out(command: Callable[[], int]) -> int:
         return _fail(str(error), 2)
     except NumericsError as error:
         return _fail(str(error), 1)
+    except FaultError as error:
+        return _fail(str(error), FAULT)
     except KeyboardInterrupt:
-        return _fail("Interrupted. Complete checkpoints are intact.", 130)
+        return _fail("Interrupted. Complete checkpoints are intact.", INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -27,3 +27,13 @@ class ExportError(UserError):
 
 class NumericsError(RuntimeError):
     """Training met a non-finite loss; no further update was made."""
+
+
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C."""
+FAULT = 75
+"""Exit code after a :class:`FaultError`: temporary, to be started again (EX_TEMPFAIL)."""
+
+
+class FaultError(RuntimeError):
+    """A rank that hangs, is stopped or has died; the run can go on from its newest checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -90,6 +91,33 @@ def rank_environment(
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }
+
+
+def adopt_slurm_step() -> None:
+    """Take from ``srun`` what a launcher would have set, where there was none."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    # Without a step, the process is the batch script's own and not one of the tasks.
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(tasks) == 1:
+        return
+    step, job = os.environ["SLURM_STEP_ID"], os.environ.get("SLURM_JOB_ID", "0")
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    local = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    has_own_device = shown != "" and "," not in shown  # --gpus-per-task=1
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        WORLD_SIZE=tasks,
+        LOCAL_RANK="0" if has_own_device else os.environ["SLURM_LOCALID"],
+        LOCAL_SIZE=re.split(r"\D", local)[0],
+    )
+    os.environ.setdefault("MASTER_ADDR", _first_node(nodes))
+    os.environ.setdefault("MASTER_PORT", str(20000 + (7 * int(job) + int(step)) % 10000))
+
+
+def _first_node(nodes: str) -> str:
+    """``gpu07`` of ``gpu[07-09,12],cpu1``, as SLURM writes lists of nodes."""
+    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
 
 
 def free_port() -> int:

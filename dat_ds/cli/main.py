@@ -11,7 +11,7 @@ import dat_ds
 from dat_ds.cli import bench, checkpoint, config, doctor, evaluate, export, report, train
 from dat_ds.cli.arguments import check_folders
 from dat_ds.commands import carry_out
-from dat_ds.processes import end_process
+from dat_ds.processes import adopt_slurm_step, end_process
 
 
 def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> NoReturn:
@@ -23,6 +23,7 @@ def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None 
         words: Words before the process's own, such as the command that a recipe stands for.
         defaults: Config values for keys that the JSON leaves out, as for :func:`main`.
     """
+    adopt_slurm_step()
     end_process(main([*words, *sys.argv[1:]], defaults=defaults))
 
 
@@ -36,8 +37,9 @@ def main(
         defaults: Config values for keys that the JSON leaves out (a recipe's choices).
 
     Returns:
-        The exit code: 0 done or stopped cleanly, 1 training failed or ``doctor`` raises an alarm, 2
-        the user can mend it.
+        The exit code: 0 done or stopped cleanly (``dat.fault.stop_code`` where a signal stopped
+        training), 1 training failed or ``doctor`` raises an alarm, 2 the user can mend it, 75 a
+        rank hung or died, 130 interrupted.
     """
     options = _parser().parse_args(arguments)
 

@@ -33,5 +33,5 @@ def _train(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     run = load_run(options, defaults)
     from dat_ds.training.run import train
 
-    train(run, resume=options.resume, changed=options.changed)
-    return 0
+    record = train(run, resume=options.resume, changed=options.changed)
+    return run.dat.fault.stop_code if record is None else 0

@@ -187,6 +187,19 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultConfig(Section):
+    """Ending a run where a rank hangs, is stopped or has died (see docs/reliability.md)."""
+
+    timeout: float | None = option(
+        1800.0, "0 or a number of at least 1", lambda v: v == 0 or v >= 1
+    )
+    """Seconds after which all ranks end with exit code 75: without a sign of life of one of them,
+    or without progress of any. 0 or null: never."""
+    stop_code: int = option(0, "a number from 0 to 255", lambda v: 0 <= v <= 255)
+    """Exit code of a run that a signal has stopped, after its checkpoint was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section):
     """Output of a run while it trains."""
 
@@ -242,6 +255,7 @@ class DatConfig(Section):
     compression: Compression = chosen_from(COMPRESSIONS)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = at_least(0, 0)

@@ -56,6 +56,7 @@ from dat_ds.minmax import (
 )
 from dat_ds.objectives import AlignmentProbes, Objective
 from dat_ds.optim import CompressedOptimizer, WeightEma
+from dat_ds.progress import PROGRESS
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
@@ -679,6 +680,7 @@ class AdversarialEngine:
     ) -> list[tuple[MicroBatch, Adversarial]]:
         """The next micro-batches, attacked as one, with their adversarial images."""
         self._weights.restore()  # where an earlier loss never went backward
+        PROGRESS.enter("attack", self.global_steps)
         self._log.pending.timer.enter("attack")
         group = [self.micro_batch(*batch, ahead=i) for i, batch in enumerate(batches)]
         with self._log.attack():
@@ -691,6 +693,7 @@ class AdversarialEngine:
         probes = self.inner.probes(part)
         self.inner.await_backward(part, found)
         metrics.timer.enter("update")
+        PROGRESS.enter("update")
         # The black image that an empty batch is filled with must not enter BatchNorm's statistics.
         is_empty = part.num_images == 0
         keep = preserved_buffers(self.module) if is_empty else contextlib.nullcontext()

@@ -19,6 +19,7 @@ from dat_ds.errors import CheckpointError
 _NOT_THE_TRAJECTORY = (
     "dat.evaluation",
     "dat.checkpoint",
+    "dat.fault",
     "dat.logging",
     "dat.engine.resident_parameters_gib",
     "dat.output_dir",

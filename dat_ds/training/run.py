@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,16 +38,19 @@ from dat_ds.evaluation import (
     task_of,
     versions,
 )
-from dat_ds.files import write_json
+from dat_ds.files import write_json, writing
 from dat_ds.models import load
 from dat_ds.objectives import rotations
+from dat_ds.progress import PROGRESS
 from dat_ds.ranks import Ranks
+from dat_ds.training.beats import Beats, Rank
 from dat_ds.training.folder import (
     choose_output,
     clean_folder,
     find_checkpoint,
     make_folder,
 )
+from dat_ds.training.heartbeat import Heartbeat
 from dat_ds.training.lock import locked
 from dat_ds.training.stopping import StopSignal
 from dat_ds.training.trainer import Trainer
@@ -86,6 +90,8 @@ def train(
 
     Raises:
         UserError: For every mistake in what was asked, on all ranks.
+        FaultError: Where another rank has died. Where one hangs this process ends at once, with
+            exit code 75 (see :class:`dat_ds.training.heartbeat.Heartbeat`).
     """
     stop = StopSignal()
     with stop.listening():
@@ -93,18 +99,27 @@ def train(
 
 
 def _train(run: RunConfig, resume: Resume, stop: StopSignal) -> dict[str, Any] | None:
-    ranks = setup_ranks()
+    ranks = setup_ranks(waits=run.dat.fault.timeout, stop=lambda: stop.reason)
     run = adapt_to_device(run, ranks.device.type)
     chosen = ""
     with ranks.together():
         if ranks.is_main:
             chosen = choose_output(run, resume.source)
-    output = Path(str(ranks.gather(chosen)[0]))
+    own = (chosen, uuid.uuid4().hex, Rank.of_this_process(ranks.rank))
+    known = cast("list[tuple[str, str, Rank]]", ranks.gather(own))
+    output = Path(known[0][0])
+    beats = Beats(output, session=known[0][1])
     with contextlib.ExitStack() as stack:
         with ranks.together():
             if ranks.is_main:
                 make_folder(output)
                 stack.enter_context(locked(output))
+                with writing(beats.folder):
+                    beats.begin()
+        if run.dat.fault.timeout:
+            processes = [process for _, _, process in known]
+            heartbeat = Heartbeat(beats, processes, ranks.rank, run.dat.fault.timeout)
+            stack.enter_context(heartbeat.beating(ranks))
         return _train_in(output, run, ranks, resume, stop)
 
 
@@ -163,6 +178,7 @@ def _train_one(
     run: RunConfig, ranks: Ranks, output: Path, resume: Resume, stop: StopSignal
 ) -> dict[str, Any] | None:
     started = time.perf_counter()
+    PROGRESS.enter("start", 0)
     # Dropout and drop path differ between ranks; everything else is seeded explicitly.
     torch.manual_seed(run.dat.seed * 1_000_003 + ranks.rank)
     with ranks.together():
@@ -200,6 +216,7 @@ def _train_one(
                 engine.global_steps,
             )
         return None
+    PROGRESS.enter("evaluation")
     exported = load(output, map_location=ranks.device)
     before = time.perf_counter()
     task = task_of_export(run, output, ranks)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import PurePath
 
 import psutil
 
+from dat_ds.errors import INTERRUPTED
+
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+_GRACE = 2.0  # seconds for the main thread to take an interrupt itself
 _LOOK = 2.0  # seconds between two looks at the launcher
 _LAUNCHERS = ("deepspeed", "torchrun")
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # that each sets for its ranks
 _LAUNCHER_MODULES = (
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
@@ -45,10 +51,18 @@ class StopSignal:
         ended = threading.Event()
         watching = threading.Thread(target=self._watch, args=(launchers(), ended), daemon=True)
         watching.start()
+        heard, tells = socket.socketpair()
+        tells.setblocking(False)
+        interrupting = threading.Thread(target=_interrupt, args=(heard,), daemon=True)
+        interrupting.start()
+        told = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(told)
+            tells.close()
             ended.set()
+            interrupting.join()
             watching.join()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -63,6 +77,8 @@ class StopSignal:
         self.saves = True
 
     def _watch(self, processes: list[psutil.Process], ended: threading.Event) -> None:
+        if not processes and any(name in os.environ for name in _OF_LAUNCHERS):
+            self.reason = self.reason or "the end of its launcher, before it began"
         while processes and not ended.wait(_LOOK):
             dead = [process for process in processes if not _is_alive(process)]
             if dead:
@@ -70,13 +86,35 @@ class StopSignal:
                 return
 
 
+def _interrupt(heard: socket.socket) -> None:
+    """End this process on a second SIGINT while its main thread waits for other ranks.
+
+    Python's own handlers run in the main thread, once it is back from such a wait.
+    """
+    interrupts = 0
+    with heard:
+        while interrupts < 2:
+            numbers = heard.recv(64)
+            if not numbers:
+                return
+            interrupts += numbers.count(signal.SIGINT)
+        heard.settimeout(_GRACE)
+        with contextlib.suppress(TimeoutError):
+            while heard.recv(64):
+                pass
+            return  # closed: the main thread took it
+    os.write(2, b"\ndat-ds: error: Interrupted. Complete checkpoints are intact.\n")
+    os._exit(INTERRUPTED)
+
+
 def launchers() -> list[psutil.Process]:
     """The launchers among the processes that this one descends from, nearest first."""
     found: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         process = psutil.Process().parent()
-        while process is not None and _is_launcher(process.cmdline()):
-            found.append(process)
+        while process is not None:
+            if _is_launcher(process.cmdline()):
+                found.append(process)
             process = process.parent()
     return found
 

@@ -24,6 +24,7 @@ from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError, UserError
 from dat_ds.evaluation import Record
 from dat_ds.files import append_row, keep_rows_until, sync_rows
+from dat_ds.progress import PROGRESS
 from dat_ds.training.guard import Guard, GuardReading, multi_step
 from dat_ds.training.stopping import StopSignal
 
@@ -181,10 +182,13 @@ class Trainer:
 
         They are read before the step begins, so that all ranks can still stop together.
         """
+        PROGRESS.enter("data", self.engine.global_steps)
         try:
             return next(self._steps), None
         except DataError as error:
             return [], error
+        finally:
+            PROGRESS.enter("step")
 
     def _stream(self) -> Generator[list[PlannedBatch], None, None]:
         while True:
@@ -203,7 +207,8 @@ class Trainer:
             self._log_step(batches[-1], bar)
         if self._is_due(step, dat.evaluation.validation_every_epochs) or is_last:
             try:
-                self._validate()
+                with PROGRESS.within("validation"):
+                    self._validate()
             except (DataError, ModelError):  # a checkpoint refuses damaged weights by name
                 self.save_checkpoint()
                 raise
@@ -223,7 +228,8 @@ class Trainer:
         """
         assert self._guard is not None
         x, y, _ = batches[-1]
-        self._reading = self._guard.look(x, y)
+        with PROGRESS.within("guard"):
+            self._reading = self._guard.look(x, y)
         if not self._reading.fired:
             return False
         self.checkpoints.finish(self.ranks)
@@ -415,10 +421,11 @@ class Trainer:
         state |= {"strengthened": self.is_strengthened, "events": self.events}
         in_background = self.run.dat.checkpoint.asynchronous
         started = time.perf_counter()
-        with self.ranks.together():
-            if self.ranks.is_main:  # rows up to here are not written again
-                sync_rows(self.output / METRICS)
-        self.checkpoints.save(self.engine, state, in_background=in_background)
+        with PROGRESS.within("checkpoint"):
+            with self.ranks.together():
+                if self.ranks.is_main:  # rows up to here are not written again
+                    sync_rows(self.output / METRICS)
+            self.checkpoints.save(self.engine, state, in_background=in_background)
         self.checkpoint_seconds += time.perf_counter() - started
         self._checkpointed_at = self.engine.global_steps
 

@@ -69,7 +69,7 @@ def test_only_the_engine_imports_deepspeed():
 
 
 FLOORS = (
-    {"errors", "kinds", "length", "patching", "processes", "traffic", "zero3"},
+    {"errors", "kinds", "length", "patching", "processes", "progress", "traffic", "zero3"},
     {"casting", "commands", "contracts", "files", "method"},
     {"checkpoints"},
     {"attacks", "compression", "data", "models", "ranks"},

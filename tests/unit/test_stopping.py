@@ -82,3 +82,29 @@ def test_which_process_is_a_launcher(words: list[str], expected: bool) -> None:
 
 def test_this_process_has_no_launcher() -> None:
     assert launchers() == []
+
+
+WAITS = """
+import ctypes
+from dat_ds.training.stopping import StopSignal
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with StopSignal().listening():
+    libc.pthread_mutex_lock(mutex)
+    print("waits", flush=True)
+    libc.pthread_mutex_lock(mutex)  # for ever, in C: no handler of Python's runs any more
+"""
+
+
+def test_a_second_ctrl_c_ends_a_wait_in_a_collective_too() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "waits\n"
+        for _ in range(2):
+            time.sleep(0.3)
+            waiting.send_signal(signal.SIGINT)
+        _, errors = waiting.communicate(timeout=20)
+        assert waiting.returncode == 130
+        assert "Interrupted. Complete checkpoints are intact." in errors
+        assert "Traceback" not in errors
