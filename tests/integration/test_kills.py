@@ -1,7 +1,8 @@
 """Runs that are killed again and again, also by a power cut, and resumed.
 
-``python -m tests.integration.test_kills 400`` kills so often, a quarter inside a write and an eighth
-by a power cut, and prints a table.
+``python -m tests.integration.test_kills 400`` kills so often, a quarter inside a write and an
+eighth by a power cut, and prints a table.
+
 
 A power cut leaves of a file what was in it when it was last synced, and of a folder the names that
 it had when it was last synced; here, never more. A child process copies both into a shadow of the
