@@ -38,6 +38,8 @@ from dat_ds.length import Length
 S = TypeVar("S", bound="Section")
 M = TypeVar("M", bound="Method")
 _INVALID = object()
+LARGEST_INTEGER = 2**31 - 1
+"""Of every key of ours: no count, size or seed needs more, and products of two fit 64 bits."""
 _MOST_NAMED = 2  # methods that have a key, in the message of one that has not
 _ARTICLES = {
     int: "an integer",
@@ -539,8 +541,13 @@ def _convert_scalar(value: Any, hint: Any, path: str, problems: list[str]) -> An
     if hint is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
     is_whole = is_number and (isinstance(value, int) or value.is_integer())
-    if hint is int and is_whole and abs(value) < 2**63:
-        return int(value)
+    if hint is int and is_whole:
+        if abs(value) <= LARGEST_INTEGER:
+            return int(value)
+        problems.append(
+            f"{path}={shown(value)} is not valid: write an integer of at most {LARGEST_INTEGER}."
+        )
+        return _INVALID
     if hint in (bool, str) and isinstance(value, hint):
         return value
     problems.append(f"{path}={shown(value)} must be {_ARTICLES[hint]}.")

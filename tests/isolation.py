@@ -16,7 +16,20 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["dat_ds.training.run", "dat_ds.cli.main", "sklearn.datasets", "torchvision", "timm"]
+    [
+        "dat_ds.training.run",
+        "dat_ds.cli.main",
+        "sklearn.datasets",
+        "timm",
+        "torchvision",
+        # What DeepSpeed and a run's end import only then, for seconds.
+        "deepspeed.runtime.zero.stage3",
+        "matplotlib.backends.backend_agg",
+        "networkx",
+        "torch._dynamo.backends.debugging",
+        "torch._inductor.compile_fx",
+        "torch.utils.tensorboard",
+    ]
 )
 
 Outcome = tuple[str, str]

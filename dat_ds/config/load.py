@@ -15,8 +15,10 @@ from dat_ds.config.former import without_foreign_keys
 from dat_ds.config.rules import check_run, resolve_dat
 from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.errors import ConfigError
+from dat_ds.files import open_regular
 from dat_ds.method import import_methods, parse_section
 
+_LARGEST_FILE = 2**24
 _DEEPEST, _LONGEST_KEY, _LONGEST_TEXT = 50, 200, 10_000
 
 DIGITS_MODEL = {
@@ -131,9 +133,13 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(source))
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(path) as file:
+            content = file.read(_LARGEST_FILE + 1)
+        text = content.decode("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
         raise ConfigError(f"Cannot read the run config {str(path)!r}: {error}.") from None
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError(f"{path}: more than {_LARGEST_FILE} bytes, which no run config has.")
     try:
         values = json.loads(text, object_pairs_hook=_reject_duplicates)
     except json.JSONDecodeError as error:

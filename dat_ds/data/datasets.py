@@ -14,13 +14,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from dat_ds.contracts import UNLABELLED
+from dat_ds.contracts import MOST_CLASSES, UNLABELLED
 from dat_ds.data.images import Channels, FolderImages, ImageShape, TensorImages
 from dat_ds.data.method import DatasetMethod
 from dat_ds.data.mixing import Mixed
 from dat_ds.data.readers import DATASETS
 from dat_ds.data.readers.npz import array_problems, images_from_arrays, load_npz
-from dat_ds.data.readers.source import Source, raise_all
+from dat_ds.data.readers.source import Source, enough_memory, raise_all
 from dat_ds.data.sampler import hold_out
 from dat_ds.data.transforms import (
     Augmented,
@@ -104,7 +104,8 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     Raises:
         DataError: Anything wrong with the data; what can be seen together is reported together.
     """
-    source = dataset.read(seed)
+    with enough_memory(f"dat.data.name={dataset.name!r}"):
+        source = dataset.read(seed)
     num_labels = _check_labels(source, dataset.num_classes)
     kept, held = _split(source.train.labels, dataset.validation_fraction, seed)
     shape = source.train.image_shape
@@ -158,7 +159,7 @@ def _read_unlabelled(
     """Images without labels, of the shape of the labelled ones."""
     where = f"dat.data.unlabelled_path={str(path)!r}"
     if path.is_dir():
-        files = image_files(path)
+        files = sorted(image_files(path, "dat.data.unlabelled_path"))
         if not files:
             raise DataError(f"{where} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
         images: TensorImages | FolderImages = FolderImages(
@@ -190,6 +191,7 @@ def _read_unlabelled(
 def _check_labels(source: Source, num_classes: int | None) -> int:
     """Largest label plus 1; refuse empty parts and labels outside ``0 .. num - 1``."""
     parts = {"train": source.train.labels, "test": source.test.labels}
+    known = num_classes or source.num_classes
     raise_all(f"The {part} part has no images." for part, y in parts.items() if len(y) == 0)
     ranges = {part: (int(y.min()), int(y.max())) for part, y in parts.items()}
     top = max(high for _, high in ranges.values())
@@ -205,6 +207,11 @@ def _check_labels(source: Source, num_classes: int | None) -> int:
                 f"dat.data.num_classes={num_classes}, but the labels of the {part} part run from "
                 f"{low} to {high}; valid are 0..{num_classes - 1}. "
                 f"Write dat.data.num_classes={top + 1}, or leave it out."
+            )
+        elif known == 0 and high >= MOST_CLASSES:
+            problems.append(
+                f"The labels of the {part} part run from {low} to {high}, which would be "
+                f"{high + 1} classes: number the classes from 0, one after the other."
             )
     raise_all(problems)
     return top + 1

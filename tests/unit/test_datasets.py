@@ -348,7 +348,7 @@ def test_all_problems_of_the_arguments_are_reported_together():
         "dat.data.augment='crops' is not valid (did you mean 'crop'?). Write one of 'none', 'crop'",
         "dat.data.validation_fraction=1.0 is not valid: write a number in [0, 1).",
         "dat.data.img_size=0 is not valid: write a number above 0.",
-        "dat.data.num_classes=0 is not valid: write a number above 1.",
+        "dat.data.num_classes=0 is not valid: write a number from 2 to 1048576.",
         "dat.data.image_shape=[3, 32] is no setting of the dataset 'digits', but of synthetic: ",
         "dat.data.path='/data' is no setting of the dataset 'digits': ",
         "dat.data.num_train=5 is no setting of the dataset 'digits', but of synthetic: remove it.",

@@ -83,7 +83,7 @@ def resolve_deepspeed(
     _check_objects(config, problems)
     check_sections(config, problems, here=here)
     check_logs(config, problems)
-    problems += count_problems(config)
+    problems += count_problems({k: v for k, v in config.items() if v != "auto"})  # told above
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (0, 1, 2, 3):

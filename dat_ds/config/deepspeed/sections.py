@@ -270,7 +270,8 @@ def check_sections(
         kinds: Sections to check.
         here: Whether the run is to be carried out on this machine.
     """
-    alone = {key: config[key] for key in TopLevel.known_keys() if key in config}
+    keys = TopLevel.known_keys()
+    alone = {key: value for key, value in config.items() if key in keys and value != "auto"}
     found: list[str] = []
     parse_section(TopLevel, alone, "", found)
     problems += [problem.removeprefix(".") for problem in found]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,26 @@ class EvaluationImages:
     images: TensorImages | FolderImages
     class_names: tuple[str, ...] | None = None
     num_classes: int = 0
+
+
+@contextlib.contextmanager
+def enough_memory(key: str) -> Iterator[None]:
+    """Turn memory that is not there into a :class:`DataError`.
+
+    Args:
+        key: The key and value that asked for it.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:  # numpy's, torch's
+        words = ("allocat", "memory", "overflow")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"{key}: the images do not fit into the memory of this machine "
+            f"({reason[0] if reason else type(error).__name__}). Take fewer or smaller ones."
+        ) from error
 
 
 def raise_all(problems: Iterable[str]) -> None:
