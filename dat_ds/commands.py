@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-from dat_ds.errors import NumericsError, UserError
+from dat_ds.errors import NumericsError, UserError, is_out_of_memory
 
 logger = logging.getLogger("dat_ds")
 
@@ -43,6 +43,15 @@ def carry_out(command: Callable[[], int]) -> int:
         return _fail(str(error), 2)
     except NumericsError as error:
         return _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return _fail(
+            f"Out of memory: {reason}. Write a smaller train_micro_batch_size_per_gpu, or look for "
+            "a size in the config that was not meant. Complete checkpoints are intact.",
+            1,
+        )
     except KeyboardInterrupt:
         return _fail("Interrupted. Complete checkpoints are intact.", 130)
 

@@ -106,7 +106,7 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     """
     with enough_memory(f"dat.data.name={dataset.name!r}"):
         source = dataset.read(seed)
-    num_labels = _check_labels(source, dataset.num_classes)
+    num_labels = _check_labels(source, dataset)
     kept, held = _split(source.train.labels, dataset.validation_fraction, seed)
     shape = source.train.image_shape
     train, mixture = _training_part(dataset, source, kept, seed)
@@ -188,29 +188,33 @@ def _read_unlabelled(
     return images
 
 
-def _check_labels(source: Source, num_classes: int | None) -> int:
+def _check_labels(source: Source, dataset: DatasetMethod) -> int:
     """Largest label plus 1; refuse empty parts and labels outside ``0 .. num - 1``."""
-    parts = {"train": source.train.labels, "test": source.test.labels}
+    num_classes = dataset.num_classes
+    path = getattr(dataset, "path", None)
+    where = "" if path is None else f" of {path}"
+    labels = {"train": source.train.labels, "test": source.test.labels}
+    parts = {f"{part}": y for part, y in labels.items()}
     known = num_classes or source.num_classes
-    raise_all(f"The {part} part has no images." for part, y in parts.items() if len(y) == 0)
+    raise_all(f"The {part} has no images." for part, y in parts.items() if len(y) == 0)
     ranges = {part: (int(y.min()), int(y.max())) for part, y in parts.items()}
     top = max(high for _, high in ranges.values())
     problems = []
     for part, (low, high) in ranges.items():
         if low < 0:
             problems.append(
-                f"The labels of the {part} part run from {low} to {high}; they must be 0 or more. "
+                f"The labels of the {part} run from {low} to {high}; they must be 0 or more. "
                 "Number the classes from 0."
             )
         if num_classes is not None and high >= num_classes:
             problems.append(
-                f"dat.data.num_classes={num_classes}, but the labels of the {part} part run from "
+                f"dat.data.num_classes={num_classes}, but the labels of the {part} run from "
                 f"{low} to {high}; valid are 0..{num_classes - 1}. "
                 f"Write dat.data.num_classes={top + 1}, or leave it out."
             )
         elif known == 0 and high >= MOST_CLASSES:
             problems.append(
-                f"The labels of the {part} part run from {low} to {high}, which would be "
+                f"The labels of the {part} run from {low} to {high}, which would be "
                 f"{high + 1} classes: number the classes from 0, one after the other."
             )
     raise_all(problems)

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 import types
 import typing
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dat_ds.config import DatConfig, load_config
 from dat_ds.config.deepspeed.sections import SECTIONS
 from dat_ds.engine.deepspeed_part import check_deepspeed
-from dat_ds.errors import ConfigError, NumericsError, UserError
+from dat_ds.errors import ConfigError, NumericsError, UserError, is_out_of_memory
 from dat_ds.length import Length
 from dat_ds.method import Section
 from tests.integration import tiny_run
@@ -226,6 +227,10 @@ def trained(values: dict[str, Any]) -> Outcome:
             return "not finite", str(error)
         except UserError as error:
             return "refused later", str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "out of memory", str(error)
     return ("record", "") if record is not None else ("no record", "")
 
 
@@ -244,7 +249,7 @@ class Table:
 
 def tried(count: int, first: int = 0, *, told: bool = False) -> Table:
     """Train ``count`` odd configs that the checks accept."""
-    table, seed = Table(), first
+    table, seed, started = Table(), first, time.time()
     while count:
         values, story = drawn(random.Random(seed))
         seed += 1
@@ -261,8 +266,8 @@ def tried(count: int, first: int = 0, *, told: bool = False) -> Table:
             table.faults.append(line)
         elif kind == "refused later":
             table.later.append(line)
-        if told and kind != "record":
-            print(line[:700], flush=True)
+        if told:
+            print(f"{time.time() - started:.0f} s {line[:600]}", flush=True)
     return table
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -383,7 +384,7 @@ def judged(reader: str, options: dict[str, Any], whole: str, file: Path) -> Outc
 
 def cases(seeds: list[int]) -> Outcome:
     """Cases one after another, in words that :func:`tried` takes apart."""
-    return "done", repr([case(seed) for seed in seeds])
+    return "done", json.dumps([case(seed) for seed in seeds])
 
 
 @dataclasses.dataclass
@@ -427,7 +428,7 @@ def parted(seeds: list[int]) -> Iterator[list[tuple[str, str, str]]]:
     """The outcomes of seeds; one by one where all together do not come back."""
     kind, words = isolated(cases, seeds, seconds=SECONDS if len(seeds) == 1 else 4 * SECONDS)
     if kind == "done":
-        yield eval(words)
+        yield [tuple(found) for found in json.loads(words)]
     elif len(seeds) == 1:
         yield [("any", kind, f"seed {seeds[0]}: {words}")]
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dat_ds.data.images import Channels, FolderImages, TensorImages
 from dat_ds.data.transforms import to_unit
-from dat_ds.errors import DataError
+from dat_ds.errors import DataError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ def enough_memory(key: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, OverflowError, RuntimeError) as error:  # numpy's, torch's
-        words = ("allocat", "memory", "overflow")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()
         raise DataError(
