@@ -19,6 +19,7 @@ from dat_ds.files import open_regular
 from dat_ds.method import import_methods, parse_section
 
 _LARGEST_FILE = 2**24
+_MOST_KEYS, _MOST_ITEMS = 1000, 10_000
 _DEEPEST, _LONGEST_KEY, _LONGEST_TEXT = 50, 200, 10_000
 
 DIGITS_MODEL = {
@@ -108,6 +109,10 @@ def refuse_absurd(values: Mapping[str, Any]) -> None:
         if isinstance(value, (Mapping, list, tuple)):
             if depth > _DEEPEST:
                 problems.append(f"Key {path!r}: nested more than {_DEEPEST} deep.")
+                continue
+            if len(value) > (_MOST_KEYS if isinstance(value, Mapping) else _MOST_ITEMS):
+                at = f"Key {path!r}" if path else "The run config"
+                problems.append(f"{at}: {len(value)} entries, which no run config has.")
                 continue
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, item in items:

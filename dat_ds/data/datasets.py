@@ -194,7 +194,7 @@ def _check_labels(source: Source, dataset: DatasetMethod) -> int:
     path = getattr(dataset, "path", None)
     where = "" if path is None else f" of {path}"
     labels = {"train": source.train.labels, "test": source.test.labels}
-    parts = {f"{part}": y for part, y in labels.items()}
+    parts = {f"{part} part{where}": y for part, y in labels.items()}
     known = num_classes or source.num_classes
     raise_all(f"The {part} has no images." for part, y in parts.items() if len(y) == 0)
     ranges = {part: (int(y.min()), int(y.max())) for part, y in parts.items()}

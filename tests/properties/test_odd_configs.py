@@ -28,7 +28,7 @@ from tests.integration import tiny_run
 from tests.isolation import Outcome, isolated
 from tests.settings import METHODS, TABLES, settings_of
 
-SHORT, SECONDS = 12, 60.0
+SHORT, SECONDS = 5, 60.0
 Path = tuple[str, ...]
 
 INTEGERS = [0, 1, 2, 3, 5, 1000, 10**6, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -1]
@@ -254,12 +254,15 @@ def tried(count: int, first: int = 0, *, told: bool = False) -> Table:
         values, story = drawn(random.Random(seed))
         seed += 1
         try:
-            check_deepspeed(load_config(values).deepspeed)
+            run = load_config(values)
+            check_deepspeed(run.deepspeed)
         except ConfigError:
             table.outcomes["refused"] += 1
             continue
         count -= 1
         kind, words = isolated(trained, values, seconds=SECONDS)
+        if kind == "hang" and any("passes of the model" in note for note in run.notes):
+            kind = "long, as it said"
         table.outcomes[kind] += 1
         line = f"[{seed - 1}] {story}: {kind}: {words}"
         if kind in ("traceback", "hang", "died", "no record"):
@@ -269,6 +272,12 @@ def tried(count: int, first: int = 0, *, told: bool = False) -> Table:
         if told:
             print(f"{time.time() - started:.0f} s {line[:600]}", flush=True)
     return table
+
+
+def test_an_odd_config_trains_or_is_refused_in_words() -> None:
+    table = tried(SHORT)
+    assert not table.faults, str(table)
+    assert table.outcomes["record"] > 0
 
 
 if __name__ == "__main__":
