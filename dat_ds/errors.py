@@ -25,8 +25,15 @@ class ExportError(UserError):
     """A model that cannot be exported, or uploaded, as asked."""
 
 
-_MEMORY = ("out of memory", "allocate memory", "not enough memory", "calculation overflowed")
-_MEMORY += ("multiplication overflow", "tried to allocate")
+_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "tried to allocate",
+    "calculation overflowed",
+    "multiplication overflow",
+)
+"""What torch says of sizes beyond memory, and of those beyond 64 bits."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -84,8 +84,7 @@ def image_files(folder: Path, key: str) -> list[str]:
     """
     found = []
     try:
-        for place, inside, names in sorted(_walk(str(folder), key)):
-            del inside
+        for place, _, names in sorted(_walk(str(folder), key)):
             found += [
                 os.path.join(place, name)
                 for name in sorted(names)
@@ -105,7 +104,7 @@ def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str], list[str]]]:
     def fail(error: OSError) -> None:
         raise error
 
-    above = {folder: (_identity(folder),)}
+    above: dict[str, tuple[tuple[int, int], ...]] = {folder: (_identity(folder),)}
     for place, inside, names in os.walk(folder, followlinks=True, onerror=fail):
         for name in inside:
             below = os.path.join(place, name)

@@ -152,7 +152,9 @@ def deepspeeds_keys() -> list[tuple[Path, list[Any]]]:
 
 
 def our_keys() -> list[tuple[Path, list[Any]]]:
-    return list(keys_of_section(DatConfig, ("dat",)))
+    keys = dict(keys_of_section(DatConfig, ("dat",)))
+    del keys["dat", "engine", "compile"]  # minutes a model
+    return list(keys.items())
 
 
 def set_at(values: dict[str, Any], path: Path, value: Any) -> None:

@@ -67,6 +67,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"communication_data_type": "int7"}, "communication_data_type='int7' is not valid: "),
     ({"data_types": {"grad_accum_dtype": "fp7"}}, "data_types.grad_accum_dtype='fp7' is not valid"),
     ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu=0 is not valid: write"),
+    ({"gradient_accumulation_steps": 2**31}, "gradient_accumulation_steps=2147483648, or what "),
     ({"train_micro_batch_size_per_gpu": None}, "No batch size: write train_micro_batch_size_per_"),
     (
         {"optimizer": {"type": "AdamW", "params": {"betas": []}}},

@@ -11,12 +11,26 @@ from dat_ds.method import shown
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
+_MOST_MICRO_STEPS = 2**20
+"""Of one optimizer step: far above any that ends, and a list of them is still small."""
+
+
 def count_problems(config: Mapping[str, Any]) -> list[str]:
     """Batch sizes and steps that are no counts, as messages."""
-    return [
+    problems = [
         f"{key}={shown(value)} is not valid: write an integer of at least 1."
         for key in BATCH_KEYS
         if (value := config.get(key)) is not None and not (type(value) is int and value >= 1)
+    ]
+    return problems or _too_many(config.get("gradient_accumulation_steps"))
+
+
+def _too_many(accumulation: int | None) -> list[str]:
+    if accumulation is None or accumulation <= _MOST_MICRO_STEPS:
+        return []
+    return [
+        f"gradient_accumulation_steps={accumulation}, or what the batch sizes make of it, is not "
+        f"valid: an optimizer step has at most {_MOST_MICRO_STEPS} micro-steps."
     ]
 
 
@@ -50,6 +64,8 @@ def resolve_batch(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:
     accumulation = config.get("gradient_accumulation_steps")
     if accumulation is None:
         accumulation = 1 if total is None or micro is None else max(1, total // (micro * ranks))
+    if problems := _too_many(accumulation):
+        raise ConfigError("\n".join(problems))
     if micro is None:
         assert total is not None
         micro = max(1, total // (accumulation * ranks))

@@ -207,8 +207,11 @@ class Checkpoint(Section):
                 yield f"{key}={value!r} is refused: {reason}. Remove it."
 
 
-_DTYPES = ("fp32", "float32", "float", "bf16", "bfloat16", "fp16", "float16", "half")
-_DTYPES += ("torch.float32", "torch.bfloat16", "torch.float16")
+_DTYPES = (
+    *("fp32", "float32", "float", "torch.float32"),
+    *("bf16", "bfloat16", "torch.bfloat16"),
+    *("fp16", "float16", "half", "torch.float16"),
+)
 
 
 def _dtype() -> Any:
