@@ -44,7 +44,7 @@ from dat_ds.engine.validate import (
     check_compiled,
     check_precision,
 )
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, UserError
 from dat_ds.minmax import frozen_copy, settle
 from dat_ds.models import load
 from dat_ds.objectives import Objective
@@ -217,7 +217,10 @@ def _refusals_told(settings: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except REFUSALS as error:
+        logger.debug("DeepSpeed does not start.", exc_info=True)
         kept = ("optimizer", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
         shown = {key: settings[key] for key in kept if settings.get(key)}
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -347,7 +347,10 @@ def fuzz(count: int, first: int = SEED) -> Tally:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
             faulthandler.dump_traceback_later(LIMIT, exit=True)  # a hang is no outcome
-            found, story = tried(configs, seed, Path(folder))
+            try:
+                found, story = tried(configs, seed, Path(folder))
+            finally:
+                faulthandler.cancel_dump_traceback_later()
             if found == "accepted":
                 tally.accepted += 1
             elif found == "refused":
@@ -357,7 +360,6 @@ def fuzz(count: int, first: int = SEED) -> Tally:
                 shorter = len(story) < len(tally.reproductions.get(found, story + " "))
                 if shorter:
                     tally.reproductions[found] = story
-        faulthandler.cancel_dump_traceback_later()
     return tally
 
 

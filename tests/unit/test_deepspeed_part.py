@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+import dat_ds
 from dat_ds.cli.main import main
 from dat_ds.config import load_config
 from dat_ds.engine.deepspeed_part import check_deepspeed
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, DataError, UserError
+from tests.distributed import tiny
 from tests.integration import tiny_run
 
 
@@ -98,6 +100,24 @@ def test_all_are_told_together() -> None:
         "zero_optimization.overlap_comm",
         "Unknown key in the run config: comms_logger.verbos",
     ]
+
+
+@pytest.mark.parametrize("raised", [ValueError("no such kernel"), DataError("a file is bad")])
+def test_what_only_the_start_shows_is_told_with_its_sections(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def fails(**arguments: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("dat_ds.engine.build.deepspeed.initialize", fails)
+    with pytest.raises(UserError) as caught:
+        dat_ds.initialize(model=tiny.cnn(), config=tiny.config(0))
+    if isinstance(raised, DataError):
+        assert caught.value is raised
+    else:
+        assert str(caught.value).startswith("DeepSpeed does not start with this model, on this ")
+        assert "{'optimizer': {'type': 'SGD'" in str(caught.value)
+        assert str(caught.value).endswith("ValueError: no such kernel.")
 
 
 def test_batch_sizes_that_fit_other_numbers_of_ranks_are_left_to_the_run() -> None:
