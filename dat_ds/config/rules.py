@@ -20,8 +20,8 @@ from dat_ds.config.schema import DatConfig, GuardConfig, WeightPerturbationConfi
 from dat_ds.method import Method, Rule, Section, Trait, broken
 from dat_ds.objectives import OBJECTIVES, Objective
 
-_MANY_PASSES = 10_000
-"""Above those of every published attack, AutoAttack's 5000 queries included."""
+_MANY_IN_TRAINING, _MANY_IN_EVALUATION = 500, 10_000
+"""Passes above those of every published method, AutoAttack's 5000 queries included."""
 _LABEL = (
     "Write dat.data.pseudo_labels='runs/natural' (a model that labels them), or what needs no "
     "label (dat.objective.name='trades' with dat.attack.name='pgd'), or leave them out "
@@ -239,7 +239,8 @@ def cost_notes(dat: DatConfig) -> tuple[str, ...]:
         f"{key}: {steps} steps x {restarts} restarts are {steps * restarts} passes of the model "
         "for every batch"
         for key, (steps, restarts) in counts.items()
-        if steps * restarts > _MANY_PASSES
+        if steps * restarts
+        > (_MANY_IN_EVALUATION if key.startswith("dat.evaluation") else _MANY_IN_TRAINING)
     )
 
 

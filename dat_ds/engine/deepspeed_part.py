@@ -213,18 +213,49 @@ def _without(
 
 
 def _zero_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Combinations that DeepSpeed notices only when it has built its optimizer."""
+    """Combinations that DeepSpeed notices only when it builds its optimizer."""
     zero = settings["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
+    device = offload.get("device", "none") if isinstance(offload, Mapping) else "none"
+    needed = "zero_optimization.offload_optimizer.device='cpu'"
+    needs_offload = []
+    if zero.get("zenflow") is not None:
+        needs_offload.append(f"zero_optimization.zenflow={shown(zero['zenflow'])}")
     problems = []
-    if isinstance(zero, Mapping) and zero.get("zenflow") is not None:
-        device = (zero.get("offload_optimizer") or {}).get("device", "none")
-        if device != "cpu":
-            problems.append(
-                f"zero_optimization.zenflow={shown(zero['zenflow'])} needs "
-                f"zero_optimization.offload_optimizer.device='cpu', and not {device!r}: write "
-                "that, or remove zenflow."
-            )
+    for kind in ("bf16", "fp16"):
+        section = settings.get(kind)
+        key = f"{kind}_master_weights_and_grads"
+        is_short = _on(section, "enabled") and _on(section, key)
+        if is_short and not _on(section, "bf16_optimizer_states"):
+            needs_offload.append(f"{kind}.{key}=true")
+    if device != "cpu":
+        problems += [
+            f"{key} needs {needed}, and not {device!r}: write that, or remove it."
+            for key in needs_offload
+        ]
+    if _on(offload, "super_offload") and get_accelerator().device_name() != "cuda":
+        problems.append(
+            "zero_optimization.offload_optimizer.super_offload=true needs NVIDIA's GPUs, and there "
+            "is none here: remove it."
+        )
+    if zero.get("stage") == 2 and zero.get("reduce_scatter", True):
+        divides = {
+            "prescale_gradients=true": settings["prescale_gradients"],
+            f"gradient_predivide_factor={settings['gradient_predivide_factor']}": (
+                settings["gradient_predivide_factor"] != 1
+            ),
+        }
+        problems += [
+            f"{key} goes with zero_optimization.stage=2 only where "
+            "zero_optimization.reduce_scatter=false: write that, or remove it."
+            for key, is_given in divides.items()
+            if is_given
+        ]
     return problems
+
+
+def _on(section: Any, key: str) -> bool:
+    return isinstance(section, Mapping) and bool(section.get(key))
 
 
 def _autocast_problems(settings: Mapping[str, Any]) -> list[str]:

@@ -206,11 +206,11 @@ def test_links_that_lead_back_are_named_and_others_followed(tmp_path: Path) -> N
 
 def test_attacks_of_very_many_passes_are_noted() -> None:
     optimizer = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}
-    attack = {"name": "pgd", "steps": 3000, "restarts": 5}
+    attack = {"name": "pgd", "steps": 101, "restarts": 5}
     evaluation = {"attacks": ["square-5000", "pgd-20000"]}
     run = load_config({**optimizer, "dat": {"attack": attack, "evaluation": evaluation}})
     assert [note for note in run.notes if "passes" in note] == [
-        "dat.attack: 3000 steps x 5 restarts are 15000 passes of the model for every batch",
+        "dat.attack: 101 steps x 5 restarts are 505 passes of the model for every batch",
         "dat.evaluation: 'pgd-20000': 20000 steps x 1 restarts are 20000 passes of the model for "
         "every batch",
     ]

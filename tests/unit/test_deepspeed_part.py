@@ -54,6 +54,23 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 1, "zenflow": {}}},
         "zero_optimization.zenflow={} needs zero_optimization.offload_optimizer.device='cpu', and",
     ),
+    (
+        {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "bf16.bf16_master_weights_and_grads=true needs zero_optimization.offload_optimizer.device=",
+    ),
+    (
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "cpu", "super_offload": True},
+            }
+        },
+        "zero_optimization.offload_optimizer.super_offload=true needs NVIDIA's GPUs, and there is",
+    ),
+    (
+        {"prescale_gradients": True},
+        "prescale_gradients=true goes with zero_optimization.stage=2 only where zero_optimization.",
+    ),
     ({"bf16": {"enable": True}}, "Unknown key in the run config: bf16.enable (did you mean 'en"),
     (
         {
