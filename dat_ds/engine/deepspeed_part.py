@@ -222,11 +222,15 @@ def _zero_problems(settings: Mapping[str, Any]) -> list[str]:
     if zero.get("zenflow") is not None:
         needs_offload.append(f"zero_optimization.zenflow={shown(zero['zenflow'])}")
     problems = []
+    power = (settings.get("fp16") or {}).get("initial_scale_power", 16)
+    if not (isinstance(power, int) and 0 <= power <= 127):
+        problems.append(
+            f"fp16.initial_scale_power={shown(power)} is not valid: write an integer from 0 to 127."
+        )
     for kind in ("bf16", "fp16"):
         section = settings.get(kind)
         key = f"{kind}_master_weights_and_grads"
-        is_short = _on(section, "enabled") and _on(section, key)
-        if is_short and not _on(section, "bf16_optimizer_states"):
+        if _on(section, key) and not _on(section, "bf16_optimizer_states"):
             needs_offload.append(f"{kind}.{key}=true")
     if device != "cpu":
         problems += [
@@ -238,7 +242,7 @@ def _zero_problems(settings: Mapping[str, Any]) -> list[str]:
             "zero_optimization.offload_optimizer.super_offload=true needs NVIDIA's GPUs, and there "
             "is none here: remove it."
         )
-    if zero.get("stage") == 2 and zero.get("reduce_scatter", True):
+    if zero.get("stage") in (2, 3) and zero.get("reduce_scatter", True):
         divides = {
             "prescale_gradients=true": settings["prescale_gradients"],
             f"gradient_predivide_factor={settings['gradient_predivide_factor']}": (
@@ -246,7 +250,7 @@ def _zero_problems(settings: Mapping[str, Any]) -> list[str]:
             ),
         }
         problems += [
-            f"{key} goes with zero_optimization.stage=2 only where "
+            f"{key} goes with zero_optimization.stage={zero['stage']} only where "
             "zero_optimization.reduce_scatter=false: write that, or remove it."
             for key, is_given in divides.items()
             if is_given

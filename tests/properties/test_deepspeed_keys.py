@@ -26,6 +26,8 @@ from tests.properties.test_config_fuzz import VALUES, names_a_key
 from tests.properties.test_odd_configs import DEEPSPEED, set_at
 
 SHORT, BATCH, SECONDS = 60, 100, 120.0
+ELSEWHERE = ("this device has no float16", "is not train_micro_batch_size_per_gpu=")
+"""What a config cannot show by itself."""
 NEAR = [0, 1, 2, 1.0, True, False, "true", "cpu", "none", "auto", {"device": "cpu"}, {"stage": 1}]
 """Values that are right under some key."""
 
@@ -126,9 +128,11 @@ class Table:
     faults: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, first: str, second: str, story: str) -> None:
+        if second == "refused" and any(words in story for words in ELSEWHERE):
+            second = "refused by the device or the number of ranks"
         kind = f"config: {first}, training: {second}"
         self.outcomes[kind] += 1
-        if (first, second) not in (("valid", "valid"), ("refused", "refused")):
+        if second not in (first, "refused by the device or the number of ranks"):
             self.faults.append(f"{kind}: {story}")
 
     def __str__(self) -> str:
@@ -159,7 +163,7 @@ def tried(count: int, folder: str, first: int = 0) -> Table:
 def test_what_config_calls_valid_trains_and_what_it_refuses_is_named(tmp_path: Any) -> None:
     table = tried(SHORT, str(tmp_path))
     assert not table.faults, str(table)
-    assert len(table.outcomes) == 2, "both verdicts occur"
+    assert len(table.outcomes) >= 2, "both verdicts occur"
 
 
 if __name__ == "__main__":

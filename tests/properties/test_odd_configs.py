@@ -28,7 +28,7 @@ from tests.integration import tiny_run
 from tests.isolation import Outcome, isolated
 from tests.settings import METHODS, TABLES, settings_of
 
-SHORT, SECONDS = 5, 60.0
+SHORT, SECONDS = 3, 60.0
 Path = tuple[str, ...]
 
 INTEGERS = [0, 1, 2, 3, 5, 1000, 10**6, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -1]

@@ -203,7 +203,7 @@ class Checkpoint(Section):
             "writer": "a checkpoint is published when it is complete, and this one writes on",
         }
         for key, reason in reasons.items():
-            if value := getattr(self, key):
+            if (value := getattr(self, key)) not in (None, False):
                 yield f"{key}={value!r} is refused: {reason}. Remove it."
 
 
