@@ -6,6 +6,7 @@ Every dataset yields ``(x, y)``: ``x`` float32 ``(C, H, W)`` in [0, 1], ``y`` in
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _read_unlabelled(
 ) -> TensorImages | FolderImages:
     """Images without labels, of the shape of the labelled ones."""
     where = f"dat.data.unlabelled_path={str(path)!r}"
-    if path.is_dir():
+    if os.path.isdir(path):  # where Path.is_dir raises without permission
         files = sorted(image_files(path, "dat.data.unlabelled_path"))
         if not files:
             raise DataError(f"{where} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")

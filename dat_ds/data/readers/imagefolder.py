@@ -71,9 +71,9 @@ class ImageFolder(FileDataset):
         """The folders ``train`` and ``test`` or ``val``."""
         root = Path(str(self.path))
         test = next(
-            (root / part for part in ("test", "val") if (root / part).is_dir()), root / "test"
+            (root / part for part in ("test", "val") if os.path.isdir(root / part)), root / "test"
         )
-        missing = [str(part) for part in (root / "train", test) if not part.is_dir()]
+        missing = [str(part) for part in (root / "train", test) if not os.path.isdir(part)]
         if missing:
             raise DataError(
                 f"dat.data.path={str(root)!r} lacks the folders {', '.join(missing)}. "
@@ -94,7 +94,7 @@ class ImageFolder(FileDataset):
     def read_test(self, seed: int) -> EvaluationImages:
         """The folder ``test`` or ``val``, or the folder itself where it holds the classes."""
         root = Path(str(self.path))
-        folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
+        folder = next((root / part for part in ("test", "val") if os.path.isdir(root / part)), root)
         found = _scan(folder)
         images = FolderImages(found.samples, self.img_size or 224)
         return EvaluationImages(images, tuple(found.classes), len(found.classes))
