@@ -9,7 +9,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-from dat_ds.errors import FAULT, INTERRUPTED, FaultError, NumericsError, UserError
+from dat_ds.errors import (
+    FAULT,
+    INTERRUPTED,
+    FaultError,
+    NumericsError,
+    UserError,
+    is_out_of_memory,
+)
 
 logger = logging.getLogger("dat_ds")
 
@@ -45,6 +52,15 @@ def carry_out(command: Callable[[], int]) -> int:
         return _fail(str(error), 1)
     except FaultError as error:
         return _fail(str(error), FAULT)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return _fail(
+            f"Out of memory: {reason}. Write a smaller train_micro_batch_size_per_gpu, or look for "
+            "a size in the config that was not meant. Complete checkpoints are intact.",
+            1,
+        )
     except KeyboardInterrupt:
         return _fail("Interrupted. Complete checkpoints are intact.", INTERRUPTED)
 

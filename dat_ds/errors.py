@@ -25,6 +25,25 @@ class ExportError(UserError):
     """A model that cannot be exported, or uploaded, as asked."""
 
 
+_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "tried to allocate",
+    "calculation overflowed",
+    "multiplication overflow",
+)
+"""What torch says of sizes beyond memory, and of those beyond 64 bits."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not as much memory as was asked for."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch has a class of its own for accelerators alone.
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _MEMORY)
+
+
 class NumericsError(RuntimeError):
     """Training met a non-finite loss; no further update was made."""
 

@@ -7,9 +7,10 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dat_ds.errors import CheckpointError
 
@@ -21,6 +22,35 @@ def sha256_of(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, and never wait for one that is something else.
+
+    Opening a FIFO waits for a writer, and reading a device may never end.
+
+    Raises:
+        OSError: Also where the path is a FIFO, a socket, a device or a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            kind = next((words for is_it, words in _OTHERS if is_it(mode)), "no regular file")
+            raise OSError(errno.EINVAL, f"It is {kind}, not a file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+_OTHERS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def sync(path: Path) -> None:

@@ -38,6 +38,8 @@ from dat_ds.length import Length
 S = TypeVar("S", bound="Section")
 M = TypeVar("M", bound="Method")
 _INVALID = object()
+LARGEST_INTEGER = 2**31 - 1
+"""Of every key of ours: no count, size or seed needs more, and products of two fit 64 bits."""
 _MOST_NAMED = 2  # methods that have a key, in the message of one that has not
 _ARTICLES = {
     int: "an integer",
@@ -205,7 +207,7 @@ class Section:
             value = getattr(self, key)
             for trait, brings in f.metadata.get("traits", {}).items():
                 if value is not None and brings(value):
-                    yield trait, f"{path}.{key}={_shown(value)}"
+                    yield trait, f"{path}.{key}={shown(value)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Its keys as JSON-serialisable values; parsing them gives an equal section."""
@@ -398,7 +400,7 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
     default = table.methods[table.default]
     if not isinstance(values, Mapping):
         problems.append(
-            f"{path}={_shown(values)} must be an object such as {{'name': {table.default!r}}}."
+            f"{path}={shown(values)} must be an object such as {{'name': {table.default!r}}}."
         )
         return default()
     method = table.find(values.get("name", table.default), path, problems)
@@ -415,7 +417,7 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
         if takers:
             of = f", but of {', '.join(takers)}" if len(takers) <= _MOST_NAMED else ""
             problems.append(
-                f"{path}.{key}={_shown(value)} is no setting of the {table.kind} "
+                f"{path}.{key}={shown(value)} is no setting of the {table.kind} "
                 f"{values.get('name', table.default)!r}{of}: remove it. It takes {takes}."
             )
         else:
@@ -444,7 +446,7 @@ def parse_section(cls: type[S], values: Any, path: str, problems: list[str]) -> 
     fields = cls.known_keys()
     names = ", ".join(fields)
     if not isinstance(values, Mapping):
-        problems.append(f"{path}={_shown(values)} must be an object with the keys {names}.")
+        problems.append(f"{path}={shown(values)} must be an object with the keys {names}.")
         return cls()
     for key in values:
         if key not in fields:
@@ -487,7 +489,7 @@ def _passes(value: Any, f: dataclasses.Field[Any], path: str, problems: list[str
     check = f.metadata.get("check")
     if value is None or check is None or check(value):
         return True
-    problems.append(f"{path}={_shown(value)} is not valid: write {f.metadata['valid']}.")
+    problems.append(f"{path}={shown(value)} is not valid: write {f.metadata['valid']}.")
     return False
 
 
@@ -507,11 +509,11 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
             return value
         hinted = did_you_mean(value, choices) if isinstance(value, str) else ""
         valid = ", ".join(repr(choice) for choice in choices)
-        problems.append(f"{path}={_shown(value)} is not valid{hinted}. Write one of {valid}.")
+        problems.append(f"{path}={shown(value)} is not valid{hinted}. Write one of {valid}.")
         return _INVALID
     if origin is list:
         if not isinstance(value, list):
-            problems.append(f"{path}={_shown(value)} must be a list.")
+            problems.append(f"{path}={shown(value)} must be a list.")
             return _INVALID
         (item,) = get_args(hint)
         items = [_convert(v, item, f"{path}[{i}]", problems) for i, v in enumerate(value)]
@@ -519,7 +521,7 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if origin is dict:
         if isinstance(value, dict):
             return value
-        problems.append(f"{path}={_shown(value)} must be an object.")
+        problems.append(f"{path}={shown(value)} must be an object.")
         return _INVALID
     return _convert_scalar(value, hint, path, problems)
 
@@ -532,22 +534,27 @@ def _convert_scalar(value: Any, hint: Any, path: str, problems: list[str]) -> An
         except (OverflowError, TypeError, ValueError):
             pass
         problems.append(
-            f"{path}={_shown(value)} is not a length: write 0.03 or '8/255' (pixel units)."
+            f"{path}={shown(value)} is not a length: write 0.03 or '8/255' (pixel units)."
         )
         return _INVALID
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
     is_whole = is_number and (isinstance(value, int) or value.is_integer())
-    if hint is int and is_whole and abs(value) < 2**63:
-        return int(value)
+    if hint is int and is_whole:
+        if abs(value) <= LARGEST_INTEGER:
+            return int(value)
+        problems.append(
+            f"{path}={shown(value)} is not valid: write an integer of at most {LARGEST_INTEGER}."
+        )
+        return _INVALID
     if hint in (bool, str) and isinstance(value, hint):
         return value
-    problems.append(f"{path}={_shown(value)} must be {_ARTICLES[hint]}.")
+    problems.append(f"{path}={shown(value)} must be {_ARTICLES[hint]}.")
     return _INVALID
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``value`` for a message, which a number of thousands of digits would fill."""
     try:
         text = repr(value)

@@ -33,6 +33,9 @@ def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     if options.deepspeed_config is None:
         raise UserError("Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json")
     run = load_run(options, defaults)
+    from dat_ds.engine.deepspeed_part import check_deepspeed
+
+    check_deepspeed(run.deepspeed)
     if options.print:
         print(json.dumps(run.to_dict(), indent=2))
     else:

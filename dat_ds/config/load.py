@@ -12,11 +12,14 @@ from dat_ds.config.deepspeed.logs import log_notes
 from dat_ds.config.deepspeed.optimizer import notes_on
 from dat_ds.config.deepspeed.resolve import resolve_deepspeed
 from dat_ds.config.former import without_foreign_keys
-from dat_ds.config.rules import check_run, resolve_dat
+from dat_ds.config.rules import check_run, cost_notes, resolve_dat
 from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.errors import ConfigError
+from dat_ds.files import open_regular
 from dat_ds.method import import_methods, parse_section
 
+_LARGEST_FILE = 2**24
+_MOST_KEYS, _MOST_ITEMS = 1000, 10_000
 _DEEPEST, _LONGEST_KEY, _LONGEST_TEXT = 50, 200, 10_000
 
 DIGITS_MODEL = {
@@ -86,7 +89,7 @@ def load_config(
     check_run(dat, deepspeed, problems, accumulation=accumulation)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    notes = (*notes_on(deepspeed, dat), *log_notes(deepspeed))
+    notes = (*notes_on(deepspeed, dat), *log_notes(deepspeed), *cost_notes(dat))
     return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes)
 
 
@@ -106,6 +109,10 @@ def refuse_absurd(values: Mapping[str, Any]) -> None:
         if isinstance(value, (Mapping, list, tuple)):
             if depth > _DEEPEST:
                 problems.append(f"Key {path!r}: nested more than {_DEEPEST} deep.")
+                continue
+            if len(value) > (_MOST_KEYS if isinstance(value, Mapping) else _MOST_ITEMS):
+                at = f"Key {path!r}" if path else "The run config"
+                problems.append(f"{at}: {len(value)} entries, which no run config has.")
                 continue
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, item in items:
@@ -131,9 +138,13 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(source))
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(path) as file:
+            content = file.read(_LARGEST_FILE + 1)
+        text = content.decode("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
         raise ConfigError(f"Cannot read the run config {str(path)!r}: {error}.") from None
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError(f"{path}: more than {_LARGEST_FILE} bytes, which no run config has.")
     try:
         values = json.loads(text, object_pairs_hook=_reject_duplicates)
     except json.JSONDecodeError as error:

@@ -20,6 +20,8 @@ from dat_ds.config.schema import DatConfig, GuardConfig, WeightPerturbationConfi
 from dat_ds.method import Method, Rule, Section, Trait, broken
 from dat_ds.objectives import OBJECTIVES, Objective
 
+_MANY_IN_TRAINING, _MANY_IN_EVALUATION = 500, 10_000
+"""Passes above those of every published method, AutoAttack's 5000 queries included."""
 _LABEL = (
     "Write dat.data.pseudo_labels='runs/natural' (a model that labels them), or what needs no "
     "label (dat.objective.name='trades' with dat.attack.name='pgd'), or leave them out "
@@ -216,6 +218,30 @@ def _resolved_guard(guard: GuardConfig, attack: Attack, objective: Objective) ->
     has_probe = Trait.HAS_NO_STRONGER not in attack.traits and objective.classifies
     fires = has_probe and attack.is_single_step
     return dataclasses.replace(guard, action="rollback" if fires else "none")
+
+
+def cost_notes(dat: DatConfig) -> tuple[str, ...]:
+    """Notes on attacks of so many passes that a run may seem to hang, to be logged once.
+
+    Args:
+        dat: A resolved section.
+    """
+    counts = {
+        "dat.attack": (getattr(dat.attack, "steps", 1), getattr(dat.attack, "restarts", 1)),
+        **{
+            f"dat.evaluation: {attack.name!r}": (attack.steps, attack.restarts)
+            for attack in _evaluation_attacks(dat)
+        },
+    }
+    if dat.guard.action != "none":
+        counts["dat.guard"] = (dat.guard.probe_steps, 1)
+    return tuple(
+        f"{key}: {steps} steps x {restarts} restarts are {steps * restarts} passes of the model "
+        "for every batch"
+        for key, (steps, restarts) in counts.items()
+        if steps * restarts
+        > (_MANY_IN_EVALUATION if key.startswith("dat.evaluation") else _MANY_IN_TRAINING)
+    )
 
 
 def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:

@@ -14,6 +14,7 @@ from dat_ds.contracts.images import (
     faulty_images,
 )
 from dat_ds.contracts.labels import (
+    MOST_CLASSES,
     UNLABELLED,
     Labels,
     as_labels,
@@ -23,6 +24,7 @@ from dat_ds.contracts.labels import (
 from dat_ds.contracts.outputs import check_finite, logits_of, tensor_of
 
 __all__ = [
+    "MOST_CLASSES",
     "PIXEL_SLACK",
     "UNLABELLED",
     "Gate",

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from dat_ds.errors import DataError
 
+MOST_CLASSES = 2**20
+"""Classes that data may have; labels beyond are taken for something else, such as identifiers."""
 UNLABELLED = -1
 _FIRST_PSEUDO_LABEL = -2
 _IGNORED = -100  # by torch's cross-entropy, and by transformers' data collators

@@ -6,6 +6,7 @@ Every dataset yields ``(x, y)``: ``x`` float32 ``(C, H, W)`` in [0, 1], ``y`` in
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from dat_ds.contracts import UNLABELLED
+from dat_ds.contracts import MOST_CLASSES, UNLABELLED
 from dat_ds.data.images import Channels, FolderImages, ImageShape, TensorImages
 from dat_ds.data.method import DatasetMethod
 from dat_ds.data.mixing import Mixed
 from dat_ds.data.readers import DATASETS
 from dat_ds.data.readers.npz import array_problems, images_from_arrays, load_npz
-from dat_ds.data.readers.source import Source, raise_all
+from dat_ds.data.readers.source import Source, enough_memory, raise_all
 from dat_ds.data.sampler import hold_out
 from dat_ds.data.transforms import (
     Augmented,
@@ -104,8 +105,9 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     Raises:
         DataError: Anything wrong with the data; what can be seen together is reported together.
     """
-    source = dataset.read(seed)
-    num_labels = _check_labels(source, dataset.num_classes)
+    with enough_memory(f"dat.data.name={dataset.name!r}"):
+        source = dataset.read(seed)
+    num_labels = _check_labels(source, dataset)
     kept, held = _split(source.train.labels, dataset.validation_fraction, seed)
     shape = source.train.image_shape
     train, mixture = _training_part(dataset, source, kept, seed)
@@ -157,8 +159,8 @@ def _read_unlabelled(
 ) -> TensorImages | FolderImages:
     """Images without labels, of the shape of the labelled ones."""
     where = f"dat.data.unlabelled_path={str(path)!r}"
-    if path.is_dir():
-        files = image_files(path)
+    if os.path.isdir(path):  # where Path.is_dir raises without permission
+        files = sorted(image_files(path, "dat.data.unlabelled_path"))
         if not files:
             raise DataError(f"{where} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
         images: TensorImages | FolderImages = FolderImages(
@@ -187,24 +189,34 @@ def _read_unlabelled(
     return images
 
 
-def _check_labels(source: Source, num_classes: int | None) -> int:
+def _check_labels(source: Source, dataset: DatasetMethod) -> int:
     """Largest label plus 1; refuse empty parts and labels outside ``0 .. num - 1``."""
-    parts = {"train": source.train.labels, "test": source.test.labels}
-    raise_all(f"The {part} part has no images." for part, y in parts.items() if len(y) == 0)
+    num_classes = dataset.num_classes
+    path = getattr(dataset, "path", None)
+    where = "" if path is None else f" of {path}"
+    labels = {"train": source.train.labels, "test": source.test.labels}
+    parts = {f"{part} part{where}": y for part, y in labels.items()}
+    known = num_classes or source.num_classes
+    raise_all(f"The {part} has no images." for part, y in parts.items() if len(y) == 0)
     ranges = {part: (int(y.min()), int(y.max())) for part, y in parts.items()}
     top = max(high for _, high in ranges.values())
     problems = []
     for part, (low, high) in ranges.items():
         if low < 0:
             problems.append(
-                f"The labels of the {part} part run from {low} to {high}; they must be 0 or more. "
+                f"The labels of the {part} run from {low} to {high}; they must be 0 or more. "
                 "Number the classes from 0."
             )
         if num_classes is not None and high >= num_classes:
             problems.append(
-                f"dat.data.num_classes={num_classes}, but the labels of the {part} part run from "
+                f"dat.data.num_classes={num_classes}, but the labels of the {part} run from "
                 f"{low} to {high}; valid are 0..{num_classes - 1}. "
                 f"Write dat.data.num_classes={top + 1}, or leave it out."
+            )
+        elif known == 0 and high >= MOST_CLASSES:
+            problems.append(
+                f"The labels of the {part} run from {low} to {high}, which would be "
+                f"{high + 1} classes: number the classes from 0, one after the other."
             )
     raise_all(problems)
     return top + 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dat_ds.errors import DataError
+from dat_ds.files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +58,9 @@ def read_image(path: str, key: str) -> Tensor:
             # The others are about metadata, and would be repeated in every epoch.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as file:
+            with open_regular(path) as stream, Image.open(stream, formats=_FORMATS) as file:
+                if file.format == "PNG":
+                    _compare_checksums(stream)
                 _check_kind(file)
                 # Asked for before decoding, which may drop it.
                 largest = 4095 if _bits(file) == 12 else 65535
@@ -71,6 +74,17 @@ def read_image(path: str, key: str) -> Tensor:
             f"{key}: cannot read the image {path} ({error}). Replace the file or remove it."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _compare_checksums(stream: BinaryIO) -> None:
+    """Raise for a PNG file that is not as it was written, which decoding alone may not notice."""
+    from PIL import Image
+
+    place = stream.tell()
+    stream.seek(0)
+    with Image.open(stream, formats=("PNG",)) as file:
+        file.verify()
+    stream.seek(place)
 
 
 def _is_deep(file: Image) -> bool:

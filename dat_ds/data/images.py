@@ -7,12 +7,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dat_ds.data.decoding import read_image
-from dat_ds.data.transforms import Sample, resize_center_crop, resize_square, to_unit
+from dat_ds.data.transforms import (
+    RESIZE_RATIO,
+    Sample,
+    resize_center_crop,
+    resize_square,
+    to_unit,
+)
+from dat_ds.errors import DataError
 
 Channels = tuple[float, ...]
 
 
 ImageShape = tuple[int, int, int]
+
+
+LARGEST_IMAGE = 2**27
+"""Pixels of an image that is resized, 1.6 GB as float32; Pillow opens files of up to 2**26.4."""
 
 
 class TensorImages(Dataset[Sample]):
@@ -77,7 +88,18 @@ class FolderImages(Dataset[Sample]):
             DataError: The file cannot be read as pixels; see ``read_image``.
         """
         image, y = self.raw(index)
+        self._check_ratio(index, *image.shape[1:])
         return to_unit(resize_center_crop(image, self.img_size)).clamp(0, 1), y
+
+    def _check_ratio(self, index: int, height: int, width: int) -> None:
+        """Refuse an image so long that resizing its shorter edge makes it huge."""
+        scale = self.img_size * RESIZE_RATIO / min(height, width)
+        if height * width * scale**2 > LARGEST_IMAGE:
+            raise DataError(
+                f"{self.key}: the image {self.samples[index][0]} has {height} x {width} pixels: "
+                f"with a shorter edge of {round(self.img_size * RESIZE_RATIO)} it would have "
+                f"{max(height, width) * scale:.0f} along the other. Crop it, or remove it."
+            )
 
     def raw(self, index: int) -> Sample:
         """Whole image as ``read_image`` gives it, of the file's own size, and its label.

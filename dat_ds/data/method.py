@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dat_ds.contracts import MOST_CLASSES
 from dat_ds.method import Method, Trait, above, at_least, fraction, option, positive_share
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class DatasetMethod(Method):
     """Share of the training images held out for choosing the best checkpoint."""
     img_size: int | None = above(0, None)
     """Side of the images that the model sees. Default: their own."""
-    num_classes: int | None = above(1, None)
+    num_classes: int | None = option(
+        None, f"a number from 2 to {MOST_CLASSES}", lambda v: 2 <= v <= MOST_CLASSES
+    )
     """Default: as many as the data have."""
     num_workers: int = at_least(0, 0)
     """Processes that read images beside the training loop."""

@@ -6,6 +6,8 @@ that a model gave, written ``pseudo_label(c)``.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from torch.utils.data import Dataset
 
 from dat_ds.contracts import UNLABELLED, pseudo_label
 from dat_ds.data.transforms import Sample, fetch_raw, file_of
+from dat_ds.errors import DataError
 
 # Those of torchvision's ImageFolder.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -68,8 +71,53 @@ class PartlyLabelled(Dataset[Sample]):
         return file_of(self.unlabelled, index - self.num_labelled)
 
 
-def image_files(folder: Path) -> list[str]:
-    """Every image file under ``folder``, sorted."""
-    return sorted(
-        str(f) for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir()
-    )
+def image_files(folder: Path, key: str) -> list[str]:
+    """Every image file under a folder, also through symbolic links, in the order of torchvision.
+
+    Args:
+        folder: Where to look.
+        key: Key of the config that named it, for messages.
+
+    Raises:
+        DataError: A folder cannot be read, which would leave out its images in silence, or is
+            linked to from inside itself, which has no end.
+    """
+    found = []
+    try:
+        for place, _, names in sorted(_walk(str(folder), key)):
+            found += [
+                os.path.join(place, name)
+                for name in sorted(names)
+                if name.lower().endswith(IMAGE_SUFFIXES)
+            ]
+    except OSError as error:
+        raise DataError(
+            f"{key}: cannot read the folder {error.filename} ({error.strerror}). Mend its "
+            "permissions, or remove it."
+        ) from None
+    return found
+
+
+def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` through links, which raises what that passes over."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    above: dict[str, tuple[tuple[int, int], ...]] = {folder: (_identity(folder),)}
+    for place, inside, names in os.walk(folder, followlinks=True, onerror=fail):
+        for name in inside:
+            below = os.path.join(place, name)
+            identity = _identity(below)
+            if identity in above[place]:
+                raise DataError(
+                    f"{key}: the symbolic link {below} leads to a folder that it lies in itself: "
+                    "remove it."
+                )
+            above[below] = (*above[place], identity)
+        yield place, inside, names
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino

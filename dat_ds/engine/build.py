@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,15 @@ from dat_ds.config import (
 from dat_ds.data import CollateFunction, Loader
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
+from dat_ds.engine.deepspeed_part import REFUSALS, check_deepspeed
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.engine.monitor import Monitor
 from dat_ds.engine.validate import (
     attack_problems,
     check_compiled,
-    check_deepspeed,
     check_precision,
 )
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, UserError
 from dat_ds.minmax import frozen_copy, settle
 from dat_ds.models import load
 from dat_ds.objectives import Objective
@@ -103,6 +103,7 @@ def initialize(
     run = adapt_to_device(
         load_config(config, client_optimizer=optimizer is not None), ranks.device.type
     )
+    check_deepspeed(run.deepspeed)
     micro_batch, accumulation = resolve_batch(run.deepspeed, ranks.count)
     check_precision(model, run)
     check_compiled(model, run)
@@ -163,7 +164,6 @@ def initialize(
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
     )
-    check_deepspeed(run.deepspeed)
     _check_optimizer(optimizer, run)
     ours = optimizer
     if isinstance(ours, LayerwiseOptimizer):
@@ -177,6 +177,7 @@ def initialize(
     with (
         contextlib.nullcontext() if averaging is None else averaging.paused(),
         hooks.tested_optimizer() if is_tested else contextlib.nullcontext(),
+        _refusals_told(settings),
     ):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
@@ -206,6 +207,27 @@ def initialize(
         monitor=monitor,
     )
     return adversarial, optimizer, loader, scheduler
+
+
+@contextlib.contextmanager
+def _refusals_told(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what DeepSpeed raises while it starts into a :class:`ConfigError`.
+
+    Its config is checked by then; what is left depends on the model and the machine.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except REFUSALS as error:
+        logger.debug("DeepSpeed does not start.", exc_info=True)
+        kept = ("optimizer", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
+        shown = {key: settings[key] for key in kept if settings.get(key)}
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"DeepSpeed does not start with this model, on this machine, and {shown}: "
+            f"{type(error).__name__}: {reason}."
+        ) from error
 
 
 def _deepspeeds(run: RunConfig) -> dict[str, Any]:

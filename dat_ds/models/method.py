@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from dat_ds.contracts import MOST_CLASSES
 from dat_ds.kinds import Checkpointing
 from dat_ds.method import Method, Table, Trait, above, fraction, option
 
@@ -24,7 +25,12 @@ class ModelMethod(Method):
 
     name: str = "vit_tiny_patch16_224"  # type: ignore[misc]  # of the network, not of the class
     """Of the network."""
-    num_classes: int | None = above(1, None, traits={Trait.SUPPORTS_CLASSES: lambda v: True})
+    num_classes: int | None = option(
+        None,
+        f"a number from 2 to {MOST_CLASSES}",
+        lambda v: 2 <= v <= MOST_CLASSES,
+        traits={Trait.SUPPORTS_CLASSES: lambda v: True},
+    )
     """Default: the number of classes of the data. Self-supervised objectives choose their own."""
     img_size: int | None = above(0, None)
     """Default: the size of the data's images."""

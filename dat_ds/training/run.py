@@ -25,6 +25,7 @@ from dat_ds.config import (
 from dat_ds.data import DatasetMethod, DataSplits, DistributedLoader, evaluation_batches
 from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE
+from dat_ds.engine.deepspeed_part import check_deepspeed
 from dat_ds.engine.launch import setup_ranks
 from dat_ds.errors import CheckpointError
 from dat_ds.evaluation import (
@@ -101,6 +102,7 @@ def train(
 def _train(run: RunConfig, resume: Resume, stop: StopSignal) -> dict[str, Any] | None:
     ranks = setup_ranks(waits=run.dat.fault.timeout, stop=lambda: stop.reason)
     run = adapt_to_device(run, ranks.device.type)
+    check_deepspeed(run.deepspeed)  # before anything is read, built or written
     chosen = ""
     with ranks.together():
         if ranks.is_main:

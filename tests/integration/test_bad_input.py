@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -263,22 +264,31 @@ def several_mistakes(folder: str) -> list[tuple[str, str]]:
         data={"name": "synthetic", "num_train": 1, "num_test": 4, "validation_fraction": 0},
     )
     model = tiny_run.config(root / "model", model={"name": "no_such_model"})
-    return [train_on_rank(json.dumps(values)) for values in (broken, few, model)]
+    fifo = tiny_run.config(root / "fifo", data={"name": "npz", "path": str(root / "data.npz")})
+    nested = tiny_run.config(root / "nested")
+    nested["zero_optimization"]["offload_optimizer"] = {"device": "disk"}
+    return [train_on_rank(json.dumps(values)) for values in (broken, few, model, fifo, nested)]
 
 
 def test_every_rank_ends_with_the_same_error(tmp_path: Path) -> None:
     images = make_image_folder(tmp_path / "images")
     for name in ("3.png", "5.png"):
         (images / "train" / "cat" / name).write_bytes(b"this is not an image")
+    os.mkfifo(tmp_path / "data.npz")
     outcomes = run_ranks(several_mistakes, 2, str(tmp_path))
     for rank in outcomes:
-        (broken, few, model) = rank
+        (broken, few, model, fifo, nested) = rank
         assert broken[0] == "DataError"
         assert "cat" in broken[1]
         assert ".png" in broken[1]
         assert few[0] == "DataError"
         assert "rank" in few[1]
         assert model[0] == "ModelError"
+        assert fifo[0] == "DataError"
+        assert "data.npz' is not a readable npz file of plain arrays" in fifo[1]
+        assert "It is a FIFO, not a file" in fifo[1]
+        assert nested[0] == "ConfigError"
+        assert "zero_optimization.offload_optimizer.device='disk' is not valid" in nested[1]
     assert (tmp_path / "broken" / "checkpoints" / "latest").exists()
 
 

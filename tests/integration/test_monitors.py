@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import shutil
 import sys
@@ -140,6 +141,45 @@ def test_a_folder_that_vanishes_is_told_once_and_ends_nothing(
         f"folder {str(tmp_path / job)!r}). The run goes on."
         for key, job in (("csv_monitor", "csv"), ("tensorboard", "tb"))
     ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_fills_up_is_told_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepspeed.monitor.csv_monitor import csvMonitor
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    rows: list[bytes] = []
+    real = RecordWriter.write
+
+    def full_after_thirty(self: RecordWriter, data: bytes) -> None:
+        rows.append(data)
+        if len(rows) > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, data)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full_after_thirty)
+    monkeypatch.setattr(csvMonitor, "write_events", full)
+    values = tiny_run.config(
+        tmp_path / "run",
+        schedule={"epochs": 1, "max_steps": STEPS},
+        logging={"every_steps": 1},
+    )
+    values["csv_monitor"] = sections(tmp_path)["csv_monitor"]
+    path = tiny_run.write(tmp_path / "config.json", values)
+    assert main(["train", "--deepspeed_config", str(path)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "The run goes on" in line]
+    assert sorted(line.split(" could not be written to")[0] for line in told) == [
+        "csv_monitor",
+        "tensorboard",
+    ]
+    assert all("No space left on device" in line for line in told)
+    assert [row["step"] for row in tiny_run.rows(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert (tmp_path / "run" / "record.json").exists()
 
 
 class FakeWandb(types.ModuleType):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import faulthandler
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -30,7 +32,7 @@ from tests.settings import METHODS, TABLES, config_of
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
-SHORT, SEED = 300, 0
+SHORT, SEED, LIMIT = 300, 0, 120
 Random = random.Random
 
 
@@ -230,8 +232,39 @@ TEXTS: dict[str, Callable[[str], bytes]] = {
     "no UTF-8": lambda text: text.encode() + b"\xff",
     "byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
     "nothing": lambda text: b"",
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "UTF-32": lambda text: text.encode("utf-32"),
+    "latin-1": lambda text: (text + '"é').encode("latin-1", "replace"),
+    "NaN": lambda text: re.sub(r"\d+", "NaN", text, count=1).encode(),
+    "Infinity": lambda text: re.sub(r"\d+", "-Infinity", text, count=1).encode(),
+    "huge exponent": lambda text: re.sub(r"\d+", "1e999999999", text, count=1).encode(),
+    "tiny exponent": lambda text: re.sub(r"\d+", "1e-999999999", text, count=1).encode(),
+    "5000 decimals": lambda text: re.sub(r"\d+", "0." + "9" * 5000, text, count=1).encode(),
+    "deep nesting of objects": lambda text: ('{"dat":' * 20_000 + "1" + "}" * 20_000).encode(),
+    "unfinished nesting": lambda text: b"[" * 500_000,
+    "twice a nested key": lambda text: re.sub(r'("\w+": \d+)', r"\1, \1", text, count=1).encode(),
+    "lone surrogate": lambda text: text.replace('"', '"\\ud800', 1).encode(),
+    "escaped NUL": lambda text: text.replace('"', '"\\u0000', 1).encode(),
+    "control characters": lambda text: text.replace(" ", "\x01", 1).encode(),
+    "a comment": lambda text: text.encode() + b"// the end",
+    "a list": lambda text: f"[{text}]".encode(),
+    "null": lambda text: b"null",
+    "a number": lambda text: b"3",
+    "100,000 keys": lambda text: json.dumps({f"k{i}": 1 for i in range(100_000)}).encode(),
+    "20 MB": lambda text: text.encode() + b" " * 20_000_000,
+    "random bytes": lambda text: random.Random(len(text)).randbytes(1000),
 }
 """What is done to the text of a file."""
+THINGS: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda file: file.symlink_to(file),
+    "a dangling link": lambda file: file.symlink_to("nowhere"),
+    "an endless device": lambda file: file.symlink_to("/dev/zero"),
+    "an empty device": lambda file: file.symlink_to("/dev/null"),
+    "no file": lambda file: None,
+}
+"""What may stand in the place of a file."""
 
 
 # ---- one config
@@ -244,7 +277,7 @@ def names_a_key(line: str) -> bool:
     starts = (
         r"(Unknown top-level key|Key|Keys given twice in the run config:|--set) |No optimizer: "
     )
-    return bool(re.match(starts + r"|.*\.json|\S+='auto' |Key '", line))
+    return bool(re.match(starts + r"|The run config: |.*\.json|\S+='auto' |Key '", line))
 
 
 def outcome(load: Callable[[], Any]) -> str:
@@ -300,8 +333,12 @@ def tried(configs: list[dict[str, Any]], seed: int, folder: Path) -> tuple[str, 
     except (RecursionError, ValueError):
         text = json.dumps(configs[number])
     what = rng.choice(list(TEXTS))
-    file = folder / "run.json"
-    file.write_bytes(TEXTS[what](text))
+    file = folder / f"{seed}.json"
+    if rng.random() < 0.1:
+        what = rng.choice(list(THINGS))
+        THINGS[what](file)
+    else:
+        file.write_bytes(TEXTS[what](text))
     return outcome(lambda: load_config(file)), f"{story}; in a file: {what}"
 
 
@@ -309,7 +346,11 @@ def fuzz(count: int, first: int = SEED) -> Tally:
     tally, configs = Tally(), valid_configs()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
-            found, story = tried(configs, seed, Path(folder))
+            faulthandler.dump_traceback_later(LIMIT, exit=True)  # a hang is no outcome
+            try:
+                found, story = tried(configs, seed, Path(folder))
+            finally:
+                faulthandler.cancel_dump_traceback_later()
             if found == "accepted":
                 tally.accepted += 1
             elif found == "refused":

@@ -231,8 +231,8 @@ def test_an_unreadable_npz_is_refused(tmp_path):
 def test_labels_out_of_range_are_refused_for_both_parts_together(tmp_path):
     write_npz(tmp_path / "a.npz", y_test=np.arange(8) - 1)
     text = refusal("npz", path=tmp_path / "a.npz", num_classes=3)
-    assert "dat.data.num_classes=3, but the labels of the train part run from 0 to 3" in text
-    assert "The labels of the test part run from -1 to 6" in text
+    assert "dat.data.num_classes=3, but the labels of the train part of " in text
+    assert "a.npz run from -1 to 6" in text
     assert "Write dat.data.num_classes=7" in text
 
 
@@ -244,7 +244,9 @@ def test_num_classes_may_exceed_the_labels_in_the_data(tmp_path):
 def test_empty_splits_are_refused(tmp_path):
     empty = {"x_test": np.zeros((0, 6, 5, 3), dtype=np.uint8), "y_test": np.zeros(0, dtype=int)}
     write_npz(tmp_path / "a.npz", **empty)
-    assert refusal("npz", path=tmp_path / "a.npz") == "The test part has no images."
+    assert refusal("npz", path=tmp_path / "a.npz") == (
+        f"The test part of {tmp_path}/a.npz has no images."
+    )
     text = refusal("synthetic", num_train=4)
     assert "validation_fraction=0.1 of 4 images leaves the validation split empty" in text
     text = refusal("synthetic", num_train=4, validation_fraction=0.99)
@@ -348,7 +350,7 @@ def test_all_problems_of_the_arguments_are_reported_together():
         "dat.data.augment='crops' is not valid (did you mean 'crop'?). Write one of 'none', 'crop'",
         "dat.data.validation_fraction=1.0 is not valid: write a number in [0, 1).",
         "dat.data.img_size=0 is not valid: write a number above 0.",
-        "dat.data.num_classes=0 is not valid: write a number above 1.",
+        "dat.data.num_classes=0 is not valid: write a number from 2 to 1048576.",
         "dat.data.image_shape=[3, 32] is no setting of the dataset 'digits', but of synthetic: ",
         "dat.data.path='/data' is no setting of the dataset 'digits': ",
         "dat.data.num_train=5 is no setting of the dataset 'digits', but of synthetic: remove it.",

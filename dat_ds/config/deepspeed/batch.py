@@ -6,6 +6,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from dat_ds.errors import ConfigError
+from dat_ds.method import shown
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+_MOST_MICRO_STEPS = 2**20
+"""Of one optimizer step: far above any that ends, and a list of them is still small."""
+
+
+def count_problems(config: Mapping[str, Any]) -> list[str]:
+    """Batch sizes and steps that are no counts, as messages."""
+    problems = [
+        f"{key}={shown(value)} is not valid: write an integer of at least 1."
+        for key in BATCH_KEYS
+        if (value := config.get(key)) is not None and not (type(value) is int and value >= 1)
+    ]
+    return problems or _too_many(config.get("gradient_accumulation_steps"))
+
+
+def _too_many(accumulation: int | None) -> list[str]:
+    if accumulation is None or accumulation <= _MOST_MICRO_STEPS:
+        return []
+    return [
+        f"gradient_accumulation_steps={accumulation}, or what the batch sizes make of it, is not "
+        f"valid: an optimizer step has at most {_MOST_MICRO_STEPS} micro-steps."
+    ]
+
+
+def batch_problems(config: Mapping[str, Any]) -> list[str]:
+    """The same, and that no size is given; what depends on the number of ranks is left out."""
+    if config.get("train_batch_size") is None and (
+        config.get("train_micro_batch_size_per_gpu") is None
+    ):
+        return ["No batch size: write train_micro_batch_size_per_gpu, such as 64."]
+    return count_problems(config)
 
 
 def resolve_batch(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:
@@ -23,21 +58,14 @@ def resolve_batch(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:
     Raises:
         ConfigError: Where the three do not agree.
     """
+    if problems := batch_problems(config):
+        raise ConfigError("\n".join(problems))
     total, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
     accumulation = config.get("gradient_accumulation_steps")
-    named = {
-        "train_batch_size": total,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-    }
-    for key, value in named.items():
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if value is not None and not is_count:
-            raise ConfigError(f"{key}={value!r} is not valid: write an integer of at least 1.")
-    if micro is None and total is None:
-        raise ConfigError("No batch size: write train_micro_batch_size_per_gpu, such as 64.")
     if accumulation is None:
         accumulation = 1 if total is None or micro is None else max(1, total // (micro * ranks))
+    if problems := _too_many(accumulation):
+        raise ConfigError("\n".join(problems))
     if micro is None:
         assert total is not None
         micro = max(1, total // (accumulation * ranks))

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dat_ds.config.deepspeed.batch import count_problems
 from dat_ds.config.deepspeed.keys import SCALAR_DEFAULTS, TOP_LEVEL_KEYS
 from dat_ds.config.deepspeed.logs import check_logs
 from dat_ds.config.deepspeed.optimizer import ADAM_NAMES, resolve_optimizer, take_automatic_freeze
@@ -82,6 +83,7 @@ def resolve_deepspeed(
     _check_objects(config, problems)
     check_sections(config, problems, here=here)
     check_logs(config, problems)
+    problems += count_problems({k: v for k, v in config.items() if v != "auto"})  # told above
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (0, 1, 2, 3):

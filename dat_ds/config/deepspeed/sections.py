@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dat_ds.method import Section, above, parse_section
+from dat_ds.method import Section, above, at_least, option, parse_section
 
 # ---- what a run reports to
 
@@ -203,17 +203,28 @@ class Checkpoint(Section):
             "writer": "a checkpoint is published when it is complete, and this one writes on",
         }
         for key, reason in reasons.items():
-            if value := getattr(self, key):
+            if (value := getattr(self, key)) not in (None, False):
                 yield f"{key}={value!r} is refused: {reason}. Remove it."
+
+
+_DTYPES = (
+    *("fp32", "float32", "float", "torch.float32"),
+    *("bf16", "bfloat16", "torch.bfloat16"),
+    *("fp16", "float16", "half", "torch.float16"),
+)
+
+
+def _dtype() -> Any:
+    return option(None, "'fp32', 'bf16' or 'fp16'", _DTYPES.__contains__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataTypes(Section):
     """Precision of gradients, parameters and buffers."""
 
-    grad_accum_dtype: str | None = None
-    param_dtype: str | None = None
-    buffer_dtype: str | None = None
+    grad_accum_dtype: str | None = _dtype()
+    param_dtype: str | None = _dtype()
+    buffer_dtype: str | None = _dtype()
     keep_in_fp32_modules: list[str] | None = None
 
 
@@ -224,6 +235,17 @@ class TorchAutocast(Section):
     enabled: bool = False
     dtype: str = "bfloat16"
     lower_precision_safe_modules: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopLevel(Section):
+    """Numbers and switches that stand in no section; DeepSpeed takes them as they are."""
+
+    gradient_clipping: float = at_least(0, 1.0)
+    gradient_predivide_factor: float = above(0, 1.0)
+    prescale_gradients: bool = False
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -251,6 +273,11 @@ def check_sections(
         kinds: Sections to check.
         here: Whether the run is to be carried out on this machine.
     """
+    keys = TopLevel.known_keys()
+    alone = {key: value for key, value in config.items() if key in keys and value != "auto"}
+    found: list[str] = []
+    parse_section(TopLevel, alone, "", found)
+    problems += [problem.removeprefix(".") for problem in found]
     for key, kind in kinds.items():
         if key not in config:
             continue

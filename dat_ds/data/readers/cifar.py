@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from dat_ds.data.method import FileDataset
 from dat_ds.data.readers.source import Source
 from dat_ds.errors import DataError
 
+_LARGEST_FILE = 2**30
 # Per channel over the 50 000 training images, pixel units.
 _CIFAR_STATISTICS: dict[str, tuple[Channels, Channels]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -29,7 +31,12 @@ class Cifar(FileDataset):
 
         kind: Any = getattr(torchvision.datasets, self.name.upper())
         parts = []
+        folder = Path(str(self.path)) / kind.base_folder
         try:
+            # torchvision reads whole files for their checksums: a sparse terabyte takes hours.
+            for name, _ in kind.train_list + kind.test_list:
+                if (size := (folder / name).stat().st_size) > _LARGEST_FILE:
+                    raise OSError(f"{name} has {size} bytes")
             for is_train in (True, False):
                 data = kind(str(self.path), train=is_train, download=False)
                 images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()

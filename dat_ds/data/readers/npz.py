@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 
 from dat_ds.data.images import TensorImages
 from dat_ds.data.method import FileDataset
 from dat_ds.data.readers.source import EvaluationImages, Source, measure_channels, raise_all
 from dat_ds.errors import DataError
+from dat_ds.files import open_regular
 
 _NPZ_LAYOUTS = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -29,16 +33,47 @@ _CHANNELS = (1, 2, 3, 4)
 
 
 def load_npz(path: str | Path | None, where: str) -> dict[str, np.ndarray[Any, Any]]:
-    """All arrays of an npz file."""
+    """All arrays of an npz file.
+
+    Args:
+        path: The file.
+        where: The key and its value, for messages.
+
+    Raises:
+        DataError: The file is none, is damaged, or holds objects, which are never unpickled.
+    """
     try:
         # Pickled objects in a data file could run code on loading.
-        with np.load(str(path), allow_pickle=False) as file:
+        with open_regular(str(path)) as stream, np.load(stream, allow_pickle=False) as file:
+            _check_sizes(file.zip)
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    # zipfile, its decompressors and numpy raise errors of every class for a damaged file.
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
-            f"{where} is not a readable npz file of plain arrays ({error}). Write one with "
+            f"{where} is not a readable npz file of plain arrays ({reason}). Write one with "
             "numpy.savez."
         ) from error
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Compare every array's header with the bytes that follow, before memory is taken for it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = 0
+    for entry in archive.infolist():
+        with archive.open(entry) as stream:
+            version = npy.read_magic(stream)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            claimed, held = math.prod(shape) * dtype.itemsize, entry.file_size - stream.tell()
+        if claimed != held and not dtype.hasobject:  # objects have a refusal of their own
+            raise ValueError(
+                f"{entry.filename} has a header of {dtype} {shape}, {claimed} bytes, and {held} "
+                "bytes follow"
+            )
+        total += claimed
+    if total > memory:
+        raise ValueError(f"{total} bytes of arrays, and this machine has {memory} of memory")
 
 
 def array_problems(

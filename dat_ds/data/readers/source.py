@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dat_ds.data.images import Channels, FolderImages, TensorImages
 from dat_ds.data.transforms import to_unit
-from dat_ds.errors import DataError
+from dat_ds.errors import DataError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,25 @@ class EvaluationImages:
     images: TensorImages | FolderImages
     class_names: tuple[str, ...] | None = None
     num_classes: int = 0
+
+
+@contextlib.contextmanager
+def enough_memory(key: str) -> Iterator[None]:
+    """Turn memory that is not there into a :class:`DataError`.
+
+    Args:
+        key: The key and value that asked for it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"{key}: the images do not fit into the memory of this machine "
+            f"({reason[0] if reason else type(error).__name__}). Take fewer or smaller ones."
+        ) from error
 
 
 def raise_all(problems: Iterable[str]) -> None:
