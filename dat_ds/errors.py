@@ -26,4 +26,8 @@ class ExportError(UserError):
 
 
 class NumericsError(RuntimeError):
-    """Training met a non-finite loss; no further update was made."""
+    """Training met numbers that it cannot go on with; no further update was made."""
+
+
+class LossScaleError(NumericsError):
+    """float16 gradients overflow at the smallest loss scale; no update was made."""

@@ -64,6 +64,8 @@ _FREE_KEYS = (
     "dat.evaluation",
     "dat.checkpoint",
     "dat.logging",
+    "dat.numerics",
+    "dat.overfitting",
     "dat.engine.resident_parameters_gib",
     "dat.output_dir",
     "dat.data.path",
