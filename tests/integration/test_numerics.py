@@ -1,4 +1,4 @@
-"""Faulty numbers in a run: told with step, rank and samples, acted on, and repeated by a command."""
+"""Faulty numbers in a run: told with step, rank and samples, acted on, and repeated."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ def test_steps_are_left_out_with_the_statistics_of_batch_norm(
     tmp_path: Path, data: dict[str, Any], nan_output: None
 ) -> None:
     skip = {"nonfinite": "skip", "reproducers": 1}
-    assert train(tmp_path, data=data, model=tiny_run.CNN, numerics=skip) == 0
+    evaluation = {"validation_every_epochs": 2, "validation_attack": "pgd-1", "attacks": []}
+    sections = {"checkpoint": {"every_steps": 16}, "evaluation": {**evaluation, "pictures": 0}}
+    assert train(tmp_path, data=data, model=tiny_run.CNN, numerics=skip, **sections) == 0
     found = record(tmp_path)["events"]
     assert [event["samples"] for event in found] == [[[WHITE]], [[WHITE]]], "once an epoch"
     assert [event["action"] for event in found] == ["skip", "skip"]
@@ -272,7 +274,10 @@ def test_large_trust_ratios_name_their_layers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str, code: int
 ) -> None:
     numerics = {"trust_ratios": action, "largest_trust_ratio": 1e-6}
-    values = tiny_run.config(tmp_path / "run", numerics=numerics, optimizer={"name": "lamb"})
+    short = {"max_steps": 3, "warmup_epochs": 0}
+    values = tiny_run.config(
+        tmp_path / "run", numerics=numerics, optimizer={"name": "lamb"}, schedule=short
+    )
     del values["optimizer"]
     path = tiny_run.write(tmp_path / "config.json", values)
     assert main(["train", "--deepspeed_config", str(path)]) == code
