@@ -143,8 +143,8 @@ class NumericsConfig(Section):
     reproducer_gib: float = at_least(0, 4.0)
     """Weights, and a rank's batch, are left out of it where they are larger than this."""
     trust_ratios: Literal["none", "warn", "stop"] = "warn"
-    """What follows where LAMB's or LARS's trust ratio of a layer exceeds ``largest_trust_ratio``
-    or is not finite."""
+    """What follows where LAMB's or LARS's trust ratio of a layer exceeds ``largest_trust_ratio``;
+    looked at with every line of metrics, for all steps since the last."""
     largest_trust_ratio: float = above(0, 1000.0)
     """Largest trust ratio that counts as normal."""
     replicas: Literal["none", "warn", "stop"] = "stop"

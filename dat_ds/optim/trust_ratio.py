@@ -71,7 +71,7 @@ class TrustRatioOptimizer(LayerwiseOptimizer):
         return dict(zip(names, ratios, strict=False))
 
     def take_peaks(self) -> dict[str, float]:
-        """Largest ratio of each layer since the last call, NaN where one was; waits for the device.
+        """Largest ratio of each layer since the last call; waits for the device.
 
         Layers of a rank are those of :attr:`trust_ratios`.
         """

@@ -1,4 +1,4 @@
-"""Claims: faults are told alike on all ranks under every ZeRO stage; ranks that differ are named."""
+"""Claims: faults are told alike on all ranks in every ZeRO stage; ranks that differ are named."""
 
 from __future__ import annotations
 
