@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +18,11 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.random_state import random_state
 from dat_ds.engine.replicas import replica_difference
 from dat_ds.engine.reproducer import FAULTS, Reproducer, size_of, write_weights
-from dat_ds.errors import ConfigError, DataError, LossScaleError, NumericsError
+from dat_ds.errors import CheckpointError, ConfigError, DataError, LossScaleError, NumericsError
 from dat_ds.minmax import NonFinite
 from dat_ds.optim import TrustRatioOptimizer
+
+logger = logging.getLogger("dat_ds")
 
 Tell = Callable[[dict[str, Any], str], None]
 """Keeps an event and says it in words."""
@@ -271,8 +274,16 @@ class NumericsWatch:
             kept: Whether weights are those at the start of the step.
 
         Returns:
-            The first rank's file; None where enough are kept.
+            The first rank's file; None where enough are kept, or it cannot be written.
         """
+        try:
+            return self._kept_step(faults, kept=kept)
+        except CheckpointError as error:  # on all ranks; what is to be told matters more
+            if self._engine.ranks.is_main:
+                logger.warning("The faulty step is not kept. %s", error)
+            return None
+
+    def _kept_step(self, faults: Mapping[int, NonFinite], *, kept: bool) -> str | None:
         engine, first = self._engine, next(iter(faults))
         fault = faults[first]
         folder = self._output / FAULTS / name_of_step(fault.step)
