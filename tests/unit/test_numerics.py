@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dat_ds.evaluation.samples import wilson_interval
 from dat_ds.minmax import FiniteWatch, MicroBatch, Moment, OuterTerms
@@ -70,6 +71,23 @@ def test_a_batch_that_fills_in_for_none_is_not_looked_at() -> None:
     watch = FiniteWatch()
     watch.see_loss(outer(NAN, torch.full((3, 2), NAN)), part(0, num_images=0))
     assert watch.first() is None
+
+
+class _NoReading(TorchDispatchMode):
+    """Inside, no number may go from the device to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_remembering_does_not_wait_for_the_device() -> None:
+    watch, logits, norm = FiniteWatch(), torch.zeros(3, 2), torch.tensor(NAN)
+    with _NoReading():
+        watch.see_loss(outer(NAN, logits), part(0))
+        watch.see_gradient(1, norm)
+    with pytest.raises(AssertionError, match="waits"), _NoReading():
+        watch.first()
 
 
 def test_the_largest_ratio_since_the_last_look_is_kept() -> None:
