@@ -352,6 +352,13 @@ def held_weights(engine: DeepSpeedEngine) -> list[Tensor]:
     return [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
 
 
+def weights_are_finite(engine: DeepSpeedEngine) -> bool:
+    """Whether this rank's weights are, whole parameters or ZeRO-3 shards; waits for the device."""
+    parameters = engine.module.parameters()
+    held = [_own_entries(p) if hasattr(p, "ds_tensor") else p.data for p in parameters]
+    return all(bool(tensor.isfinite().all()) for tensor in held)
+
+
 def gathered_numel(engine: DeepSpeedEngine) -> int:
     """Number of parameters of the whole model, wherever they are."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())

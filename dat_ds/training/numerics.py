@@ -220,6 +220,9 @@ class NumericsWatch:
         if self._num_events <= _MOST_EVENTS:
             event["reproducer"] = self._keep_step(faults, kept=kept)
         words = _words(kind, faults)
+        if self._engine.ranks.max(not hooks.weights_are_finite(self._engine.deepspeed)):
+            event["weights"] = "not finite"
+            words += f" Weights are not finite{'' if kept else ' by now'}."
         if not self._skips:
             self._tell(event, words)
             raise NumericsError(

@@ -200,6 +200,25 @@ def test_weights_that_have_moved_on_are_those_of_the_newest_checkpoint(
     assert "is gone" in capsys.readouterr().err
 
 
+def test_weights_that_are_not_finite_at_a_checkpoint_are_an_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = AdversarialEngine.step
+
+    def poisoned(self: AdversarialEngine) -> None:
+        step(self)
+        if self.global_steps == 2:
+            next(self.module.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(AdversarialEngine, "step", poisoned)
+    often = {"checkpoint": {"every_steps": 1}, "logging": {"every_steps": 100}}
+    assert train(tmp_path, deepspeed={"zero_optimization": {"stage": 0}}, **often) == 1
+    assert "Weights are not finite after step 2" in capsys.readouterr().err
+    (event,) = events(tmp_path)
+    assert (event["kind"], event["step"], event["action"]) == ("weight", 2, "stop")
+    assert Path(event["reproducer"]).is_file()
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_found_late_is_the_first_faulty_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int
