@@ -354,8 +354,13 @@ def held_weights(engine: DeepSpeedEngine) -> list[Tensor]:
 
 def weights_are_finite(engine: DeepSpeedEngine) -> bool:
     """Whether this rank's weights are, whole parameters or ZeRO-3 shards; waits for the device."""
-    parameters = engine.module.parameters()
-    held = [_own_entries(p) if hasattr(p, "ds_tensor") else p.data for p in parameters]
+    held = []
+    for parameter in engine.module.parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        if shard is None:
+            held.append(parameter.data)
+        elif shard.status.name == "AVAILABLE":  # not where it lies on a disk
+            held.append(_own_entries(parameter))
     return all(bool(tensor.isfinite().all()) for tensor in held)
 
 
