@@ -45,7 +45,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class NumericsError(RuntimeError):
-    """Training met a non-finite loss; no further update was made."""
+    """Training met numbers that it cannot go on with; no further update was made."""
+
+
+class LossScaleError(NumericsError):
+    """float16 gradients overflow at the smallest loss scale; no update was made."""
 
 
 INTERRUPTED = 130

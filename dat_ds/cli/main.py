@@ -1,4 +1,4 @@
-"""``dat-ds train | eval | doctor | export | report | checkpoint | config | bench``."""
+"""``dat-ds train | eval | doctor | export | report | checkpoint | replay | config | bench``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import dat_ds
-from dat_ds.cli import bench, checkpoint, config, doctor, evaluate, export, report, train
+from dat_ds.cli import (
+    bench,
+    checkpoint,
+    config,
+    doctor,
+    evaluate,
+    export,
+    replay,
+    report,
+    train,
+)
 from dat_ds.cli.arguments import check_folders
 from dat_ds.commands import carry_out
 from dat_ds.processes import adopt_slurm_step, end_process
@@ -38,8 +48,8 @@ def main(
 
     Returns:
         The exit code: 0 done or stopped cleanly (``dat.fault.stop_code`` where a signal stopped
-        training), 1 training failed or ``doctor`` raises an alarm, 2 the user can mend it, 75 a
-        rank hung or died, 130 interrupted.
+        training), 1 training failed, ``doctor`` raises an alarm or ``replay`` repeats a fault, 2
+        the user can mend it, 75 a rank hung or died, 130 interrupted.
     """
     options = _parser().parse_args(arguments)
 
@@ -54,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dat-ds", description=dat_ds.__doc__)
     parser.add_argument("--version", action="version", version=dat_ds.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, evaluate, doctor, export, report, checkpoint, config, bench):
+    for command in (train, evaluate, doctor, export, report, checkpoint, replay, config, bench):
         command.add(commands)
     return parser

@@ -108,6 +108,51 @@ class GuardConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverfittingConfig(Section):
+    """Watches validation for robust overfitting (Rice et al., ICML 2020, arXiv 2002.11569).
+
+    A validation has fallen where its robust accuracy is below the best one before it by more than
+    chance allows: where the Wilson 95 % intervals of both, for the number of validation images, do
+    not meet. The best model is kept in any case.
+    """
+
+    action: Literal["none", "warn", "stop"] = "warn"
+    """What follows: a warning, or the end of training, after which the best model is evaluated
+    as at the end of the schedule."""
+    patience: int = above(0, 3)
+    """Validations in a row that have to have fallen."""
+    margin: float | None = fraction(None)
+    """A fall of more than this much, as a fraction (0.02: 2 points), in the place of intervals
+    that do not meet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericsConfig(Section):
+    """What follows where numbers are not finite, explode, or differ between ranks."""
+
+    nonfinite: Literal["stop", "skip"] | None = None
+    """After a step whose loss or gradient is not finite: end the run, or leave the step out on all
+    ranks and go on, which DeepSpeed does but for float32 and bfloat16 autocast at ZeRO-0. Default:
+    ``skip`` in float16, where overflow is part of the loss scaling, else ``stop``."""
+    most_skipped: int = above(0, 10)
+    """Steps in a row that may be left out before the run ends; in float16 those at the smallest
+    loss scale count."""
+    reproducers: int = at_least(0, 3)
+    """Steps of a run with a number that is not finite that are kept, each with its batch and
+    weights, in the run's folder ``faults``, for ``dat-ds replay``."""
+    reproducer_gib: float = at_least(0, 4.0)
+    """Weights, and a rank's batch, are left out of it where they are larger than this."""
+    trust_ratios: Literal["none", "warn", "stop"] = "warn"
+    """What follows where LAMB's or LARS's trust ratio of a layer exceeds ``largest_trust_ratio``;
+    looked at with every line of metrics, for all steps since the last."""
+    largest_trust_ratio: float = above(0, 1000.0)
+    """Largest trust ratio that counts as normal."""
+    replicas: Literal["none", "warn", "stop"] = "stop"
+    """What follows where a rank holds other weights than the others, which a checksum tells at
+    every checkpoint and validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmaConfig(Section):
     """Exponential moving average of the weights; evaluated and exported instead of them."""
 
@@ -249,6 +294,8 @@ class DatConfig(Section):
     objective: Objective = chosen_from(OBJECTIVES)
     weight_perturbation: WeightPerturbationConfig = field(default_factory=WeightPerturbationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
     optimizer: OptimizerMethod | None = chosen_from(OPTIMIZERS, None)
     schedule: ScheduleMethod = chosen_from(SCHEDULES)
     ema: EmaConfig = field(default_factory=EmaConfig)

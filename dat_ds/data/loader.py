@@ -238,6 +238,20 @@ class DistributedLoader(Loader):
         """Number of micro-batches a rank sees in a full epoch."""
         return len(self.sampler)
 
+    def read(self, plan: BatchPlan) -> Batch:
+        """Read a micro-batch again, in this process; the position stays.
+
+        Args:
+            plan: What the loader handed it out with.
+
+        Raises:
+            DataError: For an unreadable sample.
+        """
+        batch = self._batches.__getitems__([SampleKey(plan.epoch, i) for i in plan.indices])
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+
     def _move(self, epoch: int, step: int) -> None:
         self.sampler.set_position(epoch, step)
 

@@ -44,6 +44,7 @@ from dat_ds.evaluation import Record, Task, task_of
 from dat_ds.minmax import (
     Access,
     BatchReader,
+    FiniteWatch,
     InnerMaximisation,
     MicroBatch,
     Moment,
@@ -88,6 +89,7 @@ class AdversarialEngine:
         traffic: Counts what this process sends.
         watch: Tells of faulty images and labels, which are looked for in every batch: on several
             ranks and on a GPU when :attr:`metrics` are read and before a checkpoint.
+        finite: Remembers on the device the first step whose loss or gradient was not finite.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class AdversarialEngine:
             reference=self._original_outputs,
         )
         self.watch = self._reader.watch
+        self.finite = FiniteWatch()
         if isinstance(loader, DistributedLoader):
             self.watch.file_name = functools.partial(file_of, loader.dataset)
         self._bare = BareModel(engine, run, ranks.device, self._reader.gate)
@@ -206,6 +209,11 @@ class AdversarialEngine:
             and optimizer.is_frozen
             and self.ranks.count > 1
         )
+
+    @property
+    def overflows(self) -> bool:
+        """Whether the model computes in float16, where overflow is part of the loss scaling."""
+        return self._bare.overflows
 
     @property
     def accumulation(self) -> int:
@@ -313,6 +321,8 @@ class AdversarialEngine:
         After an optimizer step :attr:`ema` is moved on too.
         """
         completes = self.micro_step == self.accumulation - 1
+        if completes and not self.overflows and not hooks.leaves_out_non_finite(self.deepspeed):
+            self.finite.see_gradient(self.global_steps + 1, hooks.gradient_norm(self.deepspeed))
         with self._log.phase("step"), hooks.named_loss_scale_error():
             self.deepspeed.step()
         self._log.pending.timer.leave()
@@ -701,6 +711,7 @@ class AdversarialEngine:
         forward = functools.partial(self._bare.forward, self.deepspeed, training=True)
         with self._log.phase("forward"), keep, self._weights.restored_on_error():
             outer = self._outer(forward, part, found, probes)
+        self.finite.see_loss(outer, part)
         metrics.add(
             outer,
             part,

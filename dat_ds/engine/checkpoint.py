@@ -292,6 +292,7 @@ class Checkpoints(CheckpointFolder):
             NumericsError: If weights are not finite.
         """
         finite = all(bool(t.isfinite().all()) for t in model_state.values())
+        finite &= hooks.weights_are_finite(engine.deepspeed)  # which an average may not show yet
         if engine.ranks.max(not finite):
             raise NumericsError(
                 f"Weights are not finite after step {engine.global_steps}, so no checkpoint is "

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dat_ds import zero3
-from dat_ds.errors import NumericsError, UserError
+from dat_ds.errors import LossScaleError, UserError
 from dat_ds.optim import PADDING, LayerwiseOptimizer, Layout, Segments
 
 _SHARDED = (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
@@ -81,21 +82,24 @@ def supports_fp16() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
+LOSS_SCALE_ADVICE = "Write bf16 or torch_autocast instead of fp16, or a smaller lr."
+
+
 @contextlib.contextmanager
 def named_loss_scale_error() -> Iterator[None]:
     """Give DeepSpeed's bare exception at the smallest float16 loss scale a name.
 
     Raises:
-        NumericsError: When the scale cannot shrink any further.
+        LossScaleError: When the scale cannot shrink any further.
     """
     try:
         yield
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        raise NumericsError(
+        raise LossScaleError(
             "float16 gradients overflow even at the smallest loss scale (fp16.min_loss_scale); "
-            "training stopped. Write bf16 or torch_autocast instead of fp16, or a smaller lr."
+            f"training stopped. {LOSS_SCALE_ADVICE}"
         ) from None
 
 
@@ -152,6 +156,43 @@ def reduce_in_backward(engine: DeepSpeedEngine, enabled: bool) -> None:
     Where it does not, DeepSpeed's check for overflow in 16 bits asks all ranks by itself.
     """
     engine.enable_backward_allreduce = enabled
+
+
+def leaves_out_non_finite(engine: DeepSpeedEngine) -> bool:
+    """Whether DeepSpeed leaves out a step whose gradients are not finite, on all ranks alike.
+
+    It then knows on the host, in every step, and counts it in ``skipped_steps``. In float32 and
+    under autocast at ZeRO-0 it looks at no gradient, and ZeRO 1 and 2 may be told not to.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        takes_norm = optimizer.compute_grad_norm and optimizer.dtype != torch.bfloat16
+        return bool(optimizer.check_grad_overflow or takes_norm)
+    return hasattr(optimizer, "overflow")
+
+
+@torch.no_grad()
+def gradient_norm(engine: DeepSpeedEngine) -> Tensor:
+    """Largest entry, in magnitude, of the gradients that a ZeRO-0 step is about to take, ``()``.
+
+    NaN where one is; without waiting for the device. Zero where DeepSpeed holds them elsewhere.
+    """
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=accelerator_device())
+    return torch.stack([n.float() for n in torch._foreach_norm(gradients, math.inf)]).amax()
+
+
+def loss_scale_is_smallest(engine: DeepSpeedEngine) -> bool:
+    """Whether the factor on float16 losses cannot shrink: it is fixed, or at its minimum."""
+    optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is not None and hasattr(scaler, "dynamic"):  # ZeRO 1 to 3
+        return not scaler.dynamic or scaler.cur_scale <= scaler.min_scale
+    config = getattr(optimizer, "loss_scale_config", None)
+    if config is not None:  # ZeRO-0
+        return not config.dynamic_loss_scale or config.cur_scale <= config.min_loss_scale
+    return gradient_scale(engine) <= 1
 
 
 _HUGE = 2.0**48  # the squares of a billion of these still add up in float32
@@ -331,6 +372,18 @@ def held_weights(engine: DeepSpeedEngine) -> list[Tensor]:
     Who writes to shards has to call :func:`release_parameters`: gathered copies of them exist.
     """
     return [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
+
+
+def weights_are_finite(engine: DeepSpeedEngine) -> bool:
+    """Whether this rank's weights are, whole parameters or ZeRO-3 shards; waits for the device."""
+    held = []
+    for parameter in engine.module.parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        if shard is None:
+            held.append(parameter.data)
+        elif shard.status.name == "AVAILABLE":  # not where it lies on a disk
+            held.append(_own_entries(parameter))
+    return all(bool(tensor.isfinite().all()) for tensor in held)
 
 
 def gathered_numel(engine: DeepSpeedEngine) -> int:

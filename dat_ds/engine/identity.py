@@ -21,6 +21,8 @@ _NOT_THE_TRAJECTORY = (
     "dat.checkpoint",
     "dat.fault",
     "dat.logging",
+    "dat.numerics",
+    "dat.overfitting",
     "dat.engine.resident_parameters_gib",
     "dat.output_dir",
     "dat.data.path",

@@ -5,12 +5,13 @@ the optimizer's steps.
 """
 
 from dat_ds.minmax.batch import BatchReader, MicroBatch, refusal_of_unlabelled
+from dat_ds.minmax.finite import FiniteWatch, NonFinite
 from dat_ds.minmax.inner import Access, InnerMaximisation
 from dat_ds.minmax.metrics import PhaseTimer, StepMetrics, num_correct
 from dat_ds.minmax.moment import Moment
 from dat_ds.minmax.outer import OuterForward, OuterTerms, fill_up
 from dat_ds.minmax.reference import frozen_copy, settle
-from dat_ds.minmax.watch import BatchWatch
+from dat_ds.minmax.watch import BatchWatch, FaultyBatchError
 from dat_ds.minmax.weights import (
     PerturbedWeights,
     WeightPerturbation,
@@ -22,9 +23,12 @@ __all__ = [
     "Access",
     "BatchReader",
     "BatchWatch",
+    "FaultyBatchError",
+    "FiniteWatch",
     "InnerMaximisation",
     "MicroBatch",
     "Moment",
+    "NonFinite",
     "OuterForward",
     "OuterTerms",
     "PerturbedWeights",

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ _MOST_AWAITED = 1000
 _NAMED = 8
 FileName = Callable[[int], str | None]
 """File of a sample of the data, by its index; None where it has none."""
+
+
+class FaultyBatchError(DataError):
+    """A batch that holds a faulty image or label.
+
+    Attributes:
+        event: On the rank that saw it: ``step`` counted from 1, ``rank``, ``samples`` (dataset
+            indices), ``cause`` in words, and ``reproducer``, the file of the first faulty image;
+            None on other ranks.
+    """
+
+    event: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +142,22 @@ class BatchWatch:
         place = f"image {rows[0]} of micro-step {where.moment.slot} in step {where.moment.step + 1}"
         samples = [s.samples[row] for s, rows in hits for row in rows if s.samples is not None]
         total = sum(len(rows) for _, rows in hits)
-        raise DataError(
+        file = self._saved(image, label, where, samples)
+        kept = "" if file is None else f" It is kept in {file} (numpy.load: image, label, sample)."
+        error = FaultyBatchError(
             f"{words} This is {place} on rank {self._ranks.rank}"
             f"{f', {self._named(samples)}' if samples else ''}"
-            f"{f'; {total} faulty images since the last look' if total > 1 else ''}."
-            f"{self._saved(image, label, where, samples)}"
+            f"{f'; {total} faulty images since the last look' if total > 1 else ''}.{kept}"
         )
+        error.event = {
+            "step": where.moment.step + 1,
+            "event": "faulty_images",
+            "cause": words,
+            "rank": self._ranks.rank,
+            "samples": samples[:_MOST_AWAITED],
+            "reproducer": None if file is None else str(file),
+        }
+        raise error
 
     def _named(self, samples: Sequence[int]) -> str:
         """Samples with their files: ``samples 3 (a/3.png), 17``."""
@@ -145,8 +168,10 @@ class BatchWatch:
         more = " and more" if len(samples) > _NAMED else ""
         return f"sample{'s' if len(samples) > 1 else ''} {', '.join(names)}{more}"
 
-    def _saved(self, image: Tensor, label: Tensor, where: _Seen, samples: Sequence[int]) -> str:
-        """Where the first faulty image was written, in words; nothing where that failed."""
+    def _saved(
+        self, image: Tensor, label: Tensor, where: _Seen, samples: Sequence[int]
+    ) -> Path | None:
+        """Where the first faulty image was written; None where that failed."""
         folder = Path(tempfile.gettempdir()) if self.folder is None else self.folder
         name = f"faulty_image_rank{self._ranks.rank}_step{where.moment.step + 1}.npz"
         arrays = {
@@ -158,5 +183,5 @@ class BatchWatch:
             folder.mkdir(parents=True, exist_ok=True)
             np.savez(folder / name, allow_pickle=False, **arrays)
         except OSError:
-            return ""
-        return f" It is kept in {folder / name} (numpy.load: image, label, sample)."
+            return None
+        return folder / name

@@ -51,6 +51,7 @@ class TrustRatioOptimizer(LayerwiseOptimizer):
         self._updates: list[_Update] = []
         self._squares: Tensor | None = None
         self._ratios: Tensor | None = None
+        self._peaks: Tensor | None = None
         self._layer_indices: dict[tuple[int, ...], Tensor] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,6 +69,14 @@ class TrustRatioOptimizer(LayerwiseOptimizer):
         names = self.layout.names
         ratios = [1.0] * len(names) if self._ratios is None else self._ratios.tolist()
         return dict(zip(names, ratios, strict=False))
+
+    def take_peaks(self) -> dict[str, float]:
+        """Largest ratio of each layer since the last call; waits for the device.
+
+        Layers of a rank are those of :attr:`trust_ratios`.
+        """
+        peaks, self._peaks = self._peaks, None
+        return {} if peaks is None else dict(zip(self.layout.names, peaks.tolist(), strict=False))
 
     # ---- steps
 
@@ -111,6 +120,8 @@ class TrustRatioOptimizer(LayerwiseOptimizer):
                 pieces = [piece for p, d in pairs for piece in layout.segments[p].cut(d)]
                 torch._foreach_mul_(pieces, list(ratios.unbind()))
             self._move(update.group, update.params, update.directions)
+        peaks = self._ratios if self._peaks is None else self._peaks
+        self._peaks = torch.maximum(peaks, self._ratios)
 
     # ---- what a subclass says
 

@@ -61,6 +61,17 @@ class Guard:
         return GuardReading(attack_acc, probe_acc, attack_acc - probe_acc > self._largest_gap)
 
 
+def stronger_attack(engine: AdversarialEngine) -> Attack:
+    """What the guard has the engine train with, once it has fired."""
+    steps = engine.run.dat.guard.stronger_steps
+    training = engine.attack_in_use
+    assert training is not None
+    # What makes passes cheaper stays; what makes the attack weaker goes.
+    return dataclasses.replace(
+        multi_step(engine, steps, 2.5 / steps), fold_batch_norm=training.fold_batch_norm
+    )
+
+
 def multi_step(engine: AdversarialEngine, steps: int, step_share: float) -> Attack:
     """PGD within the run's threat model, with steps of ``step_share * eps``."""
     threat = engine.run.dat.threat_model

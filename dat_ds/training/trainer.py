@@ -21,16 +21,19 @@ from dat_ds.checkpoints import CHECKPOINTS
 from dat_ds.data import DistributedLoader, PlannedBatch
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
-from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError, UserError
+from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError
 from dat_ds.evaluation import Record
 from dat_ds.files import append_row, keep_rows_until, sync_rows
+from dat_ds.minmax import FaultyBatchError
 from dat_ds.progress import PROGRESS
-from dat_ds.training.guard import Guard, GuardReading, multi_step
+from dat_ds.training.guard import Guard, GuardReading, stronger_attack
+from dat_ds.training.numerics import NumericsWatch
+from dat_ds.training.overfitting import falls_in_a_row
 from dat_ds.training.stopping import StopSignal
 
 logger = logging.getLogger("dat_ds")
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 _GO_ON, _SAVE, _STOP, _BAD_DATA = range(4)  # ranks follow the largest
 
 
@@ -81,10 +84,12 @@ class Trainer:
         self.events: list[dict[str, Any]] = []
         self._reading: GuardReading | None = None
         self._stop = StopSignal() if stop is None else stop
-        self._warned_of_skips = False
         self._shown: dict[str, str] = {}
         self._checkpointed_at = -1
         self._changed: Collection[str] = ()
+        self._numerics = NumericsWatch(
+            engine, loader, self.checkpoints, output, self.total_steps, self._tell
+        )
         self._monitor = engine.monitor
         self._monitor.take_over(output)
 
@@ -113,15 +118,18 @@ class Trainer:
             self._strengthen()
         self._checkpointed_at = self.engine.global_steps
         self._changed = changed
+        self._numerics.restart()
 
     def fit(self) -> bool:
         """Train to the end, or until asked to stop.
 
         Returns:
-            Whether the schedule was completed; if not, a checkpoint holds the state.
+            Whether training is complete: at the end of the schedule, or where robust overfitting
+            ended it; if not, a checkpoint holds the state.
 
         Raises:
-            NumericsError: On a non-finite loss or weight; checkpoints hold finite weights only.
+            NumericsError: On numbers with which the run cannot go on; checkpoints hold finite
+                weights only.
             DataError: On unreadable data, after a checkpoint was written.
             CheckpointError: On a file that cannot be written.
         """
@@ -129,39 +137,30 @@ class Trainer:
         self._steps = self._stream()
         self._drop_later_rows()
         # Closing the stream, which a roll-back replaces, ends the loader's workers.
-        with self._progress() as bar, self._complete_checkpoints(), contextlib.ExitStack() as stack:
+        with self._progress() as bar, contextlib.ExitStack() as stack:
             stack.callback(lambda: self._steps.close())
-            while self.engine.global_steps < self.total_steps:
+            stack.enter_context(self._kept_faulty_images())
+            while self.engine.global_steps < self.total_steps and not self._is_stopped_early:
                 batches, error = self._fetch_step()
                 status = self.ranks.max(_BAD_DATA if error is not None else self._asked())
                 if status != _GO_ON:
                     self._stop.saves = False
                     self.save_checkpoint()
                 if status > _SAVE:
+                    self.checkpoints.finish(self.ranks)
                     with self.ranks.together():
                         if error is not None:
                             raise error
                     reasons = self.ranks.gather(self._stop.reason)
                     self._stop.reason = next(str(reason) for reason in reasons if reason)
                     return False
-                self.engine.train_step(batches)
+                with self._numerics.step(batches):
+                    self.engine.train_step(batches)
                 bar.update()
                 self._after_step(batches, bar)
                 self.checkpoints.finish_if_written(self.ranks)
-        return True
-
-    @contextlib.contextmanager
-    def _complete_checkpoints(self) -> Iterator[None]:
-        """On exit, wait for a checkpoint that is being written; a collective.
-
-        Not where this rank alone has failed: the others would not come.
-        """
-        try:
-            yield
-        except UserError:
-            self.checkpoints.finish(self.ranks)
-            raise
         self.checkpoints.finish(self.ranks)
+        return True
 
     def _asked(self) -> int:
         """What this rank's signals ask for."""
@@ -211,8 +210,9 @@ class Trainer:
                     self._validate()
             except (DataError, ModelError):  # a checkpoint refuses damaged weights by name
                 self.save_checkpoint()
+                self.checkpoints.finish(self.ranks)
                 raise
-        if saves or is_last:
+        if saves or is_last or self._is_stopped_early:
             self.save_checkpoint()
 
     # ---- guard
@@ -252,6 +252,7 @@ class Trainer:
         event |= dataclasses.asdict(self._reading)
         event |= {"returned_to": None if returns_to is None else returns_to.name}
         events = [*self.events, event]
+        self._append_event(event)
         if self.ranks.is_main:
             place = "from here" if returns_to is None else f"from {returns_to}"
             logger.warning("%s Going on %s with PGD-%d.", words, place, guard.stronger_steps)
@@ -263,14 +264,9 @@ class Trainer:
 
     def _strengthen(self) -> None:
         """Train with more attack steps from now on, which the guard need not watch."""
-        steps = self.run.dat.guard.stronger_steps
-        training = self.engine.attack_in_use
-        assert training is not None
-        stronger = multi_step(self.engine, steps, 2.5 / steps)
-        # What makes passes cheaper stays; what makes the attack weaker goes.
-        stronger = dataclasses.replace(stronger, fold_batch_norm=training.fold_batch_norm)
-        self.engine.use_attack(stronger)
+        self.engine.use_attack(stronger_attack(self.engine))
         self.is_strengthened = True
+        self._numerics.stronger_steps = self.run.dat.guard.stronger_steps
         self._guard = None
 
     def _return_to(self, checkpoint: Path, bar: tqdm[Any]) -> None:
@@ -293,16 +289,10 @@ class Trainer:
     # ---- logging
 
     def _log_step(self, batch: PlannedBatch, bar: tqdm[Any]) -> None:
+        self._numerics.look()
         self.engine.measure_natural_accuracy(batch[0], batch[1])
         metrics = self.engine.reduced_metrics()
         step = self.engine.global_steps
-        if not math.isfinite(metrics["loss"]) and not self._skips_overflows():
-            raise NumericsError(
-                f"The loss is {metrics['loss']} in step {step}; training stopped. "
-                f"{self.checkpoints.latest_in_words()} Usual causes: a learning rate that is too "
-                "high, or too short a warm-up."
-            )
-        self._warn_of_skips(metrics)
         seconds = metrics["seconds_attack"] + metrics["seconds_update"]
         images = self._images_in_step(step)
         row = {
@@ -341,20 +331,6 @@ class Trainer:
         done = batches_done * sampler.global_batch
         return min(sampler.global_batch, sampler.num_samples - done)
 
-    def _skips_overflows(self) -> bool:
-        """Whether DeepSpeed drops a step with non-finite gradients as a matter of course."""
-        return bool(self.engine.deepspeed.fp16_enabled())
-
-    def _warn_of_skips(self, metrics: dict[str, Any]) -> None:
-        skipped = metrics["skipped_steps"]
-        if skipped and not self._skips_overflows() and not self._warned_of_skips:
-            self._warned_of_skips = True
-            if self.ranks.is_main:
-                logger.warning(
-                    "%d optimizer step(s) with non-finite gradients were skipped so far.",
-                    skipped,
-                )
-
     @contextlib.contextmanager
     def _progress(self) -> Iterator[tqdm[Any]]:
         shows = self.ranks.is_main and self.run.dat.logging.progress and os.isatty(2)
@@ -377,6 +353,8 @@ class Trainer:
         size = len(cast(Sized, self.validation))
         if size == 0:
             return
+        self._numerics.look()
+        self._numerics.compare_ranks()
         trains_naturally = self.run.dat.attack.name == "none"
         attacks = [] if trains_naturally else [self.run.dat.evaluation.validation_attack]
         step = self.engine.global_steps
@@ -399,6 +377,40 @@ class Trainer:
         self._monitor.write(step, {f"validation/{k}": v for k, v in named.items()})
         if self.ranks.is_main:
             self._say_validation(record, attacks)
+        if attacks and record.natural_acc is not None:
+            self._watch_overfitting(attacks[0])
+
+    def _watch_overfitting(self, attack: str) -> None:
+        """Tell where robust accuracy has fallen for a while, and end training if so configured."""
+        config = self.run.dat.overfitting
+        falls = falls_in_a_row(self.history, attack, config.margin)
+        if config.action == "none" or falls != config.patience:
+            return
+        assert self.best is not None
+        best, now = self.best["robust_acc"][attack], self.history[-1]["robust_acc"][attack]
+        words = (
+            f"Robust overfitting: accuracy on the validation images under {attack} fell from "
+            f"{best:.1%} after step {self.best['step']} to {now:.1%}, and was lower by more than "
+            f"chance in {falls} validation(s) in a row."
+        )
+        event = {
+            "step": self.engine.global_steps,
+            "event": "robust_overfitting",
+            "attack": attack,
+            "best_step": self.best["step"],
+            "best_acc": best,
+            "acc": now,
+            "action": config.action,
+        }
+        ends = " Training ends here." if config.action == "stop" else ""
+        self._tell(event, f"{words}{ends} The best model is kept.")
+
+    @property
+    def _is_stopped_early(self) -> bool:
+        """Whether robust overfitting has ended training, in this session or an earlier one."""
+        if self.run.dat.overfitting.action != "stop":
+            return False
+        return any(event["event"] == "robust_overfitting" for event in self.events)
 
     def _say_validation(self, record: Record, attacks: list[str]) -> None:
         epoch = self.engine.global_steps / self.loader.steps_per_epoch
@@ -417,20 +429,51 @@ class Trainer:
         """Write a checkpoint of this moment, unless there is one already; a collective."""
         if self._checkpointed_at == self.engine.global_steps:
             return
+        self._numerics.look()
+        self._numerics.compare_ranks()
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
         state |= {"strengthened": self.is_strengthened, "events": self.events}
-        in_background = self.run.dat.checkpoint.asynchronous
         started = time.perf_counter()
         with PROGRESS.within("checkpoint"):
             with self.ranks.together():
                 if self.ranks.is_main:  # rows up to here are not written again
                     sync_rows(self.output / METRICS)
-            self.checkpoints.save(self.engine, state, in_background=in_background)
+            try:
+                self.checkpoints.save(
+                    self.engine, state, in_background=self.run.dat.checkpoint.asynchronous
+                )
+            except NumericsError:
+                self._numerics.tell_of_weights()
+                raise
         self.checkpoint_seconds += time.perf_counter() - started
         self._checkpointed_at = self.engine.global_steps
 
+    # ---- events
+
+    def _tell(self, event: dict[str, Any], words: str) -> None:
+        """Keep an event, in the run's state and in ``events.jsonl``, and log it; a collective."""
+        self.events.append(event)
+        self._append_event(event)
+        if self.ranks.is_main:
+            logger.warning("%s", words)
+
+    def _append_event(self, event: dict[str, Any]) -> None:
+        with self.ranks.together():
+            if self.ranks.is_main:
+                append_row(self.output / EVENTS, event)
+
+    @contextlib.contextmanager
+    def _kept_faulty_images(self) -> Iterator[None]:
+        """Inside, a faulty image goes into ``events.jsonl`` from the rank that saw it."""
+        try:
+            yield
+        except FaultyBatchError as error:
+            if error.event is not None:
+                append_row(self.output / EVENTS, error.event)
+            raise
+
     def all_events(self) -> list[dict[str, Any]]:
-        """Events of the guard and of the optimizer's variance."""
+        """Events of the guard, of faulty numbers, and of the optimizer's variance."""
         optimizer = self.engine.averaging_optimizer
         return [*self.events, *([] if optimizer is None else optimizer.events)]
 

@@ -130,17 +130,17 @@ def chosen_precision(of_products: float, of_gradients: float) -> Any:
 def chosen_after_resume() -> Any:
     """A choice comes back with the checkpoint: another timing might fall out differently."""
     import dat_ds
-    from dat_ds.engine.checkpoint import _rank_state, _restore_rank_state
+    from dat_ds.engine.rank_state import rank_state, restore_rank_state
 
     config = tiny.config(0, dat={"attack": {"steps": 2, "precision": "auto"}})
     found = []
     for choice in ("bf16", None, "auto"):
         engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
         engine.inner.precision = choice
-        state = _rank_state(engine)
+        state = rank_state(engine)
         engine.close()
         again, *_ = dat_ds.initialize(model=tiny.cnn(), config=config)
-        _restore_rank_state(state, again)
+        restore_rank_state(state, again)
         found.append(again.attack_precision)
         again.close()
     return found

@@ -58,7 +58,7 @@ def train(norm: str, stage: int) -> dict[str, Any]:
 def train_in_whole_steps(norm: str, stage: int) -> dict[str, Any]:
     """The same by ``train_step``; and what a checkpoint of before ``train_step`` gives back."""
     import dat_ds
-    from dat_ds.engine.checkpoint import _rank_state, _restore_rank_state
+    from dat_ds.engine.rank_state import rank_state, restore_rank_state
 
     config = config_of(norm, stage)
     engine, _, loader, _ = dat_ds.initialize(model=tiny.vit(), config=config, training_data=data())
@@ -67,11 +67,11 @@ def train_in_whole_steps(norm: str, stage: int) -> dict[str, Any]:
             engine.train_step(batches)
     carried = engine.inner.strategy.state_dict()
     thrown_away = engine.attack(*tiny.images(MICRO_BATCH))
-    state, weights = _rank_state(engine), weights_of(engine)
+    state, weights = rank_state(engine), weights_of(engine)
     engine.close()
     state["free"] = state.pop("strategy")
     again, *_ = dat_ds.initialize(model=tiny.vit(), config=config)
-    _restore_rank_state(state, again)
+    restore_rank_state(state, again)
     found = again.inner.strategy.state_dict()
     again.close()
     same = [torch.equal(carried[slot], delta) for slot, delta in found.items()]

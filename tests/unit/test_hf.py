@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -404,3 +405,23 @@ def test_versions_are_those_that_were_tested() -> None:
 def test_importing_dat_ds_does_not_import_the_trainer() -> None:
     code = "import sys, dat_ds, dat_ds.attacks; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_loss_that_is_nan_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = vit()
+    outputs = 0
+
+    def spoil(_module: nn.Module, _given: object, logits: Tensor) -> Tensor:
+        nonlocal outputs
+        outputs += model.training
+        return logits * float("nan") if model.training and outputs > 1 else logits
+
+    model.classifier.register_forward_hook(spoil)
+    trainer = trainer_of(
+        model, tmp_path, [callback_of()], train_dataset=PixelDicts(12), logging_steps=1
+    )
+    logging.getLogger("dat_ds").propagate = True
+    trainer.train()
+    told = [r.getMessage() for r in caplog.records if "The loss is nan" in r.getMessage()]
+    assert len(told) == 1
+    assert "in step 2, micro-step 0, on rank 0" in told[0]

@@ -6,6 +6,7 @@ Shapes: ``B`` this rank's micro-batch, ``K`` classes; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,9 +25,11 @@ from dat_ds.integrations.hf.settings import Settings
 from dat_ds.minmax import (
     Access,
     BatchReader,
+    FiniteWatch,
     InnerMaximisation,
     MicroBatch,
     Moment,
+    NonFinite,
     OuterForward,
     PerturbedWeights,
     PhaseTimer,
@@ -37,6 +40,8 @@ from dat_ds.minmax import (
 )
 from dat_ds.minmax.outer import OuterBatch
 from dat_ds.ranks import Ranks
+
+logger = logging.getLogger("dat_ds")
 
 _OUTPUTS = {"classes": ("logits",), "features": ("image_embeds", "pooler_output")}
 _NO_LABELS = (
@@ -218,6 +223,9 @@ class AdversarialForward:
             start=dat.weight_perturbation.start,
             whole=self._resident,
         )
+        self._finite = FiniteWatch()
+        self._overflows = overflows
+        self._warned_of_loss = False
         self._metrics = self._new_metrics()
         self._num_micro_steps = 0
 
@@ -282,12 +290,31 @@ class AdversarialForward:
         }
 
     def check_batches(self) -> None:
-        """Tell of faulty images and labels since the last time; a collective.
+        """Tell of faulty images, labels and losses since the last time; a collective.
 
         Raises:
-            DataError: On every rank, if a rank saw one.
+            DataError: On every rank, if a rank saw a faulty image or label.
         """
         self._reader.watch.check()
+        if self._overflows or self._warned_of_loss:
+            return
+        found = self._ranks.gather(self._finite.first())
+        faults = [(rank, item) for rank, item in enumerate(found) if isinstance(item, NonFinite)]
+        if not faults:
+            return
+        self._warned_of_loss = True
+        rank, first = min(faults, key=lambda fault: fault[1].step)
+        if self._ranks.is_main:
+            logger.warning(
+                "The loss is %s in step %d, micro-step %d, on rank %d; this is said once. The "
+                "Trainer goes on, and logs other numbers in the place of such losses "
+                "(logging_nan_inf_filter). Usual causes: a learning rate that is too high, or too "
+                "short a warm-up.",
+                first.loss,
+                first.step,
+                first.micro_steps[0],
+                rank,
+            )
 
     def detach(self) -> None:
         """Leave nothing on the module, and its weights as they were."""
@@ -415,6 +442,8 @@ class AdversarialForward:
         found = view.output_of(outputs)
         with _exact(found):
             outer = self._outer.terms(batch, found[: len(batch.images)], part)
+        if not self._overflows:
+            self._finite.see_loss(outer, part)
         self._metrics.add(
             outer,
             part,
