@@ -154,6 +154,14 @@ def test_other_data_are_refused_and_another_rate_has_to_be_named(
     assert train(tmp_path, values, "--resume", "auto", *named) == 0
     rows = tiny_run.rows(tmp_path / "run")
     assert [row["lr"] for row in rows] == pytest.approx([0.003] * 12 + [0.001] * 12)
+    values["dat"]["data"]["num_train"] = 60  # 54 to train on: 7 steps an epoch
+    values["dat"]["schedule"]["epochs"] = 4
+    assert train(tmp_path, values, "--resume", "auto", "--changed", "dat.schedule") == 2
+    message = capsys.readouterr().err
+    assert "dat.data: other training data: checkpoint 90 samples, this run 54" in message
+    assert "dat.data.num_train: checkpoint 100, this run 60" in message
+    assert train(tmp_path, values, "--resume", "auto", "--changed", "dat") == 0
+    assert len(tiny_run.rows(tmp_path / "run")) == 28
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_too(tmp_path: Path) -> None:
