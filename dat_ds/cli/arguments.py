@@ -55,6 +55,11 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a key of the config, such as dat.attack.steps=10; repeatable",
     )
+    add_imports(parser)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Modules whose methods a config may name."""
     parser.add_argument(
         "--import",
         action="append",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dat_ds.cli.arguments import add_command
+from dat_ds.cli.arguments import add_command, add_imports
 
 _DESCRIPTION = """\
 Repeats a step in which a loss, gradient or weight was not finite, on this process alone: the same
@@ -22,14 +22,7 @@ def add(commands: Any) -> None:
     summary = "repeat a step whose numbers were not finite"
     parser = add_command(commands, "replay", _replay, summary, description=_DESCRIPTION)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="imports",
-        metavar="MODULE",
-        help="import a module of yours, whose methods the run's config names; repeatable",
-    )
+    add_imports(parser)
 
 
 def _replay(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:

@@ -16,24 +16,11 @@ from dat_ds.models import load
 from dat_ds.training.replay import replay
 from tests.distributed import tiny
 from tests.distributed.harness import allow_fp16, run_ranks
+from tests.spoilt import Spoil
 
 MODEL = {"patch_size": 4, "depth": 1, "embed_dim": 16, "num_heads": 2}
 SAMPLES, BATCH = 32, 4
 STAGES = (0, 1, 2, 3)
-
-
-class _Spoil(torch.autograd.Function):
-    """Identity whose gradient is NaN in some rows."""
-
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return outputs.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return gradient.masked_fill(rows, torch.nan), None
 
 
 def images() -> TensorDataset:
@@ -56,7 +43,7 @@ def model(fault: str) -> nn.Module:
         white = (given[0].flatten(1).mean(1) > 0.8).unsqueeze(1)
         if fault == "output":
             return outputs * torch.where(white, torch.nan, 1.0).to(outputs.dtype)
-        return _Spoil.apply(outputs, white)
+        return Spoil.apply(outputs, white)
 
     if fault != "none":
         built.register_forward_hook(spoil)

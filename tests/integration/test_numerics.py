@@ -19,22 +19,9 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.evaluation import Record
 from dat_ds.models import PixelModel
 from tests.integration import tiny_run
+from tests.spoilt import Spoil
 
 WHITE = 5  # index of the one image that the planted model cannot take
-
-
-class _Spoil(torch.autograd.Function):
-    """Identity whose gradient is NaN in some rows."""
-
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return outputs.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return gradient.masked_fill(rows, torch.nan), None
 
 
 def is_white(x: Tensor) -> Tensor:
@@ -69,7 +56,7 @@ def nan_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = PixelModel.forward
 
     def broken(self: PixelModel, x: Tensor) -> Tensor:
-        return _Spoil.apply(forward(self, x), is_white(x))
+        return Spoil.apply(forward(self, x), is_white(x))
 
     monkeypatch.setattr(PixelModel, "forward", broken)
 
