@@ -77,7 +77,8 @@ class StopSignal:
         self.saves = True
 
     def _watch(self, processes: list[psutil.Process], ended: threading.Event) -> None:
-        if not processes and any(name in os.environ for name in _OF_LAUNCHERS):
+        has_ended = not processes and any(name in os.environ for name in _OF_LAUNCHERS)
+        if has_ended or (processes and was_orphaned(processes[-1])):
             self.reason = self.reason or "the end of its launcher, before it began"
         while processes and not ended.wait(_LOOK):
             dead = [process for process in processes if not _is_alive(process)]
@@ -117,6 +118,20 @@ def launchers() -> list[psutil.Process]:
                 found.append(process)
             process = process.parent()
     return found
+
+
+def was_orphaned(launcher: psutil.Process) -> bool:
+    """Whether the outermost launcher that is left was started by another one, which has ended.
+
+    ``deepspeed`` starts ``deepspeed.launcher.launch``. Where it has ended since, what adopted the
+    latter is of another session, and the first process of its process group is gone.
+    """
+    with contextlib.suppress(OSError, psutil.Error):
+        pid, parent = launcher.pid, launcher.ppid()
+        group = os.getpgid(pid)
+        is_adopted = parent == 0 or os.getsid(parent) != os.getsid(pid)
+        return is_adopted and group != pid and not psutil.pid_exists(group)
+    return False
 
 
 def _is_launcher(words: list[str]) -> bool:

@@ -108,3 +108,28 @@ def test_a_second_ctrl_c_ends_a_wait_in_a_collective_too() -> None:
         assert waiting.returncode == 130
         assert "Interrupted. Complete checkpoints are intact." in errors
         assert "Traceback" not in errors
+
+
+def test_a_launcher_whose_own_launcher_has_ended_was_orphaned() -> None:
+    code = (
+        "import subprocess, sys; "
+        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(inner.pid, flush=True); inner.wait()"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as outer:
+        assert outer.stdout is not None
+        inner = psutil.Process(int(outer.stdout.readline()))
+        try:
+            assert not stopping.was_orphaned(inner)
+            outer.kill()
+            outer.wait()
+            deadline = time.monotonic() + 10
+            while not stopping.was_orphaned(inner) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert stopping.was_orphaned(inner)
+        finally:
+            inner.kill()
+    assert not stopping.was_orphaned(psutil.Process())
