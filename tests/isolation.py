@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.settings import without_launcher
+
 ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -81,6 +83,9 @@ def _call(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+        inherited = without_launcher()
+        os.environ.clear()
+        os.environ.update(inherited)
         try:
             outcome = function(*args)
         except BaseException as error:

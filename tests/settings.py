@@ -7,6 +7,7 @@ that is missing fails :func:`settings_of` with the line to write.
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from dat_ds.attacks import ATTACKS
@@ -126,3 +127,9 @@ def config_of(section: str, name: str, **changed: Any) -> dict[str, Any]:
     if section == "optimizer":
         return {"dat": dat}
     return {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "dat": dat}
+
+
+def without_launcher() -> dict[str, str]:
+    """The environment but for what a launcher, or an engine of an earlier test, has put there."""
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launchers}

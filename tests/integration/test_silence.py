@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -11,6 +10,7 @@ from pathlib import Path
 from dat_ds.commands import without_settled_warnings
 from tests.integration import tiny_run
 from tests.integration.silence import unexpected
+from tests.settings import without_launcher
 
 # Each time, not once for each place, and also what Python hides in modules by default.
 STRICT = "always::FutureWarning,always::UserWarning,always::RuntimeWarning,always::ResourceWarning"
@@ -33,15 +33,10 @@ for stage in (3, 2, 1, 0):
 """
 
 
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 def printed(*arguments: str) -> str:
     """What a fresh process prints, to either stream, where it ends well."""
-    # Of a launcher's variables an engine of an earlier test may have left some here.
-    inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     environment = {
-        **inherited,
+        **without_launcher(),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(tiny_run.ROOT),
