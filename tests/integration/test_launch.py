@@ -73,7 +73,13 @@ def timeless(rows: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [tuple(row[key] for key in keys) for row in rows]
 
 
-@pytest.mark.parametrize("model", [tiny_run.VIT, tiny_run.CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(tiny_run.VIT, id="vit"),
+        pytest.param(tiny_run.CNN, id="cnn", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, model: dict[str, Any]) -> None:
     whole = tiny_run.write(tmp_path / "whole.json", long_config(tmp_path / "whole", model))
     code, output = finish(launch("train_vit.py", whole))
