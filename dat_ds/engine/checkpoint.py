@@ -164,9 +164,7 @@ class Checkpoints(CheckpointFolder):
         jobs.append(_own_file(partial / name, ranks.rank, snapshot(own) if in_background else own))
         if ranks.is_main:
             jobs += _main_files(partial / name, engine, model_state, state)
-        self._writer = CheckpointWriter(
-            partial / name, jobs, engine.global_steps, in_background=in_background
-        )
+        self._writer = CheckpointWriter(partial / name, jobs, in_background=in_background)
         if not in_background:
             self.finish(ranks)
         return self.folder / name

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dat_ds.checkpoints import described
 from dat_ds.errors import CheckpointError
+from dat_ds.files import writing
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,11 @@ class CheckpointWriter:
         in_background: Whether a thread does it.
 
     Attributes:
-        step: Optimizer steps done when the checkpoint was taken.
         entries: Those of the manifest for the files, once they are written.
     """
 
-    def __init__(self, folder: Path, jobs: list[Job], step: int, *, in_background: bool) -> None:
+    def __init__(self, folder: Path, jobs: list[Job], *, in_background: bool) -> None:
         self.folder = folder
-        self.step = step
         self.entries: dict[str, dict[str, Any]] = {}
         self._jobs = jobs
         self._error: Exception | None = None
@@ -107,9 +106,10 @@ def deepspeeds_files(engine: DeepSpeedEngine, folder: Path, *, copied: bool) -> 
 
     vars(writer)["save"] = save
     try:
-        DeepSpeedEngine.save_checkpoint(
-            engine, str(folder.parent), tag=folder.name, save_latest=False
-        )
+        with writing(folder):  # DeepSpeed puts a script of its own beside it
+            DeepSpeedEngine.save_checkpoint(
+                engine, str(folder.parent), tag=folder.name, save_latest=False
+            )
     finally:
         del vars(writer)["save"]  # uncovers the class's own
     return jobs

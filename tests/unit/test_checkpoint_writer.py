@@ -15,7 +15,7 @@ from dat_ds.files import sha256_of
 
 
 def writer(folder: Path, *jobs: Job, in_background: bool = True) -> CheckpointWriter:
-    return CheckpointWriter(folder, list(jobs), 5, in_background=in_background)
+    return CheckpointWriter(folder, list(jobs), in_background=in_background)
 
 
 def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
