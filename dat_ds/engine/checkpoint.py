@@ -41,13 +41,13 @@ from dat_ds.checkpoints import (
 )
 from dat_ds.engine import hooks
 from dat_ds.engine.checkpoint_writer import CheckpointWriter, Job, deepspeeds_files, snapshot
-from dat_ds.engine.exported import exported_weights
+from dat_ds.engine.exported import exported_weights, spec_of, write_model
 from dat_ds.engine.rank_state import leave_behind, rank_state, restore_rank_state
 from dat_ds.engine.resharding import layout_of, load_resharded
 from dat_ds.engine.safe_loading import read_file
 from dat_ds.errors import CheckpointError, NumericsError
 from dat_ds.files import replace_text
-from dat_ds.models import PixelModel, save_weights
+from dat_ds.models import save_weights
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME
 from dat_ds.ranks import Ranks
@@ -200,10 +200,7 @@ class Checkpoints(CheckpointFolder):
     def save_best(self, engine: AdversarialEngine) -> None:
         """Keep the model alone as the best so far; a collective."""
         with exported_weights(engine):
-            model_state = hooks.full_state_dict(engine.deepspeed)
-        with engine.ranks.together():
-            if engine.ranks.is_main:
-                save_weights(self.best_folder, model_state, _spec_of(engine))
+            write_model(engine, self.best_folder)
 
     def load(
         self,
@@ -404,7 +401,7 @@ def _main_files(
     state: Mapping[str, Any],
 ) -> list[Job]:
     """The files that one rank writes for all: the model, the reference, ``state.json``."""
-    spec = _spec_of(engine)
+    spec = spec_of(engine)
     jobs = [Job(lambda: save_weights(folder, model_state, spec), (WEIGHTS_NAME, SPEC_NAME))]
     if engine.reference is not None:
         reference = engine.reference.state_dict()  # frozen: no copy is needed
@@ -413,7 +410,3 @@ def _main_files(
     text = json.dumps(state, indent=1) + "\n"  # as it is now
     jobs.append(Job(lambda: replace_text(folder / STATE, text), (STATE,)))
     return jobs
-
-
-def _spec_of(engine: AdversarialEngine) -> Mapping[str, Any]:
-    return engine.module.spec if isinstance(engine.module, PixelModel) else {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from dat_ds.engine import hooks
+from dat_ds.models import PixelModel, save_weights
 
 if TYPE_CHECKING:
     from dat_ds.engine.adversarial import AdversarialEngine
@@ -20,6 +22,23 @@ def exported_weights(engine: AdversarialEngine) -> Iterator[None]:
     """Put averages in the place of an engine's weights and buffers, until exit; a collective."""
     with _averaged_weights(engine), _averaged_over_ranks(engine):
         yield
+
+
+def spec_of(engine: AdversarialEngine) -> Mapping[str, Any]:
+    """How the engine's model is built again; empty for a model of the user's own."""
+    return engine.module.spec if isinstance(engine.module, PixelModel) else {}
+
+
+def write_model(engine: AdversarialEngine, folder: Path) -> None:
+    """Write the engine's model with the weights of this moment; a collective.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    state = hooks.full_state_dict(engine.deepspeed)
+    with engine.ranks.together():
+        if engine.ranks.is_main:
+            save_weights(folder, state, spec_of(engine))
 
 
 @contextlib.contextmanager

@@ -469,9 +469,7 @@ def attach_layers(engine: DeepSpeedEngine, optimizer: LayerwiseOptimizer) -> Non
     zero = engine.optimizer
     names = {id(p): name for name, p in engine.module.named_parameters()}
     if not isinstance(zero, _SHARDED):
-        groups = zero.fp16_groups if isinstance(zero, FP16_UnfusedOptimizer) else None
-        masters = [p for group in zero.param_groups for p in group["params"]]
-        parameters = masters if groups is None else [p for group in groups for p in group]
+        masters, parameters = _whole_masters(zero)
         whole = {p: Segments((p.numel(),), (layer,)) for layer, p in enumerate(masters)}
         shapes = tuple(p.shape for p in masters)
         optimizer.attach(Layout(tuple(names[id(p)] for p in parameters), whole, shapes=shapes))
@@ -544,13 +542,19 @@ def master_weights(engine: DeepSpeedEngine) -> list[MasterWeights]:
     names = {id(p): name for name, p in engine.module.named_parameters()}
     if isinstance(zero, _SHARDED):
         return [MasterWeights(group.flat, group.pieces(names)) for group in _flat_groups(zero)]
-    masters = [p for group in zero.param_groups for p in group["params"]]
-    groups = zero.fp16_groups if isinstance(zero, FP16_UnfusedOptimizer) else None
-    parameters = masters if groups is None else [p for group in groups for p in group]
+    masters, parameters = _whole_masters(zero)
     return [
         MasterWeights(master, [(names[id(p)], 0, p.numel(), 0)])
         for master, p in zip(masters, parameters, strict=True)
     ]
+
+
+def _whole_masters(zero: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The whole tensors that an optimizer without shards updates, and the parameter of each."""
+    masters = [p for group in zero.param_groups for p in group["params"]]
+    if not isinstance(zero, FP16_UnfusedOptimizer):
+        return masters, masters
+    return masters, [p for group in zero.fp16_groups for p in group]
 
 
 def held_pieces(engine: DeepSpeedEngine) -> list[Piece]:
@@ -587,25 +591,31 @@ class _FlatGroup:
 
     def pieces(self, names: dict[int, str]) -> list[Piece]:
         """What lies in ``flat``, by the names of parameters' identities."""
-        pieces, end = [], self.start + self.flat.numel()
         firsts = self.firsts or [0] * len(self.offsets)
-        for p, offset, size, first in zip(
-            self.parameters, self.offsets, self.sizes, firsts, strict=True
-        ):
+        return [
+            (
+                names[id(self.parameters[layer])],
+                firsts[layer] + left - self.offsets[layer],
+                right - left,
+                left - self.start,
+            )
+            for layer, left, right in self._overlaps()
+        ]
+
+    def _overlaps(self) -> Iterator[tuple[int, int, int]]:
+        """Each parameter that has elements in ``flat``: its place, and their range in the space."""
+        end = self.start + self.flat.numel()
+        for layer, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             left, right = max(offset, self.start), min(offset + size, end)
             if left < right:
-                piece = (first + left - offset, right - left, left - self.start)
-                pieces.append((names[id(p)], *piece))
-        return pieces
+                yield layer, left, right
 
     def cut(self, first_layer: int) -> Segments:
         """The pieces of ``flat``, whose layers are numbered from ``first_layer``."""
         pieces, position, end = [], self.start, self.start + self.flat.numel()
-        for layer, offset in enumerate(self.offsets):
-            left, right = max(offset, self.start), min(offset + self.sizes[layer], end)
-            if left < right:
-                pieces += [(left - position, PADDING), (right - left, first_layer + layer)]
-                position = right
+        for layer, left, right in self._overlaps():
+            pieces += [(left - position, PADDING), (right - left, first_layer + layer)]
+            position = right
         pieces = [piece for piece in [*pieces, (end - position, PADDING)] if piece[0]]
         return Segments(tuple(size for size, _ in pieces), tuple(layer for _, layer in pieces))
 

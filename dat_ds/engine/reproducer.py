@@ -22,10 +22,10 @@ from torch import Tensor
 from dat_ds.data import BatchPlan, PlannedBatch
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
+from dat_ds.engine.exported import write_model
 from dat_ds.engine.safe_loading import read_file
 from dat_ds.errors import CheckpointError
 from dat_ds.files import writing
-from dat_ds.models import PixelModel, save_weights
 from dat_ds.models.saved import WEIGHTS_NAME
 
 FAULTS = "faults"
@@ -123,11 +123,7 @@ def write_weights(engine: AdversarialEngine, folder: Path, limit_gib: float) -> 
     bytes_each = max(p.element_size() for p in engine.module.parameters())
     if hooks.gathered_numel(engine.deepspeed) * bytes_each > limit_gib * 2**30:
         return False
-    state = hooks.full_state_dict(engine.deepspeed)
-    with engine.ranks.together():
-        if engine.ranks.is_main:
-            spec = engine.module.spec if isinstance(engine.module, PixelModel) else {}
-            save_weights(folder, state, spec)
+    write_model(engine, folder)
     return True
 
 

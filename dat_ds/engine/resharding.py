@@ -7,7 +7,6 @@ whatever the two layouts are.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from dat_ds.errors import CheckpointError
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import WEIGHTS_NAME
 from dat_ds.optim.ema import WeightEma
-
-logger = logging.getLogger("dat_ds")
 
 _WEIGHT = "weight"
 _MODEL_STATES = "mp_rank_00_model_states.pt"
