@@ -76,21 +76,45 @@ class Constant(ScheduleMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(ScheduleMethod):
-    """Half a cosine from the peak down."""
-
-    name: ClassVar[str] = "cosine"
-    paper: ClassVar[str] = "Loshchilov and Hutter, ICLR 2017, arXiv 1608.03983, eq. 5, one cycle"
+class Decay(ScheduleMethod):
+    """From the peak down to ``final_ratio``, along a curve that a subclass gives."""
 
     final_ratio: float = share(0.0)
     """Learning rate at the end over the peak."""
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
-        """The cosine; it would reach ``final_ratio`` in step ``total_steps``, one past the last."""
+        """It would reach ``final_ratio`` in step ``total_steps``, one past the last."""
         span = max(1, total_steps - warmup_steps)
         progress = min(1.0, (step - warmup_steps) / span)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.final_ratio + (1 - self.final_ratio) * cosine
+        return self.final_ratio + (1 - self.final_ratio) * self.left(progress)
+
+    def left(self, progress: float) -> float:
+        """What is left of the way down, 1 to 0, after a share of it."""
+        raise TypeError(f"{type(self).__name__} defines no left.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Decay):
+    """Half a cosine from the peak down."""
+
+    name: ClassVar[str] = "cosine"
+    paper: ClassVar[str] = "Loshchilov and Hutter, ICLR 2017, arXiv 1608.03983, eq. 5, one cycle"
+
+    def left(self, progress: float) -> float:
+        """The cosine."""
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Decay):
+    """A straight line from the peak down; after a warm-up, one cycle of a triangular rate."""
+
+    name: ClassVar[str] = "linear"
+    paper: ClassVar[str] = "Smith, WACV 2017, arXiv 1506.01186, sec. 3.1, one cycle"
+
+    def left(self, progress: float) -> float:
+        """The line."""
+        return 1 - progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +146,7 @@ SCHEDULES: Table[ScheduleMethod] = table_of(
     [
         Cosine,
         Constant,
+        Linear,
         Step,
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from dat_ds.optim import (
     Cosine,
     Lamb,
     Lars,
+    Linear,
     Schedule,
     Step,
     WeightEma,
@@ -58,6 +60,14 @@ def test_the_cosine_goes_from_the_peak_through_the_middle_to_the_final_ratio(war
     assert factors == sorted(factors, reverse=True)
 
 
+def test_a_line_after_a_warm_up_is_the_triangle_of_cyclic_rates():
+    schedule = Schedule(Linear(final_ratio=0.1), 100, warmup_steps=40)
+    # The warm-up reaches the peak in its last step, so the way down starts one step later.
+    expected = np.interp(range(40, 101), [40, 100], [1, 0.1])
+    assert [schedule.factor(step) for step in range(40, 101)] == pytest.approx(expected, rel=1e-12)
+    assert schedule.factor(500) == pytest.approx(0.1, rel=1e-12)
+
+
 def test_the_step_schedule_drops_at_each_milestone():
     schedule = Schedule(Step(milestones=[0.5, 0.75], decay_factor=0.1), 100)
     factors = [schedule.factor(step) for step in (0, 49, 50, 74, 75, 99)]
@@ -80,7 +90,7 @@ def test_a_run_of_one_step_is_made_at_the_peak(name):
 
 def test_an_unknown_schedule_is_refused():
     words = r"dat\.schedule\.name='cosin' is not valid \(did you mean 'cosine'\?\)\. Write one of "
-    with pytest.raises(ValueError, match=words + "'cosine', 'constant', 'step'"):
+    with pytest.raises(ValueError, match=words + "'cosine', 'constant', 'linear', 'step'"):
         load_config({"optimizer": {"type": "AdamW"}, "dat": {"schedule": {"name": "cosin"}}})
 
 

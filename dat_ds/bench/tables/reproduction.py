@@ -1,0 +1,201 @@
+"""Published results, trained and judged again: what was published beside what is measured.
+
+All models of a table are judged by the same attacks on the same images, the published network too
+where it is at hand.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dat_ds.bench.records import write_record
+from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of
+from dat_ds.judge.evaluate import Question, evaluate_target
+
+JUDGE = "standard"
+"""The ensemble that judges every model beside the attacks of the publication."""
+CLEAN = "clean"
+_KEPT = ("seed", "steps", "ranks", "config", "events")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A published result and the runs that stand beside it.
+
+    Args:
+        source: Author, venue, place in the text.
+        published: Accuracies as fractions: ``"clean"``, names of evaluation attacks, ``"standard"``
+            for an ensemble like AutoAttack.
+        protocol: How the publication attacks, where it differs from the attack of that name.
+        attacks: Evaluation attacks of the publication, on all test images.
+        variants: What each run changes in the config that they share, by name.
+    """
+
+    source: str
+    published: Mapping[str, float]
+    attacks: tuple[str, ...]
+    protocol: str = ""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"ours": {}})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published network.
+
+    Args:
+        target: As ``dat-ds eval`` takes it.
+        imports: Modules that it needs.
+    """
+
+    target: str
+    imports: Sequence[str] = ()
+
+
+def reproduce(
+    what: Reproduction,
+    config: Path,
+    folder: Path,
+    *,
+    data: Mapping[str, Any],
+    seeds: int,
+    num_examples: int,
+    reference: Reference | None = None,
+    output: Path | None = None,
+) -> str:
+    """Train every variant with every seed, judge the models, and compare with what was published.
+
+    Args:
+        what: The result.
+        config: The run that all variants change.
+        folder: For the runs; one that is there already is not trained again.
+        data: Keys of ``dat.data`` that say where the images are.
+        seeds: Number of seeds, from 0 on.
+        num_examples: First test images that the ensemble attacks.
+        reference: The published network, to be judged by the same attacks.
+        output: JSON file; None writes nothing.
+
+    Returns:
+        A markdown table: accuracies in percent, mean and standard deviation over seeds.
+
+    Raises:
+        UserError: For mistakes in the config or the data, and where a run was stopped.
+    """
+    # Mistakes in a later variant are told before hours of training.
+    for variant in what.variants:
+        run_of(config, _changes(what, variant, 0, data))
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for variant in what.variants:
+        measured[variant] = [
+            _judged(
+                folder / variant.replace(" ", "_") / f"seed-{seed}",
+                config,
+                _changes(what, variant, seed, data),
+                num_examples,
+            )
+            for seed in range(seeds)
+        ]
+    values: dict[str, Any] = {
+        "source": what.source,
+        "protocol": what.protocol,
+        "published": dict(what.published),
+        "num_examples": num_examples,
+        "measured": measured,
+    }
+    if reference is not None:
+        values["reference"] = _judge_reference(what, config, data, reference, num_examples, folder)
+    write_record(None if output is None else str(output), values, torch.device("cpu"))
+    return table_of(values)
+
+
+def _changes(
+    what: Reproduction, variant: str, seed: int, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    changes = dict(what.variants[variant])
+    dat = dict(changes.get("dat", {}))
+    dat["data"] = {**dat.get("data", {}), **data}
+    return {**changes, "dat": {**dat, "seed": seed, "evaluation": judged_by(what.attacks)}}
+
+
+def _judged(
+    folder: Path, config: Path, changes: Mapping[str, Any], num_examples: int
+) -> dict[str, Any]:
+    """What a run came to, under the attacks of the publication and the ensemble."""
+    record = record_of(folder, config, changes)
+    judged = evaluate_target(Question(target=str(folder), num_examples=num_examples))
+    return {
+        **{key: record[key] for key in _KEPT},
+        "seconds": record["seconds"]["train"],
+        CLEAN: record["natural_acc"],
+        **{name: record["robust_acc"][name] for name in record["robust_acc"]},
+        JUDGE: judged["robust_acc"]["all"],
+    }
+
+
+def _judge_reference(
+    what: Reproduction,
+    config: Path,
+    data: Mapping[str, Any],
+    reference: Reference,
+    num_examples: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Accuracies of the published network under the same attacks."""
+    run = run_of(config, _changes(what, next(iter(what.variants)), 0, data))
+    ball = run.dat.threat_model
+    path = getattr(run.dat.data, "path", None)
+
+    def ask(attacks: Sequence[str], count: int | None) -> dict[str, Any]:
+        question = Question(
+            target=reference.target,
+            imports=reference.imports,
+            data=run.dat.data.name if path is None else f"{run.dat.data.name}:{path}",
+            threat=f"{ball.norm}:{ball.eps}",
+            attacks=attacks,
+            num_examples=count,
+            output=folder / "reference" / "+".join(attacks),
+            checks=False,
+        )
+        return evaluate_target(question)
+
+    accuracies: dict[str, Any] = {"target": reference.target}
+    for name in what.attacks:
+        found = ask([name], None)
+        accuracies |= {CLEAN: found["natural_acc"], name: found["robust_acc"]["all"]}
+    return accuracies | {JUDGE: ask([JUDGE], num_examples)["robust_acc"]["all"]}
+
+
+def table_of(values: Mapping[str, Any]) -> str:
+    """The table of a record.
+
+    Args:
+        values: As :func:`reproduce` writes them.
+    """
+    measured, reference = values["measured"], values.get("reference")
+    rows = next(iter(measured.values()))[0]
+    names = [key for key in rows if key not in (*_KEPT, "seconds")]
+    columns = [
+        f"`{n}`, first {values['num_examples']} %" if n == JUDGE else f"{n} %" for n in names
+    ]
+    lines = [["published", *(_percent(values["published"].get(name)) for name in names), ""]]
+    if reference is not None:
+        lines.append(["published network, here", *(_percent(reference[n]) for n in names), ""])
+    for variant, runs in measured.items():
+        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
+        lines.append([variant, *(_spread([run[name] for run in runs]) for name in names), seconds])
+    return markdown(["", *columns, "train s"], lines)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean in percent, with the standard deviation where there are several."""
+    mean = _percent(statistics.fmean(values))
+    return mean if len(values) < 2 else f"{mean} +- {100 * statistics.stdev(values):.2f}"

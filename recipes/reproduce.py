@@ -1,0 +1,75 @@
+"""Published results on real data, trained and judged again.
+
+python recipes/reproduce.py mnist_fgsm --data npz:mnist.npz --output mnist_fgsm.json
+deepspeed --num_gpus 2 recipes/reproduce.py NAME --data NAME:PATH     # on several ranks
+    --reference MODULE:CALLABLE --import MODULE       the published network, judged beside ours
+
+Runs stay in runs/reproduce/NAME; one that is there already is not trained again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import networks  # noqa: F401  # names the networks of the configs
+
+from dat_ds.bench.tables.reproduction import Reference, Reproduction, reproduce
+from dat_ds.commands import carry_out
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
+
+REPRODUCTIONS = {
+    "mnist_fgsm": Reproduction(
+        source="Wong et al., ICLR 2020, arXiv 2001.03994, table 2: MNIST, eps 0.3, 10 epochs",
+        published={"clean": 0.985, "pgd-50-10": 0.888},
+        protocol="PGD-50-10 with step 0.01; here 2.5 eps / 50 = 0.015",
+        attacks=("pgd-50-10",),
+    ),
+    "mnist_lenet5": Reproduction(
+        source="advertorch (Ding et al. 2019, arXiv 1902.07623), LeNet5 trained by PGD, eps 0.3",
+        published={"clean": 0.9864, "pgd-40": 0.9326},
+        protocol="PGD-40, step 0.01, no random start; here 2.5 eps / 40 from a random start",
+        attacks=("pgd-40",),
+    ),
+    "cifar10_resnet2b": Reproduction(
+        source="alpha-beta-CROWN (Wang et al., NeurIPS 2021, arXiv 2103.06624), ResNet-2B, 2/255",
+        published={"clean": 0.6925, "pgd-100": 0.5482},
+        protocol="a strong PGD, whose steps are not stated; here PGD-100",
+        attacks=("pgd-100",),
+    ),
+}
+
+
+def run() -> int:
+    """Train, judge and compare what the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=REPRODUCTIONS)
+    parser.add_argument("--data", metavar="NAME:PATH", required=True, help="the images")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--num_examples", type=int, default=1000, help="images for the ensemble")
+    parser.add_argument("--reference", metavar="TARGET", help="the published network")
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    name, _, path = chosen.data.partition(":")
+    data: dict[str, Any] = {"name": name, "path": path}
+    table = reproduce(
+        REPRODUCTIONS[chosen.name],
+        CONFIGS / f"{chosen.name}.json",
+        Path("runs/reproduce") / chosen.name,
+        data=data,
+        seeds=chosen.seeds,
+        num_examples=chosen.num_examples,
+        reference=chosen.reference and Reference(chosen.reference, chosen.imports),
+        output=chosen.output,
+    )
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(carry_out(run))
