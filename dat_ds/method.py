@@ -33,7 +33,7 @@ from typing import (
 )
 
 from dat_ds.errors import ConfigError
-from dat_ds.length import Length
+from dat_ds.length import Length, OfEps, parse_step
 
 S = TypeVar("S", bound="Section")
 M = TypeVar("M", bound="Method")
@@ -158,6 +158,12 @@ def option(
 def at_least(bound: float, default: Any, **more: Any) -> Any:
     """A number of at least ``bound``."""
     return option(default, f"a number of at least {bound:g}", lambda v: v >= bound, **more)
+
+
+def step_length() -> Any:
+    """A step size, by default that of the attack: a length, or a multiple of eps."""
+    valid = "a length of at least 0, such as '2/255', or a multiple of eps, such as 'eps/4'"
+    return option(None, valid, lambda v: isinstance(v, OfEps) or v >= 0)
 
 
 def above(bound: float, default: Any, **more: Any) -> Any:
@@ -499,8 +505,8 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
-        return _convert(value, hint, path, problems)
+        hints = [arg for arg in get_args(hint) if arg is not type(None)]
+        return _convert(value, OfEps if OfEps in hints else hints[0], path, problems)
     if isinstance(hint, type) and issubclass(hint, Section):
         return parse_section(hint, value, path, problems)
     if origin is Literal:
@@ -527,14 +533,17 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
 
 
 def _convert_scalar(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
-    if hint is Length:
+    if hint in (Length, OfEps):
         try:
-            if not isinstance(value, bool) and math.isfinite(length := Length(value)):
-                return length
+            if not isinstance(value, bool):
+                length = parse_step(value) if hint is OfEps else Length(value)
+                if isinstance(length, OfEps) or math.isfinite(length):
+                    return length
         except (OverflowError, TypeError, ValueError):
             pass
+        share = ", or 'eps/4' (a multiple of eps)" if hint is OfEps else ""
         problems.append(
-            f"{path}={shown(value)} is not a length: write 0.03 or '8/255' (pixel units)."
+            f"{path}={shown(value)} is not a length: write 0.03 or '8/255' (pixel units){share}."
         )
         return _INVALID
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -564,8 +573,8 @@ def shown(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with every :class:`Length` as it was written and sections as dicts, for JSON."""
-    if isinstance(value, Length):
+    """``value`` with every length as it was written and sections as dicts, for JSON."""
+    if isinstance(value, (Length, OfEps)):
         return value.text
     if isinstance(value, Section):
         return value.to_dict()

@@ -27,7 +27,7 @@ from dat_ds.attacks.passes.resolution import at_resolution
 from dat_ds.attacks.passes.tokens import dropped_tokens
 from dat_ds.attacks.strategy import Strategy
 from dat_ds.attacks.threat import NORMS, ThreatModel
-from dat_ds.length import Length
+from dat_ds.length import Length, OfEps, parse_step
 from dat_ds.method import (
     Method,
     Trait,
@@ -104,6 +104,11 @@ class Attack(Method):
     """Mode of the model's modules during the attack: ``eval`` (running BatchNorm statistics, no
     dropout) or ``train``."""
 
+    def __post_init__(self) -> None:
+        """Read a step size that is text, as in JSON."""
+        if isinstance(size := getattr(self, "step_size", None), str):
+            object.__setattr__(self, "step_size", parse_step(size))
+
     # ---- what the rules read
 
     @property
@@ -171,8 +176,11 @@ class Attack(Method):
             objective_loss: Inner loss of the objective.
         """
         chosen: dict[str, Any] = {}
-        if "step_size" in self.known_keys() and getattr(self, "step_size", None) is None:
-            chosen["step_size"] = eps.scaled(self.default_step_share)
+        if "step_size" in self.known_keys():
+            size = getattr(self, "step_size", None)
+            if size is None or isinstance(size, OfEps):
+                share = self.default_step_share if size is None else size.share
+                chosen["step_size"] = eps.scaled(share)
         if "loss" in self.known_keys() and getattr(self, "loss", None) is None:
             # The divergence is flat at the image itself.
             fits = objective_loss in self.losses and self.starts_at_random
@@ -262,6 +270,8 @@ class Attack(Method):
         }
         if "loss" in own and self.inner_loss is not None:
             own["loss"] = self.inner_loss
+        if isinstance(own.get("step_size"), OfEps):
+            own["step_size"] = self.step
         return {key: value for key, value in own.items() if value is not None}
 
     def with_precision(self, precision: Precision | None) -> Attack:
@@ -278,7 +288,9 @@ class Attack(Method):
     def step(self) -> float:
         """Length of a step in pixel units."""
         size = getattr(self, "step_size", None)
-        return self.ball.eps * self.default_step_share if size is None else float(size)
+        if size is None or isinstance(size, OfEps):
+            return self.ball.eps * (self.default_step_share if size is None else size.share)
+        return float(size)
 
     @property
     def num_views(self) -> int:
@@ -301,9 +313,8 @@ class Attack(Method):
         """Fields that change along the run."""
         threat = dataclasses.replace(self.ball, eps=self.ball.eps * eps_scale)
         changed: dict[str, Any] = {"threat": threat}
-        size = getattr(self, "step_size", None)
-        if size is not None:
-            changed["step_size"] = size * eps_scale
+        if getattr(self, "step_size", None) is not None:
+            changed["step_size"] = self.step * eps_scale
         return changed
 
 

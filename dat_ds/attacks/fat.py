@@ -17,9 +17,9 @@ from dat_ds.attacks.losses import InnerLoss, ascent_loss, misclassified, true_cl
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import Trait, at_least
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import Trait, at_least, step_length
 
 
 def fat(
@@ -28,8 +28,8 @@ def fat(
     y: Tensor,
     *,
     threat: ThreatModel,
-    steps: int,
-    step_size: float | Tensor,
+    steps: int = 10,
+    step_size: StepSize | None = None,
     extra_steps: int = 0,
     loss: str | InnerLoss = "ce",
     random_start: bool = True,
@@ -52,7 +52,7 @@ def fat(
         y: Class indices ``(B,)``, or probabilities ``(B, K)``.
         threat: Allowed perturbations.
         steps: Largest number of gradient steps.
-        step_size: Pixel units, as in :func:`pgd`.
+        step_size: As in :func:`pgd`.
         extra_steps: The paper's ``tau``: steps a sample still takes while it is misclassified.
         loss: Name or callable, as in :func:`pgd`.
         random_start: As in :func:`pgd`.
@@ -65,6 +65,7 @@ def fat(
     """
     inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
+    size = threat.step(step_size, Fat.step_share)
     with admitted(
         model, x, y, threat=threat, loss=loss, model_mode=model_mode, reads_labels=True
     ) as (model, x, y):
@@ -83,7 +84,7 @@ def fat(
             if not take_gradient.agree(moves.any()):
                 break
             direction = threat.steepest(direction, x_adv).mul_(per_sample(moves, x))
-            x_adv = project_(step_(x_adv, direction, step_size))
+            x_adv = project_(step_(x_adv, direction, size))
         return x_adv
 
 
@@ -104,7 +105,7 @@ attack ends when the samples of all ranks stand still, decided together at one h
 a step. Cheaper and kinder to clean accuracy; weaker under strong attacks at small tau.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps / 4."""
     random_start: bool = True
     """Start from a draw from the ball."""

@@ -14,9 +14,9 @@ from dat_ds.attacks.ascent import AscentOptions
 from dat_ds.attacks.attack import Attack
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.pgd import pgd
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import Trait, at_least, option
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import Trait, at_least, option, step_length
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +28,7 @@ def fgsm(
     y: Tensor,
     *,
     threat: ThreatModel,
-    step_size: float | Tensor | None = None,
+    step_size: StepSize | None = None,
     random_start: bool = False,
     **options: Unpack[AscentOptions],
 ) -> Tensor:
@@ -58,7 +58,7 @@ def fgsm_rs(
     y: Tensor,
     *,
     threat: ThreatModel,
-    step_size: float | Tensor | None = None,
+    step_size: StepSize | None = None,
     **options: Unpack[AscentOptions],
 ) -> Tensor:
     """FGSM from a random start (Wong et al., ICLR 2020): :func:`fgsm` with ``random_start``."""
@@ -83,7 +83,7 @@ accuracy under the attack itself rises while robust accuracy falls to 0. `dat.gu
 that and is on by default for it.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps, and 1.25 eps from a random start."""
     random_start: bool = False
     """Start from a draw from the ball."""
@@ -116,7 +116,7 @@ class FgsmRs(Attack):
 later.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: 1.25 eps."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""

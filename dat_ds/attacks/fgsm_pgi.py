@@ -30,9 +30,9 @@ from dat_ds.attacks.strategy import (
     RunAttack,
     Strategy,
 )
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import Trait, at_least
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import Trait, step_length
 
 
 def fgsm_pgi(
@@ -41,7 +41,7 @@ def fgsm_pgi(
     y: Tensor,
     *,
     threat: ThreatModel,
-    step_size: float | Tensor | None = None,
+    step_size: StepSize | None = None,
     loss: str | InnerLoss = "ce",
     start: Tensor | None = None,
     generator: Generator | None = None,
@@ -73,7 +73,7 @@ def fgsm_pgi(
             return x.clone()
         x_adv = threat.random_start(x, generator) if start is None else start.detach().clone()
         direction = threat.steepest(take_gradient(model, x_adv, y, inner), x_adv)
-    size = threat.eps if step_size is None else step_size
+    size = threat.step(step_size, FgsmPgi.step_share)
     return threat.projector(x)(step_(x_adv, direction, size))
 
 
@@ -132,7 +132,7 @@ micro-batch, and through checkpoints. Its variants EP and MEP keep a perturbatio
 which would have to follow images from rank to rank. The objective `pgi` is its outer loss.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps."""
     loss: str | None = None
     """What is maximised. Default: ``ce``."""

@@ -29,8 +29,8 @@ from dat_ds.attacks.strategy import (
     Strategy,
 )
 from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import Trait, at_least, option
+from dat_ds.length import Length, OfEps
+from dat_ds.method import Trait, at_least, option, step_length
 
 
 class FreePerturbation(CarriedPerturbations):
@@ -154,7 +154,7 @@ your own loader, train on the batches of each optimizer step `replays` times. Li
 suffer catastrophic overfitting, though later; large steps and few replays make it more likely.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Length of a step. Default: eps."""
     replays: int = at_least(1, 4)
     """Optimizer steps in a row on the same batch."""

@@ -21,9 +21,9 @@ from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, resolve_inner_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import at_least
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import at_least, step_length
 
 Guide = Literal["l2", "nuclear"]
 
@@ -34,7 +34,7 @@ def guided(
     y: Tensor,
     *,
     threat: ThreatModel,
-    step_size: float | Tensor | None = None,
+    step_size: StepSize | None = None,
     noise_scale: float = 0.5,
     guide: Guide = "l2",
     guide_weight: float = 10.0,
@@ -92,7 +92,7 @@ def guided(
             return inner(logits, labels) + guide_weight * distance(logits, clean, guide)
 
         direction = threat.steepest(take_gradient(model, noisy, y, guided_loss))
-    size = threat.eps if step_size is None else step_size
+    size = threat.step(step_size, Guided.step_share)
     return threat.projector(x)(step_(noisy, direction, size))
 
 
@@ -124,7 +124,7 @@ leave the guide out in every other batch and raise its weight along the run; her
 `nuclear` depends on the batch: its weight is for the micro-batch of a rank.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps."""
     noise_scale: float = at_least(0, 0.5)
     """Magnitude of the noise in units of eps."""

@@ -14,9 +14,9 @@ from dat_ds.attacks.ascent import AscentOptions
 from dat_ds.attacks.attack import IteratedAttack
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.pgd import pgd
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import Trait, at_least, option
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import Trait, at_least, option, step_length
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,8 +28,8 @@ def mim(
     y: Tensor,
     *,
     threat: ThreatModel,
-    steps: int,
-    step_size: float | Tensor,
+    steps: int = 10,
+    step_size: StepSize | None = None,
     momentum: float = 1.0,
     random_start: bool = False,
     **options: Unpack[AscentOptions],
@@ -68,7 +68,7 @@ Transfers better between models than PGD; on the model itself it is rarely stron
 `momentum` too.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps / 4."""
     random_start: bool = False
     """Start from a draw from the ball."""

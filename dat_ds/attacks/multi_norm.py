@@ -19,8 +19,8 @@ from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.threat import NORMS, ThreatModel
-from dat_ds.length import Length, parse_length
-from dat_ds.method import Trait, at_least, option
+from dat_ds.length import Length, OfEps, parse_length
+from dat_ds.method import Trait, option, step_length
 
 Combine = Literal["worst", "average"]
 
@@ -31,8 +31,8 @@ def multi_norm(
     y: Tensor,
     *,
     threat: ThreatModel,
-    steps: int,
-    step_size: float,
+    steps: int = 10,
+    step_size: float | str | None = None,
     other_norms: Mapping[str, float],
     combine: Combine = "worst",
     loss: str | InnerLoss = "ce",
@@ -72,7 +72,8 @@ def multi_norm(
         raise ValueError(f"combine={combine!r} is not one of worst, average.")
     inner = ascent_loss(loss)
     take_gradient = InputGradient() if gradient is None else gradient
-    share = step_size / threat.eps if threat.eps else 0.0
+    step = float(threat.step(step_size, MultiNorm.step_share))
+    share = step / threat.eps if threat.eps else 0.0
     threats = [threat, *(threat_like(threat, norm, eps) for norm, eps in other_norms.items())]
     source = fresh_generator(x.device) if generator is None and random_start else generator
     with admitted(model, x, y, threat=threat, loss=loss, model_mode=model_mode) as (model, x, y):
@@ -124,7 +125,7 @@ image). Steps in the other balls take the same share of their `eps`. Evaluate ea
 is weaker than training for it alone.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps / 4."""
     random_start: bool = True
     """Start from a draw from the ball."""

@@ -15,9 +15,9 @@ from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import at_least
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import at_least, step_length
 
 
 def n_fgsm(
@@ -26,7 +26,7 @@ def n_fgsm(
     y: Tensor,
     *,
     threat: ThreatModel,
-    step_size: float | Tensor | None = None,
+    step_size: StepSize | None = None,
     noise_scale: float = 2.0,
     loss: str | InnerLoss = "ce",
     generator: Generator | None = None,
@@ -70,7 +70,7 @@ def n_fgsm(
         noisy = rand_like(x, source).mul_(2 * width).sub_(width).add_(x)
         y = inner_target(model, x, y, loss)
         direction = threat.steepest(take_gradient(model, noisy, y, inner))
-    size = threat.eps if step_size is None else step_size
+    size = threat.step(step_size, NFgsm.step_share)
     return step_(noisy, direction, size).clamp_(threat.lower, threat.upper)
 
 
@@ -92,7 +92,7 @@ Collapses far later than FGSM. Not projected: the training images lie up to `3 e
 accuracy pays. A training attack only; never evaluate with it.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps."""
     noise_scale: float = at_least(0, 2.0)
     """Half width of the noise in units of eps."""

@@ -15,9 +15,9 @@ from dat_ds.attacks.gradient import InputGradient, Model
 from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator, fresh_generator
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import Trait, at_least, option
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import Trait, at_least, option, step_length
 
 
 def pgd(
@@ -26,8 +26,8 @@ def pgd(
     y: Tensor,
     *,
     threat: ThreatModel,
-    steps: int,
-    step_size: float | Tensor,
+    steps: int = 10,
+    step_size: StepSize | None = None,
     loss: str | InnerLoss = "ce",
     momentum: float = 0.0,
     random_start: bool = True,
@@ -53,7 +53,7 @@ def pgd(
         threat: Allowed perturbations.
         steps: Gradient steps, at least 0.
         step_size: Length of a step in pixel units, in the threat model's norm; one for all samples,
-            or one for each ``(B,)``.
+            or one for each ``(B,)``; also as text, ``"2/255"`` or ``"eps/4"``. None: eps / 4.
         loss: Inner loss to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` or a callable
             ``(logits, y) -> (B,)``. ``"kl"`` moves away from the model's own distribution at ``x``
             (the inner problem of TRADES); its gradient at ``x`` is zero, so start at random.
@@ -88,7 +88,7 @@ def pgd(
         ascent = Ascent(
             threat=threat,
             steps=steps,
-            step_size=step_size,
+            step_size=threat.step(step_size, Pgd.step_share),
             loss=inner,
             momentum=momentum,
             random_start=random_start,
@@ -118,7 +118,7 @@ gradients; neither raises an error. A high `attack_zero_share` in the metrics me
 share of the input-gradient entries was exactly zero.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: eps / 4."""
     random_start: bool = True
     """Start from a draw from the ball."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -160,6 +160,21 @@ def _below(draw: Tensor, count: int) -> Tensor:
     return (draw * count).long().clamp_max_(count - 1)
 
 
+def _places(draws: Tensor, side: int, shape: Sequence[int]) -> Tensor:
+    """Positions in the flattened image of a random square's pixels ``(B, 1, side^2)``.
+
+    Args:
+        draws: Uniform numbers; the first two of each sample are taken.
+        side: Of the square.
+        shape: Of the images.
+    """
+    height, width = shape[-2:]
+    corner = _below(draws[:, 0], height - side + 1) * width
+    corner += _below(draws[:, 1], width - side + 1)
+    steps = torch.arange(side, device=draws.device)
+    return corner.view(-1, 1, 1) + (steps.unsqueeze(1) * width + steps).flatten()
+
+
 class _Stripes:
     """l-infinity: stripes at the start, then squares of one sign per channel; all at full eps."""
 
@@ -169,7 +184,6 @@ class _Stripes:
         self._low, self._high = (
             (x + sign * threat.eps).clamp_(threat.lower, threat.upper) for sign in (-1, 1)
         )
-        self._rows, self._columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
 
     def start(self, source: Generator) -> Tensor:
         """Vertical stripes one pixel wide."""
@@ -178,14 +192,11 @@ class _Stripes:
 
     def candidate(self, best: Tensor, side: int, draws: Tensor) -> Tensor:
         """A square at a random place."""
-        top = _below(draws[:, :1], len(self._rows) - side + 1)
-        left = _below(draws[:, 1:2], len(self._columns) - side + 1)
-        in_rows = (self._rows >= top) & (self._rows < top + side)
-        in_columns = (self._columns >= left) & (self._columns < left + side)
-        inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1)
-        rises = (draws[:, 2:] < 0.5)[:, :, None, None]
-        moved = torch.where(inside & rises, self._high, best)
-        return torch.where(inside & ~rises, self._low, moved)
+        # Only the pixels of the square are computed: most squares are small.
+        places = _places(draws, side, best.shape).expand(-1, best.shape[1], -1)
+        high, low = (ends.flatten(2).gather(2, places) for ends in (self._high, self._low))
+        moved = torch.where((draws[:, 2:] < 0.5).unsqueeze(2), high, low)
+        return best.flatten(2).scatter(2, places, moved).view_as(best)
 
 
 class _Mass:
@@ -225,7 +236,7 @@ class _Mass:
         side = max(side, min(3, self._largest))
         side += 1 - side % 2 if side < self._largest else 0
         first, second = (
-            self._places(draws[:, i : i + 2], side).expand(-1, channels, -1) for i in (0, 2)
+            _places(draws[:, i:], side, best.shape).expand(-1, channels, -1) for i in (0, 2)
         )
         delta = (best - self._x).flatten(2)
         unused = (self._budget - self._mass(delta.flatten(1))).clamp_min(0)
@@ -241,14 +252,6 @@ class _Mass:
         length = self._lengths(available).to(best.dtype).unsqueeze(2)
         delta.scatter_(2, first, self._unit(shape) * length)
         return self._image(delta.view_as(best))
-
-    def _places(self, draws: Tensor, side: int) -> Tensor:
-        """Positions in the flattened image of a random square's pixels ``(B, 1, s^2)``."""
-        height, width = self._x.shape[-2:]
-        corner = _below(draws[:, 0], height - side + 1) * width
-        corner += _below(draws[:, 1], width - side + 1)
-        steps = torch.arange(side, device=draws.device)
-        return corner.view(-1, 1, 1) + (steps.unsqueeze(1) * width + steps).flatten()
 
     def _image(self, delta: Tensor) -> Tensor:
         """The image with this perturbation, inside the threat model."""

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from dat_ds.attacks.noise import Generator, fresh_generator, rand_like, randn_like
 from dat_ds.attacks.projections import per_sample, project_l1_box, project_l2, sample_norms
+from dat_ds.length import OfEps, parse_length, parse_step
 
 Norm = Literal["linf", "l2", "l1"]
+StepSize = float | str | Tensor
+"""A length in pixel units, for all samples or for each ``(B,)``; text as in JSON: ``"2/255"``,
+``"eps/4"``."""
 _L1_SHARE = 0.01  # SLIDE's quantile of 99 %
 _ORDERS = {"l2": 2.0, "l1": 1.0}
 _DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
@@ -26,7 +30,8 @@ class ThreatModel:
 
     Args:
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
-        eps: Radius in pixel units (a full-range pixel is ``upper - lower``); 0 allows nothing.
+        eps: Radius in pixel units (a full-range pixel is ``upper - lower``), also as text such as
+            ``"8/255"``; 0 allows nothing.
         lower: Smallest pixel value.
         upper: Largest pixel value.
 
@@ -41,6 +46,7 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", parse_length(self.eps))
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is not one of {', '.join(NORMS)}.")
         if not self.lower < self.upper:
@@ -52,6 +58,23 @@ class ThreatModel:
                 f"eps={self.eps} exceeds the pixel range [{self.lower}, {self.upper}]. "
                 f"It looks like 0-255 units: write '{self.eps:g}/255'."
             )
+
+    def step(self, size: StepSize | None, share: float) -> float | Tensor:
+        """A step size in pixel units.
+
+        Args:
+            size: As an attack takes it; None for its default.
+            share: The default as a share of eps.
+
+        Raises:
+            ValueError: For text that is neither a length nor a multiple of eps.
+        """
+        if size is None:
+            return share * self.eps
+        if isinstance(size, Tensor):
+            return size
+        length = parse_step(size)
+        return self.eps * length.share if isinstance(length, OfEps) else float(length)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """An allowed image: projected onto the ball around ``x``, then onto the pixel range.

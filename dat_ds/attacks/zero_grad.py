@@ -21,9 +21,9 @@ from dat_ds.attacks.losses import InnerLoss, ascent_loss
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.attacks.noise import Generator
 from dat_ds.attacks.projections import per_sample
-from dat_ds.attacks.threat import ThreatModel
-from dat_ds.length import Length
-from dat_ds.method import at_least, share
+from dat_ds.attacks.threat import StepSize, ThreatModel
+from dat_ds.length import Length, OfEps
+from dat_ds.method import share, step_length
 
 
 def zero_grad(
@@ -32,7 +32,7 @@ def zero_grad(
     y: Tensor,
     *,
     threat: ThreatModel,
-    step_size: float | Tensor | None = None,
+    step_size: StepSize | None = None,
     zeroed: float = 0.35,
     loss: str | InnerLoss = "ce",
     generator: Generator | None = None,
@@ -79,7 +79,7 @@ def zero_grad(
         direction = take_gradient(model, x_adv, y, inner)
     magnitude = direction.abs()
     direction.masked_fill_(magnitude < per_sample(quantile(magnitude, zeroed), x), 0.0).sign_()
-    size = 2 * threat.eps if step_size is None else step_size
+    size = threat.step(step_size, ZeroGrad.step_share)
     return threat.projector(x)(step_(x_adv, direction, size))
 
 
@@ -114,7 +114,7 @@ move keep their random start. Over many epochs it still collapses (catastrophic 
 than FGSM: keep `dat.guard`.
 """
 
-    step_size: Length | None = at_least(0, None)
+    step_size: Length | OfEps | None = step_length()
     """Default: 2 eps."""
     zeroed: float = share(0.35)
     """Share of each image's gradient entries that are set to zero."""

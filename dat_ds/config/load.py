@@ -12,7 +12,7 @@ from dat_ds.config.deepspeed.logs import log_notes
 from dat_ds.config.deepspeed.optimizer import notes_on
 from dat_ds.config.deepspeed.resolve import resolve_deepspeed
 from dat_ds.config.former import without_foreign_keys
-from dat_ds.config.rules import check_run, cost_notes, resolve_dat
+from dat_ds.config.rules import check_run, cost_notes, resolve_dat, step_notes
 from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.errors import ConfigError
 from dat_ds.files import open_regular
@@ -89,7 +89,12 @@ def load_config(
     check_run(dat, deepspeed, problems, accumulation=accumulation)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    notes = (*notes_on(deepspeed, dat), *log_notes(deepspeed), *cost_notes(dat))
+    notes = (
+        *notes_on(deepspeed, dat),
+        *log_notes(deepspeed),
+        *cost_notes(dat),
+        *step_notes(dat),
+    )
     return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes)
 
 

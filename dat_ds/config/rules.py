@@ -244,6 +244,25 @@ def cost_notes(dat: DatConfig) -> tuple[str, ...]:
     )
 
 
+def step_notes(dat: DatConfig) -> tuple[str, ...]:
+    """Notes on steps that do not suit the ball, as when ``eps`` alone was changed.
+
+    Args:
+        dat: A resolved section.
+    """
+    attack, eps = dat.attack, dat.threat_model.eps
+    size, steps = getattr(attack, "step_size", None), getattr(attack, "steps", 1)
+    if size is None or not eps:
+        return ()
+    at = f"dat.attack.step_size={size}"
+    if steps * size < eps * (1 - 1e-9):
+        ends, least = ("it does", "eps") if steps == 1 else (f"{steps} steps do", f"eps/{steps}")
+        return (f"{at}: {ends} not reach the end of the ball of radius {eps}; write '{least}'",)
+    if steps > 1 and size > eps:
+        return (f"{at} is longer than the radius {eps} of the ball; a usual size is 'eps/4'",)
+    return ()
+
+
 def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> None:
     """Refuse losses that need more classes than there are.
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from dat_ds.assembly import build_loader, build_schedule
-from dat_ds.attacks import Attack, CallableAttack, UserAttack, misfits
+from dat_ds.attacks import Attack, CallableAttack, UserAttack, build_attack, misfits
 from dat_ds.config import (
     DatConfig,
     RunConfig,
@@ -66,7 +66,7 @@ def initialize(
     training_data: Dataset[Any] | None = None,
     collate_fn: CollateFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    attack: Attack | UserAttack | None = None,
+    attack: Attack | UserAttack | str | Mapping[str, Any] | None = None,
     objective: Objective | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[AdversarialEngine, torch.optim.Optimizer, Loader | None, LRScheduler | None]:
@@ -83,9 +83,10 @@ def initialize(
         collate_fn: A function from a list of samples to ``(x, y)``, ``x`` pixels
             ``(B, C, H, W)``; None stacks samples. It is called with one sample beforehand.
         optimizer: A torch optimizer over the model's parameters, instead of the config's.
-        attack: An attack, or a function ``(model, x, y, generator) -> x_adv``, instead of
-            ``dat.attack``. A function gets a frozen model and does the same number of forwards on
-            every rank.
+        attack: Instead of ``dat.attack``: a name, such as ``"fgsm"``, or its keys as in JSON, such
+            as ``{"name": "pgd", "steps": 3}``; an attack; or a function
+            ``(model, x, y, generator) -> x_adv``, which gets a frozen model and does the same
+            number of forwards on every rank.
         objective: A subclass of :class:`dat_ds.objectives.Objective`, instead of
             ``dat.objective``.
         ranks: The processes of the run; None sets them up from the launcher's environment.
@@ -240,13 +241,18 @@ def _deepspeeds(run: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _own_attack(attack: Attack | UserAttack, run: RunConfig, problems: list[str]) -> Attack:
+def _own_attack(
+    attack: Attack | UserAttack | str | Mapping[str, Any], run: RunConfig, problems: list[str]
+) -> Attack:
     """An attack that was given to :func:`initialize`; what is wrong with that is appended."""
     if run.dat.attack.precision is not None:
         problems.append(
             f"dat.attack.precision={run.dat.attack.precision!r} with an attack given to "
             "initialize, which brings its own: remove it, or build_attack({..., 'precision': ...})."
         )
+    if isinstance(attack, (str, Mapping)):
+        keys = {"name": attack} if isinstance(attack, str) else attack
+        return build_attack({"threat_model": threat_of(run.dat), **keys})
     if isinstance(attack, Attack):
         return attack
     return CallableAttack(threat=threat_of(run.dat), user_function=attack)

@@ -252,6 +252,21 @@ def test_all_that_is_wrong_with_an_own_attack_is_said_at_once() -> None:
     )
 
 
+def test_an_own_attack_may_be_a_name_or_keys_as_in_json() -> None:
+    import dat_ds
+    from dat_ds.attacks import build_attack
+    from dat_ds.config import threat_of
+
+    for own in ("fgsm", {"name": "pgd", "steps": 3, "step_size": "eps/2"}):
+        engine, *_ = dat_ds.initialize(model=tiny.vit(), config=tiny.config(0), attack=own)
+        keys = {"name": own} if isinstance(own, str) else own
+        threat = threat_of(engine.run.dat)
+        assert engine.attack_in_use == build_attack({**keys, "threat_model": threat})
+        engine.close()
+    with pytest.raises(ConfigError, match=r"attack\.name='fgms' is not valid \(did you mean 'fgsm"):
+        dat_ds.initialize(model=tiny.vit(), config=tiny.config(0), attack="fgms")
+
+
 def test_graphs_are_refused_where_memory_moves() -> None:
     from dat_ds.config import load_config
 

@@ -23,6 +23,8 @@ from dat_ds.attacks import (
     pgd,
 )
 from dat_ds.attacks.modes import preserved_rng
+from dat_ds.length import OfEps
+from tests.settings import IMAGE_ATTACKS
 from tests.unit.attack_helpers import (
     CLOSED_FORM,
     OPTIONS,
@@ -237,6 +239,53 @@ def test_fgsm_is_one_step_of_pgd():
     one = pgd(model, x, y, threat=threat, steps=1, step_size=0.125, generator=SampleGenerator(0, 0))
     fast = fgsm(model, x, y, threat=threat, random_start=True, generator=SampleGenerator(0, 0))
     assert torch.equal(fast, one)
+
+
+# ---- step sizes
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in IMAGE_ATTACKS if "step_size" in ATTACKS[n].known_keys()]
+)
+def test_a_step_may_be_text_and_is_by_default_the_attacks_share_of_eps(name):
+    model, (x, y) = linear(3, torch.float32), batch()
+    threat = ThreatModel("linf", "0.5/4")
+    function, share = ATTACKS[name].function, ATTACKS[name]().default_step_share
+    more = {"other_norms": {"l2": 0.5}} if name == "multi_norm" else {}
+    if "steps" in ATTACKS[name].known_keys():
+        more["steps"] = 2
+
+    def run(**options):
+        return function(
+            model, x, y, threat=threat, generator=SampleGenerator(0, 0), **more, **options
+        )
+
+    by_number = run(step_size=share * threat.eps)
+    assert torch.equal(run(), by_number)
+    assert torch.equal(run(step_size=f"{share} eps"), by_number)
+    assert torch.equal(run(step_size=f"{share / 2}/4"), by_number)
+    assert not torch.equal(run(step_size="eps/16"), by_number)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("eps", 1), ("eps/4", 0.25), ("1.25 eps", 1.25), ("1.25*eps", 1.25), ("2.5 eps / 20", 0.125)],
+)
+def test_a_multiple_of_eps_follows_the_ball(text, share):
+    assert OfEps(text).share == share
+    attack = build_attack({"step_size": text, "threat_model": {"norm": "linf", "eps": "8/255"}})
+    assert attack.step == pytest.approx(share * 8 / 255, rel=1e-12)
+    made = type(attack)(step_size=text, threat=ThreatModel("l2", 0.5), eps_warmup=0.5)
+    assert made.step == pytest.approx(share * 0.5, rel=1e-12)
+    halfway = made.at(0.25)
+    assert halfway.ball.eps == 0.25
+    assert halfway.step == pytest.approx(share * 0.25, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["eps/0", "-eps", "epsilon", "eps eps", "eps*", "1.2.3 eps"])
+def test_what_is_no_multiple_of_eps_is_refused(text):
+    with pytest.raises(ValueError, match="is not a multiple of eps: write 'eps/4'"):
+        OfEps(text)
 
 
 # ---- errors

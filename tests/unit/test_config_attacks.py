@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from dat_ds.config import Length, load_config, parse_evaluation_attack
@@ -77,12 +79,35 @@ def test_the_default_attack_is_pgd_10_of_a_quarter_of_eps_at_8_255():
         ({"name": "pgd"}, "2/255", "0.5/255"),
         ({"name": "pgd"}, 0.5, 0.125),
         ({"name": "pgd", "step_size": "1/255"}, "8/255", "1/255"),
+        ({"name": "pgd", "step_size": "eps/4"}, "6/255", "1.5/255"),
+        ({"name": "n_fgsm", "step_size": "1.25 eps"}, "8/255", "10/255"),
+        ({"name": "pgd", "step_size": "2.5 eps/20"}, 0.5, 0.0625),
     ],
 )
 def test_the_step_size_is_written_as_eps_is(attack, eps, step):
     run = load_config(ours(attack=attack, threat_model={"eps": eps}))
     assert run.to_dict()["dat"]["attack"]["step_size"] == step
     assert run.dat.attack.step_size == Length(step)
+
+
+@pytest.mark.parametrize(
+    ("attack", "eps", "note"),
+    [
+        ({"steps": 3, "step_size": "2/255"}, "8/255", "3 steps do not reach .* write 'eps/3'"),
+        ({"name": "fgsm", "step_size": "2/255"}, "8/255", "it does not reach .* write 'eps'"),
+        ({"steps": 3, "step_size": "4/255"}, "2/255", "is longer than the radius 2/255"),
+    ],
+)
+def test_a_step_that_does_not_suit_the_ball_is_noted(attack, eps, note):
+    run = load_config(ours(attack=attack, threat_model={"eps": eps}))
+    (found,) = run.notes
+    assert found.startswith(f"dat.attack.step_size={attack['step_size']}")
+    assert re.search(note, found)
+
+
+@pytest.mark.parametrize("attack", [{}, {"name": "fgsm_rs"}, {"name": "zero_grad"}, {"steps": 4}])
+def test_usual_steps_are_not_noted(attack):
+    assert load_config(ours(attack=attack)).notes == ()
 
 
 def test_dat_weighs_the_natural_loss_by_one_unless_told():
