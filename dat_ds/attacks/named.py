@@ -100,6 +100,15 @@ class EvaluationAttack:
         """Fewest classes that the attack is defined for."""
         return _METHODS[self.method].needed_classes
 
+    def problem_with_classes(self, num_classes: int) -> str | None:
+        """Why the attack is not defined for so few classes; None where it is."""
+        if num_classes >= self.needed_classes:
+            return None
+        return (
+            f"{self.name!r} compares the {self.needed_classes} largest logits, and there are "
+            f"{num_classes} classes: write 'apgd-ce-{self.steps}'."
+        )
+
     @property
     def in_shrinking_ball(self) -> bool:
         """Whether APGD begins in larger l1 balls."""

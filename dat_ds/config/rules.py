@@ -278,12 +278,8 @@ def check_num_classes(dat: DatConfig, num_classes: int, problems: list[str]) -> 
             f"dat.attack.loss={loss!r} compares the {needed} largest logits, but there are "
             f"{num_classes} classes: write dat.attack.loss='ce' or 'cw'."
         )
-    for attack in _evaluation_attacks(dat):
-        if num_classes < attack.needed_classes:
-            problems.append(
-                f"dat.evaluation: {attack.name!r} compares the largest logits, but there are "
-                f"{num_classes} classes: write 'apgd-ce-100' or 'pgd-100-10'."
-            )
+    found = (attack.problem_with_classes(num_classes) for attack in _evaluation_attacks(dat))
+    problems += [f"dat.evaluation: {problem}" for problem in found if problem is not None]
 
 
 def _evaluation_attacks(dat: DatConfig) -> Iterator[EvaluationAttack]:

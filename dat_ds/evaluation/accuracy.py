@@ -212,12 +212,8 @@ def _check_classes(attacks: Sequence[EvaluationAttack], num_classes: int | None)
     Raises:
         ConfigError: With all of them.
     """
-    problems = [
-        f"{attack.name!r} compares the {attack.needed_classes} largest logits, and the model has "
-        f"{num_classes} outputs: write 'apgd-ce-{attack.steps}'."
-        for attack in attacks
-        if num_classes is not None and num_classes < attack.needed_classes
-    ]
+    found = () if num_classes is None else (a.problem_with_classes(num_classes) for a in attacks)
+    problems = [problem for problem in found if problem is not None]
     if problems:
         raise ConfigError("\n".join(problems))
 

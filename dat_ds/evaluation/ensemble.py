@@ -304,16 +304,12 @@ class EnsembleEvaluation:
 
     def _check_classes(self, num_classes: int) -> None:
         """Refuse attacks that are not defined for so few classes."""
-        few = [
-            attack.name
-            for attack in self.attacks
-            if num_classes < attack.needed_classes and not attack.num_targets
-        ]
-        if few:
-            raise ConfigError(
-                f"{', '.join(map(repr, few))}: the loss compares more logits than the "
-                f"{num_classes} of the model: write 'apgd-ce-100' or the ensemble 'strong'."
-            )
+        # A targeted attack leaves out the targets that are not there.
+        untargeted = (attack for attack in self.attacks if not attack.num_targets)
+        found = (attack.problem_with_classes(num_classes) for attack in untargeted)
+        problems = [problem for problem in found if problem is not None]
+        if problems:
+            raise ConfigError("\n".join(problems))
 
     def _count_classes(self) -> int:
         """Classes of the model, which a rank without an image does not know; a collective."""

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"evaluation": {"attacks": ["apgd-t-100"]}, "data": {"num_classes": 3}},
-            "dat.evaluation: 'apgd-t-100' compares the largest logits, but there are 3 classes: ",
+            "dat.evaluation: 'apgd-t-100' compares the 4 largest logits, and there are 3 classes: ",
         ),
         (
             {"evaluation": {"attacks": ["apgd-t-l1-100"]}},

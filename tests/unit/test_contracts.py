@@ -392,7 +392,7 @@ def test_an_evaluation_names_the_sample_that_is_at_fault():
 def test_an_evaluation_attack_of_more_classes_than_there_are_is_refused(outputs, attack):
     data = list(zip(pictures(), [0, 1, 1, 0], strict=True))
     with pytest.raises(
-        ConfigError, match=f"'{attack}' compares the . largest logits, and the model has 2"
+        ConfigError, match=f"'{attack}' compares the . largest logits, and there are 2"
     ):
         evaluate(network(outputs), data, THREAT, [attack])
 
