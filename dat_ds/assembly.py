@@ -146,6 +146,9 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
         seed=run.dat.seed,
     )
     check_takes_images(model, splits.image_shape)
+    if run.dat.objective.head == "classes" and splits.class_names is not None:
+        # For an evaluation on data whose classes stand in another order.
+        model.spec["class_names"] = list(splits.class_names)
     return model
 
 

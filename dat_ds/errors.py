@@ -13,6 +13,10 @@ class DataError(UserError):
     """Data that is missing, unreadable or inconsistent with the config."""
 
 
+class DamagedImageError(DataError):
+    """One image that cannot be converted to pixels; the others may well be in order."""
+
+
 class ModelError(UserError):
     """A model that cannot be built or loaded as asked."""
 

@@ -44,6 +44,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "cifar100": {"path": "data"},
         "npz": {"path": "data.npz"},
         "imagefolder": {"path": "data"},
+        "timm": {"path": "data"},
+        "huggingface": {"path": "data"},
+        "webdataset": {"path": "data"},
         "synthetic": {"num_train": 8, "num_test": 4, "image_shape": [3, 8, 8]},
     },
     "attack": {

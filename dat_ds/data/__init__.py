@@ -1,6 +1,7 @@
 """Images, labels, and the plan of which rank reads which of them."""
 
 from dat_ds.contracts import UNLABELLED, classes_of, pseudo_label
+from dat_ds.data.damaged import Readable
 from dat_ds.data.datasets import DataSplits, build_data, splits_of
 from dat_ds.data.images import FolderImages, TensorImages
 from dat_ds.data.loader import (
@@ -12,10 +13,12 @@ from dat_ds.data.loader import (
 )
 from dat_ds.data.method import DatasetMethod
 from dat_ds.data.mixing import Mixed
+from dat_ds.data.mixture import Mixture
 from dat_ds.data.readers import DATASETS
 from dat_ds.data.sampler import (
     BatchPlan,
     DistributedBatchSampler,
+    FixedShare,
     SampleKey,
     hold_out,
     plan_step,
@@ -38,11 +41,14 @@ __all__ = [
     "DistributedBatchSampler",
     "DistributedLoader",
     "EvaluationBatches",
+    "FixedShare",
     "FolderImages",
     "Loader",
     "Mixed",
+    "Mixture",
     "PartlyLabelled",
     "PlannedBatch",
+    "Readable",
     "SampleKey",
     "StreamLoader",
     "TensorImages",

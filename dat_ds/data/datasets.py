@@ -6,20 +6,26 @@ Every dataset yields ``(x, y)``: ``x`` float32 ``(C, H, W)`` in [0, 1], ``y`` in
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dat_ds.contracts import MOST_CLASSES, UNLABELLED
-from dat_ds.data.images import Channels, FolderImages, ImageShape, TensorImages
-from dat_ds.data.method import DatasetMethod
+from dat_ds.data.damaged import Readable
+from dat_ds.data.images import Channels, FolderImages, Images, ImageShape, StoredImages
+from dat_ds.data.method import DatasetMethod, StoredDataset
 from dat_ds.data.mixing import Mixed
+from dat_ds.data.mixture import Mixture
 from dat_ds.data.readers import DATASETS
+from dat_ds.data.readers.classes import listed
 from dat_ds.data.readers.npz import array_problems, images_from_arrays, load_npz
 from dat_ds.data.readers.source import Source, enough_memory, raise_all
 from dat_ds.data.sampler import hold_out
@@ -52,6 +58,7 @@ class DataSplits:
         name: Name the splits were built by.
         class_names: Names in label order, or None where the data has none.
         mixture: Composition of ``train`` where it has unlabelled images, else None.
+        num_extra: Training images of ``dat.data.extra``, which are the last ones of ``train``.
     """
 
     train: Dataset[Any]
@@ -64,6 +71,7 @@ class DataSplits:
     name: str
     class_names: tuple[str, ...] | None
     mixture: PartlyLabelled | None = None
+    num_extra: int = 0
 
 
 def build_data(name: str, *, seed: int = 0, **options: Any) -> DataSplits:
@@ -112,6 +120,12 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     shape = source.train.image_shape
     train, mixture = _training_part(dataset, source, kept, seed)
     total = dataset.num_classes or max(source.num_classes, num_labels)
+    num_extra = 0
+    if dataset.extra_fraction is not None:
+        extra = _read_extra(dataset, source, total, seed)
+        num_extra = len(extra.labels)
+        key = "dat.data.extra_fraction"
+        train = Mixture(train, _readable(dataset, extra), dataset.extra_fraction, key)
     augmented: Dataset[Any] = Augmented(train, dataset.augment, seed, size=(shape[1], shape[2]))
     if dataset.mixes:
         augmented = Mixed(augmented, total, mixup=dataset.mixup, cutmix=dataset.cutmix, seed=seed)
@@ -126,7 +140,68 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
         name=dataset.name,
         class_names=source.class_names,
         mixture=mixture,
+        num_extra=num_extra,
     )
+
+
+def _readable(dataset: DatasetMethod, images: Dataset[Any]) -> Dataset[Any]:
+    """Images of which damaged ones are replaced, where the config says so."""
+    return Readable(images) if dataset.damaged == "skip" else images
+
+
+def _read_extra(dataset: DatasetMethod, source: Source, num_classes: int, seed: int) -> Images:
+    """The images of ``dat.data.extra``, with labels in the order of the others.
+
+    Raises:
+        DataError: For what does not fit the other training images.
+    """
+    extra = dataset.extra_dataset()
+    assert extra is not None
+    shape = source.train.image_shape
+    size = dataset.img_size or (shape[1] if isinstance(extra, StoredDataset) else None)
+    own = "|".join(key for key in type(extra).known_keys() if key not in DatasetMethod.known_keys())
+
+    def renamed(words: str) -> str:
+        return re.sub(rf"dat\.data\.(?=({own or 'name'})\b)", "dat.data.extra.", words)
+
+    try:
+        with enough_memory(f"dat.data.extra.name={extra.name!r}"):
+            part = dataclasses.replace(extra, img_size=size).read_train(seed)
+    except DataError as error:
+        raise type(error)(renamed(str(error))) from error
+    images, where = part.images, f"dat.data.extra of the dataset {extra.name!r}"
+    if isinstance(images, StoredImages):
+        images.key = renamed(images.key)
+    if len(images) == 0:
+        raise DataError(f"{where} has no images: name a file or folder that has some.")
+    if images.image_shape != shape:
+        raise DataError(
+            f"{where} has images of shape {list(images.image_shape)} (channels, height, width), "
+            f"the others have {list(shape)}: {_remedy(images.image_shape, shape)} them."
+        )
+    labels = images.labels
+    if part.class_names is not None and source.class_names is not None:
+        strange = set(part.class_names) - set(source.class_names)
+        if strange:
+            raise DataError(
+                f"{where} has classes that the others lack: {listed(strange)}. Their names have to "
+                "be the same."
+            )
+        place = torch.tensor([source.class_names.index(name) for name in part.class_names])
+        images, labels = images.relabelled(place[labels]), place[labels]
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"The labels of {where} run from {low} to {high}; valid are 0..{num_classes - 1}, the "
+            "classes of the other images. Images without labels belong into "
+            "dat.data.unlabelled_path."
+        )
+    return images
+
+
+def _remedy(shape: ImageShape, wanted: ImageShape) -> str:
+    is_resized = shape[0] == wanted[0]
+    return f"write dat.data.img_size={wanted[1]}, or convert" if is_resized else "convert"
 
 
 def _training_part(
@@ -134,14 +209,14 @@ def _training_part(
 ) -> tuple[Dataset[Any], PartlyLabelled | None]:
     """Training images before augmentation, and their mixture where some are unlabelled."""
     if dataset.labelled_fraction == 1 and dataset.unlabelled_path is None:
-        return Subset(source.train, kept), None
+        return _readable(dataset, Subset(source.train, kept)), None
     known, hidden = hold_out(source.train.labels[kept], 1 - dataset.labelled_fraction, seed)
     if not known:
         raise DataError(
             f"dat.data.labelled_fraction={dataset.labelled_fraction} of {len(kept)} training "
             "images leaves no label at all: write a larger fraction."
         )
-    labelled = Subset(source.train, [kept[i] for i in known])
+    labelled = _readable(dataset, Subset(source.train, [kept[i] for i in known]))
     unlabelled: list[Dataset[Any]] = []
     if not dataset.drop_unlabelled:
         unlabelled.append(Subset(source.train, [kept[i] for i in hidden]))
@@ -150,20 +225,21 @@ def _training_part(
         unlabelled.append(_read_unlabelled(path, dataset.img_size, shape))
     if not unlabelled:
         return labelled, None
-    mixture = PartlyLabelled(labelled, ConcatDataset(unlabelled), dataset.labelled_repeats)
+    others = _readable(dataset, ConcatDataset(unlabelled))
+    mixture = PartlyLabelled(
+        labelled, others, dataset.labelled_repeats, dataset.unlabelled_batch_fraction
+    )
     return mixture, mixture
 
 
-def _read_unlabelled(
-    path: Path, img_size: int | None, shape: ImageShape
-) -> TensorImages | FolderImages:
+def _read_unlabelled(path: Path, img_size: int | None, shape: ImageShape) -> Images:
     """Images without labels, of the shape of the labelled ones."""
     where = f"dat.data.unlabelled_path={str(path)!r}"
     if os.path.isdir(path):  # where Path.is_dir raises without permission
         files = sorted(image_files(path, "dat.data.unlabelled_path"))
         if not files:
             raise DataError(f"{where} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
-        images: TensorImages | FolderImages = FolderImages(
+        images: Images = FolderImages(
             [(file, UNLABELLED) for file in files],
             img_size or shape[1],
             "dat.data.unlabelled_path",
@@ -178,13 +254,13 @@ def _read_unlabelled(
         x = arrays["images"]
         y = np.full(len(x) if x.ndim else 0, UNLABELLED)
         raise_all(array_problems(where, "images", x, "labels", y))
+        if len(x) == 0:
+            raise DataError(f"{where} holds no image: write some into its array 'images'.")
         images = images_from_arrays(x, y, img_size)
     if images.image_shape != shape:
-        is_resized = images.image_shape[0] == shape[0]
-        remedy = f"write dat.data.img_size={shape[1]}, or convert" if is_resized else "convert"
         raise DataError(
             f"{where} has images of shape {list(images.image_shape)} (channels, height, width), "
-            f"the labelled ones have {list(shape)}: {remedy} them."
+            f"the labelled ones have {list(shape)}: {_remedy(images.image_shape, shape)} them."
         )
     return images
 

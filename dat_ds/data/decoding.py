@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dat_ds.errors import DataError
+from dat_ds.errors import DamagedImageError
 from dat_ds.files import open_regular
 
 if TYPE_CHECKING:
@@ -48,9 +50,27 @@ def read_image(path: str, key: str) -> Tensor:
         ``(3, H, W)``: uint8 in 0..255; float32 in [0, 1] for 16-bit and float grey.
 
     Raises:
-        DataError: The file is no image, is damaged or too large, or is of a kind that has no exact
-            conversion, such as transparent pixels, several frames, or colours of 16 bits.
+        DamagedImageError: The file is no image, is damaged or too large, or is of a kind that has
+            no exact conversion, such as transparent pixels, several frames, or colours of 16 bits.
     """
+    return _decoded(lambda: open_regular(path), path, key)
+
+
+def decode_image(data: bytes, place: str, key: str) -> Tensor:
+    """Pixels of an image in memory; exactly those that :func:`read_image` gives of its file.
+
+    Args:
+        data: Content of an image file.
+        place: Where it is from, for the error text.
+        key: Key of the config that named that, for the error text.
+
+    Raises:
+        DamagedImageError: As :func:`read_image`.
+    """
+    return _decoded(lambda: io.BytesIO(data), place, key)
+
+
+def _decoded(opened: Callable[[], BinaryIO], place: str, key: str) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
@@ -58,7 +78,7 @@ def read_image(path: str, key: str) -> Tensor:
             # The others are about metadata, and would be repeated in every epoch.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(path) as stream, Image.open(stream, formats=_FORMATS) as file:
+            with opened() as stream, Image.open(stream, formats=_FORMATS) as file:
                 if file.format == "PNG":
                     _compare_checksums(stream)
                 _check_kind(file)
@@ -67,11 +87,11 @@ def read_image(path: str, key: str) -> Tensor:
                 ImageOps.exif_transpose(file, in_place=True)
                 pixels = _grey(file, largest) if _is_deep(file) else _colours(file)
     except _UnfitError as unfit:
-        raise DataError(f"{key}: the image {path} {unfit}, or remove it.") from None
+        raise DamagedImageError(f"{key}: the image {place} {unfit}, or remove it.") from None
     # Pillow's decoders raise errors of every class for a damaged file.
     except Exception as error:
-        raise DataError(
-            f"{key}: cannot read the image {path} ({error}). Replace the file or remove it."
+        raise DamagedImageError(
+            f"{key}: cannot read the image {place} ({error}). Replace the file or remove it."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

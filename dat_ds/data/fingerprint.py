@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dat_ds.data.mixture import part_ranges
 from dat_ds.data.samples import is_stream
 from dat_ds.data.transforms import fetch_raw
 from dat_ds.errors import DataError
@@ -20,7 +21,7 @@ _PROBES = 64
 
 
 def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
-    """Number of samples, and digests of up to 64 of them, evenly spread, without augmentation.
+    """Number of samples, and digests of up to 64 of each part, evenly spread, not augmented.
 
     Each is read twice: where the two differ, as with random transforms of the user's own, samples
     cannot tell datasets apart and only the number is given.
@@ -29,19 +30,26 @@ def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
         dataset: Map-style dataset.
 
     Returns:
-        ``num_samples``, and ``samples``, digests by index; None for a stream.
+        ``num_samples``, and ``samples``, digests by index; where parts have a fixed share of every
+        batch, ``parts``, the size of each. None for a stream.
     """
     if is_stream(dataset):
         return None
     size = len(cast(Any, dataset))
-    count = min(_PROBES, size)
-    indices = sorted({i * (size - 1) // max(1, count - 1) for i in range(count)})
+    ranges = list(part_ranges(dataset))
+    indices = [part.start + i for part in ranges for i in _spread(len(part))]
     try:
         first, second = ([_digest(fetch_raw(dataset, i)) for i in indices] for _ in range(2))
     except DataError:  # the loader names it, should it be asked for that sample
         first = second = []
     same = dict(zip(map(str, indices), first, strict=False)) if first == second else {}
-    return {"num_samples": size, "samples": same}
+    parts = {"parts": [len(part) for part in ranges]} if len(ranges) > 1 else {}
+    return {"num_samples": size, "samples": same, **parts}
+
+
+def _spread(size: int) -> list[int]:
+    count = min(_PROBES, size)
+    return sorted({i * (size - 1) // max(1, count - 1) for i in range(count)})
 
 
 def difference(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:
@@ -50,6 +58,9 @@ def difference(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -
         return None
     if saved["num_samples"] != now["num_samples"]:
         return f"checkpoint {saved['num_samples']} samples, this run {now['num_samples']}"
+    if saved.get("parts") != now.get("parts"):
+        words = [" + ".join(map(str, d.get("parts", [d["num_samples"]]))) for d in (saved, now)]
+        return f"checkpoint {words[0]} samples in parts, this run {words[1]}"
     both = saved["samples"].keys() & now["samples"].keys()
     other = sorted((i for i in both if saved["samples"][i] != now["samples"][i]), key=int)
     if not other:

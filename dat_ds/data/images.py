@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dat_ds.data.decoding import read_image
 from dat_ds.data.transforms import (
-    RESIZE_RATIO,
+    CROP_SHARE,
     Sample,
     resize_center_crop,
     resize_square,
     to_unit,
 )
-from dat_ds.errors import DataError
+from dat_ds.errors import DamagedImageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Channels = tuple[float, ...]
 
@@ -57,55 +63,113 @@ class TensorImages(Dataset[Sample]):
         """Stored image before any resizing, and its label."""
         return self.images[index], int(self.labels[index])
 
+    def relabelled(self, labels: Tensor) -> TensorImages:
+        """The same images with other labels."""
+        return TensorImages(self.images, labels, self.img_size)
 
-class FolderImages(Dataset[Sample]):
-    """Image files read on demand, as RGB.
+
+class StoredImages(Dataset[Sample]):
+    """Encoded images, decoded on demand as RGB; a subclass says where they lie.
 
     Args:
-        samples: ``(file, label)`` pairs.
-        img_size: Side of the evaluation image: shorter edge to ``img_size * 256 / 224``, then the
+        labels: Integer labels, shape ``(N,)``.
+        img_size: Side of the evaluation image: shorter edge to ``img_size / crop_share``, then the
             central square.
-        key: Key of the config that named the files, for error texts.
+        key: Key of the config that named the images, for error texts.
+        crop_share: Part of the shorter edge that the central square keeps, in (0, 1].
     """
 
     def __init__(
-        self, samples: list[tuple[str, int]], img_size: int, key: str = "dat.data.path"
+        self, labels: Tensor, img_size: int, key: str, crop_share: float = CROP_SHARE
     ) -> None:
-        self.samples = samples
         self.key = key
-        self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+        self.labels = labels.to(torch.int64)
         self.img_size = img_size
+        self.crop_share = crop_share
         self.image_shape: ImageShape = (3, img_size, img_size)
 
+    def decode(self, index: int) -> Tensor:
+        """Whole image, as :func:`~dat_ds.data.decoding.read_image` gives it.
+
+        Raises:
+            DamagedImageError: It cannot be read as pixels.
+        """
+        raise NotImplementedError
+
+    def file_of(self, index: int) -> str:
+        """Where an image lies, in words."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
-        """Number of files."""
-        return len(self.samples)
+        """Number of images."""
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
         """``(x, y)`` with ``x`` float32 of ``image_shape`` in [0, 1].
 
         Raises:
-            DataError: The file cannot be read as pixels; see ``read_image``.
+            DamagedImageError: It cannot be read as pixels.
         """
         image, y = self.raw(index)
         self._check_ratio(index, *image.shape[1:])
-        return to_unit(resize_center_crop(image, self.img_size)).clamp(0, 1), y
+        x = resize_center_crop(image, self.img_size, self.crop_share)
+        return to_unit(x).clamp(0, 1), y
+
+    def raw(self, index: int) -> Sample:
+        """Whole image, of its own size, and its label.
+
+        Raises:
+            DamagedImageError: It cannot be read as pixels.
+        """
+        return self.decode(index), int(self.labels[index])
+
+    def relabelled(self, labels: Tensor) -> Self:
+        """The same images with other labels."""
+        other = copy.copy(self)
+        other.labels = labels.to(torch.int64)
+        return other
 
     def _check_ratio(self, index: int, height: int, width: int) -> None:
         """Refuse an image so long that resizing its shorter edge makes it huge."""
-        scale = self.img_size * RESIZE_RATIO / min(height, width)
+        shorter = self.img_size / self.crop_share
+        scale = shorter / min(height, width)
         if height * width * scale**2 > LARGEST_IMAGE:
-            raise DataError(
-                f"{self.key}: the image {self.samples[index][0]} has {height} x {width} pixels: "
-                f"with a shorter edge of {round(self.img_size * RESIZE_RATIO)} it would have "
+            raise DamagedImageError(
+                f"{self.key}: the image {self.file_of(index)} has {height} x {width} pixels: "
+                f"with a shorter edge of {round(shorter)} it would have "
                 f"{max(height, width) * scale:.0f} along the other. Crop it, or remove it."
             )
 
-    def raw(self, index: int) -> Sample:
-        """Whole image as ``read_image`` gives it, of the file's own size, and its label.
 
-        Raises:
-            DataError: The file cannot be read as pixels.
-        """
-        path, label = self.samples[index]
-        return read_image(path, self.key), label
+class FolderImages(StoredImages):
+    """Image files.
+
+    Args:
+        samples: ``(file, label)`` pairs.
+        img_size: As :class:`StoredImages`.
+        key: Key of the config that named the files, for error texts.
+        crop_share: As :class:`StoredImages`.
+    """
+
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        img_size: int,
+        key: str = "dat.data.path",
+        crop_share: float = CROP_SHARE,
+    ) -> None:
+        labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+        super().__init__(labels, img_size, key, crop_share)
+        self.files = [file for file, _ in samples]
+
+    def decode(self, index: int) -> Tensor:
+        """Whole image of a file."""
+        return read_image(self.files[index], self.key)
+
+    def file_of(self, index: int) -> str:
+        """Path of a file."""
+        return self.files[index]
+
+
+Images = TensorImages | StoredImages
+"""The images of a part of a dataset."""

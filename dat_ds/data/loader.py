@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dat_ds.data.damaged import collected_damage
 from dat_ds.data.sampler import (
     BatchPlan,
     DistributedBatchSampler,
@@ -22,7 +23,7 @@ from dat_ds.data.sampler import (
     shard_evenly,
 )
 from dat_ds.data.samples import Batch, CollateFunction, Collator, refuse_unless_map_style
-from dat_ds.data.transforms import fetch_sample
+from dat_ds.data.transforms import fetch_sample, further_parts
 from dat_ds.errors import CheckpointError, DataError
 
 PlannedBatch = tuple[Tensor, Tensor, BatchPlan | None]
@@ -144,10 +145,13 @@ class Loader(ABC):
         missing = [key for key in self.state_dict() if key not in state]
         if missing:
             raise CheckpointError(f"The checkpoint's data position lacks {', '.join(missing)}.")
+        own = self._identity()
+        # Of a mixture that is no more, or that was none, only one of the two has keys.
+        keys = [key for key in {**own, **state} if key not in ("epoch", "step")]
         differences = [
-            f"{key}: checkpoint {state[key]}, this run {value}"
-            for key, value in self._identity().items()
-            if state[key] != value
+            f"{key}: checkpoint {state.get(key, 'none')}, this run {own.get(key, 'none')}"
+            for key in keys
+            if state.get(key) != own.get(key)
         ]
         if differences:
             raise CheckpointError(
@@ -165,7 +169,7 @@ class DistributedLoader(Loader):
     """This rank's micro-batches of a map-style dataset, shuffled anew in every epoch.
 
     In the last step of an epoch ``B`` may be smaller, even 0, and ``plan.weight`` is the batch's
-    weight.
+    weight. Parts of a :class:`dat_ds.data.Mixture` have their fixed shares of every global batch.
 
     Args:
         dataset: Map-style dataset, of samples as :class:`dat_ds.data.samples.Collator` takes them;
@@ -208,8 +212,9 @@ class DistributedLoader(Loader):
         collate_fn: CollateFunction | None = None,
     ) -> None:
         refuse_unless_map_style(dataset)
+        further = further_parts(dataset)
         self.sampler = DistributedBatchSampler(
-            len(cast(Any, dataset)),
+            len(cast(Any, dataset)) - sum(part.num_samples for part in further),
             micro_batch=micro_batch,
             accumulation=accumulation,
             rank=rank,
@@ -217,12 +222,22 @@ class DistributedLoader(Loader):
             seed=seed,
             shuffle=shuffle,
             replays=replays,
+            further=further,
         )
         super().__init__(accumulation)
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self._batches = _Batches(dataset, Collator(collate_fn))
+        self._damaged: dict[str, str] = {}
+
+    def take_damaged(self) -> dict[str, str]:
+        """What was damaged in the batches handed out since the last call: the reason, by image.
+
+        Images of a :class:`dat_ds.data.Readable` dataset, which others stood for.
+        """
+        found, self._damaged = self._damaged, {}
+        return found
 
     @property
     def steps_per_epoch(self) -> int:
@@ -247,10 +262,10 @@ class DistributedLoader(Loader):
         Raises:
             DataError: For an unreadable sample.
         """
-        batch = self._batches.__getitems__([SampleKey(plan.epoch, i) for i in plan.indices])
-        if isinstance(batch, DataError):
-            raise batch
-        return batch
+        read = self._batches.__getitems__(plan.keys)
+        if isinstance(read, DataError):
+            raise read
+        return read[0]
 
     def _move(self, epoch: int, step: int) -> None:
         self.sampler.set_position(epoch, step)
@@ -266,18 +281,25 @@ class DistributedLoader(Loader):
         )
         # The DataLoader hands batches out in the order of its batch sampler however far its workers
         # run ahead, so a second pass over the same plans stays in step with it.
-        return zip(sampler.plans(), batches, strict=True)
+        for plan, (batch, damaged) in zip(sampler.plans(), batches, strict=True):
+            self._damaged |= damaged
+            yield plan, batch
 
     def _end(self, epoch: int) -> None:
         """Nothing: the number of steps is known, and the last one went on to the next epoch."""
 
     def _identity(self) -> dict[str, int]:
-        return {
-            "seed": self.sampler.seed,
-            "num_samples": self.sampler.num_samples,
-            "global_batch": self.sampler.global_batch,
-            "replays": self.sampler.replays,
+        sampler = self.sampler
+        values = {
+            "seed": sampler.seed,
+            "num_samples": sampler.num_samples,
+            "global_batch": sampler.global_batch,
+            "replays": sampler.replays,
         }
+        for number, part in enumerate(sampler.further, start=2):
+            values[f"num_samples_of_part_{number}"] = part.num_samples
+            values[f"per_batch_of_part_{number}"] = sampler.further_per_batch[number - 2]
+        return values
 
 
 class EvaluationBatches:
@@ -305,7 +327,7 @@ class EvaluationBatches:
             pin_memory=False,
             generator=seeded_generator("evaluation"),
         )
-        for indices, (x, y) in zip(self._shard, batches, strict=True):
+        for indices, ((x, y), _) in zip(self._shard, batches, strict=True):
             yield x, y, indices
 
     def empty_batch(self) -> tuple[Tensor, Tensor, list[int]]:
@@ -413,7 +435,7 @@ def _outlive_sigterm(_worker: int) -> None:
 
 
 class _Batches(Dataset[Any]):
-    """Gives the batch of a list of keys.
+    """Gives the batch of a list of keys, and the damaged images in the place of which others stand.
 
     Args:
         dataset: Its first sample shows the shapes of an empty batch.
@@ -424,9 +446,12 @@ class _Batches(Dataset[Any]):
         self._dataset, self._collator = dataset, collator
         self.empty = collator.empty(fetch_sample(dataset, SampleKey(0, 0)))
 
-    def __getitems__(self, keys: list[SampleKey]) -> Batch | DataError:
+    def __getitems__(self, keys: list[SampleKey]) -> tuple[Batch, dict[str, str]] | DataError:
+        if not keys:
+            return self.empty, {}
         try:
-            samples = [fetch_sample(self._dataset, key) for key in keys]
-            return self._collator(samples, [key.index for key in keys]) if keys else self.empty
+            with collected_damage() as damaged:
+                samples = [fetch_sample(self._dataset, key) for key in keys]
+            return self._collator(samples, [key.index for key in keys]), damaged
         except DataError as error:
             return error

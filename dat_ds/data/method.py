@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dat_ds.contracts import MOST_CLASSES
-from dat_ds.method import Method, Trait, above, at_least, fraction, option, positive_share
+from dat_ds.data.transforms import CROP_SHARE
+from dat_ds.method import (
+    Method,
+    Trait,
+    above,
+    at_least,
+    fraction,
+    option,
+    parse_method,
+    positive_share,
+    shown,
+)
 
 if TYPE_CHECKING:
-    from dat_ds.data.readers.source import EvaluationImages, Source
+    from dat_ds.data.readers.source import Part, Source
 
 _MIXES = {Trait.MIXES_LABELS: lambda v: v > 0, Trait.CONCERNS_LABELS: lambda v: v > 0}
 _PATH = "what it is read from"
+_USUAL_SIDE = 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +52,28 @@ class DatasetMethod(Method):
     ``images``."""
     labelled_repeats: int = at_least(1, 1, traits={Trait.CONCERNS_UNLABELLED: lambda v: v != 1})
     """How often each labelled image occurs in an epoch beside the unlabelled ones."""
+    unlabelled_batch_fraction: float | None = option(
+        None,
+        "a number in (0, 1)",
+        lambda v: 0 < v < 1,
+        traits={Trait.CONCERNS_UNLABELLED: lambda v: True},
+    )
+    """Share of unlabelled images in every global batch; an epoch is then one pass over the labelled
+    ones. Default: all are shuffled together."""
     pseudo_labels: str | None = option(
         None,
         traits=dict.fromkeys((Trait.CONCERNS_LABELS, Trait.CONCERNS_UNLABELLED), lambda v: True),
     )
     """Run folder or checkpoint of a model that labels the unlabelled images before training."""
+    extra: dict[str, Any] | None = option(None)
+    """Further labelled training images, such as generated ones: ``name`` and the dataset's own
+    keys, of which the training part is read. Nothing of it is held out for validation."""
+    extra_fraction: float | None = option(None, "a number in (0, 1)", lambda v: 0 < v < 1)
+    """Share of ``extra`` in every global batch; an epoch is one pass over the other images."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """What a damaged training image does: end the run, or be replaced by the next readable one."""
+    most_damaged: float = at_least(0, 0.01)
+    """With ``skip``: how many training images may be damaged; below 1 as a share of them."""
     validation_fraction: float = fraction(0.1)
     """Share of the training images held out for choosing the best checkpoint."""
     img_size: int | None = above(0, None)
@@ -70,7 +99,7 @@ class DatasetMethod(Method):
         return self.mixup > 0 or self.cutmix > 0
 
     def problems(self) -> Iterator[str]:
-        """Mixed labels of images that have none; nothing to drop."""
+        """Mixed labels of images that have none; nothing to drop; shares that do not add up."""
         if self.mixes and self.has_unlabelled:
             key = "mixup" if self.mixup else "cutmix"
             yield (
@@ -82,6 +111,63 @@ class DatasetMethod(Method):
                 "drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction, such "
                 "as 0.1, or remove it."
             )
+        if self.unlabelled_batch_fraction is not None and self.labelled_repeats > 1:
+            yield (
+                f"labelled_repeats={self.labelled_repeats} beside unlabelled_batch_fraction="
+                f"{self.unlabelled_batch_fraction:g}, which fixes the share of labelled images "
+                "already: remove one of them."
+            )
+        if (self.extra is None) != (self.extra_fraction is None):
+            missing = "extra_fraction" if self.extra_fraction is None else "extra"
+            yield (
+                f"{missing} is missing: dat.data.extra names further images, and "
+                "dat.data.extra_fraction their share of every batch, such as 0.7."
+            )
+        shares = (self.extra_fraction or 0) + (self.unlabelled_batch_fraction or 0)
+        if shares >= 1:
+            yield (
+                f"extra_fraction={self.extra_fraction:g} and unlabelled_batch_fraction="
+                f"{self.unlabelled_batch_fraction:g} leave no other image in a batch: their sum is "
+                "below 1."
+            )
+        problems: list[str] = []
+        self.extra_dataset(problems)
+        yield from problems
+
+    def extra_dataset(self, problems: list[str] | None = None) -> DatasetMethod | None:
+        """The dataset of ``extra``; None without one.
+
+        Args:
+            problems: Receives one message per problem found.
+        """
+        from dat_ds.data.readers import DATASETS
+
+        if self.extra is None:
+            return None
+        common = DatasetMethod.known_keys()
+        found: list[str] = []
+        own = {key: value for key, value in self.extra.items() if key not in common}
+        # The images of both are cut to one size, augmented alike, and loaded together.
+        found += [
+            f"extra.{key}={shown(value)} is a key of dat.data itself, for all images: remove it."
+            for key, value in self.extra.items()
+            if key in common
+        ]
+        dataset = parse_method(DATASETS, own, "extra", found)
+        found += [
+            f"extra.{key} is missing: {dataset.name!r} needs {what}."
+            for key, what in dataset.required.items()
+            if getattr(dataset, key) is None
+        ]
+        if problems is not None:
+            unknown = "Unknown key in the run config: "
+            problems += [
+                f"extra has an unknown key: {words.removeprefix(unknown)}"
+                if words.startswith(unknown)
+                else words
+                for words in found
+            ]
+        return dataset
 
     def read(self, seed: int) -> Source:
         """Both parts of the dataset; what a subclass defines.
@@ -91,16 +177,27 @@ class DatasetMethod(Method):
         """
         raise TypeError(f"{type(self).__name__} defines no read.")
 
-    def read_test(self, seed: int) -> EvaluationImages:
+    def read_test(self, seed: int) -> Part:
         """The test part alone; a subclass may do without the training part.
 
         Raises:
             DataError: For files that are missing or damaged.
         """
-        from dat_ds.data.readers.source import EvaluationImages
+        from dat_ds.data.readers.source import Part
 
         source = self.read(seed)
-        return EvaluationImages(source.test, source.class_names, source.num_classes)
+        return Part(source.test, source.class_names, source.num_classes)
+
+    def read_train(self, seed: int) -> Part:
+        """The training part alone, as ``dat.data.extra``; a subclass may do without the test part.
+
+        Raises:
+            DataError: For files that are missing or damaged.
+        """
+        from dat_ds.data.readers.source import Part
+
+        source = self.read(seed)
+        return Part(source.train, source.class_names, source.num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +208,22 @@ class FileDataset(DatasetMethod):
 
     path: str | None = None
     """Where the data lie."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredDataset(FileDataset):
+    """A dataset of encoded images of any size, which are decoded when they are used."""
+
+    crop_share: float = positive_share(CROP_SHARE)
+    """Part of the shorter edge that the square of evaluation keeps; 1 for images that are cut to
+    ``img_size`` already."""
+
+    @property
+    def keeps_ratio(self) -> bool:
+        """Whether images are resized by the shorter edge and cropped, not squashed."""
+        return True
+
+    @property
+    def side(self) -> int:
+        """Side of the images that the model sees."""
+        return self.img_size or _USUAL_SIDE

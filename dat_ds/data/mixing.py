@@ -1,7 +1,8 @@
 """mixup and CutMix whose randomness is a function of (seed, epoch, index).
 
 The partner of an image is drawn from the whole dataset and not from its batch, so that batches do
-not depend on the number of ranks or workers.
+not depend on the number of ranks or workers; where parts have a fixed share of every batch, from
+each with that share.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dat_ds.data.mixture import part_ranges
 from dat_ds.data.sampler import SampleKey, derive_seed
-from dat_ds.data.transforms import KeyedDataset, fetch_sample
+from dat_ds.data.transforms import KeyedDataset, fetch_sample, further_parts
 
 
 class Mixed(KeyedDataset[tuple[Tensor, Tensor]]):
@@ -43,6 +45,9 @@ class Mixed(KeyedDataset[tuple[Tensor, Tensor]]):
         self.mixup = mixup
         self.cutmix = cutmix
         self.seed = seed
+        further = [part.fraction for part in further_parts(dataset)]
+        self._shares = [1 - sum(further), *further]
+        self._ranges = list(part_ranges(dataset)) if further else []
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -53,7 +58,7 @@ class Mixed(KeyedDataset[tuple[Tensor, Tensor]]):
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key)
         random = np.random.default_rng(derive_seed("mix", self.seed, key.epoch, key.index))
-        partner = SampleKey(key.epoch, int(random.integers(len(self))))
+        partner = SampleKey(key.epoch, self._partner(random))
         cuts = random.random() < (0.5 if self.mixup else 1.0) if self.cutmix else False
         alpha = self.cutmix if cuts else self.mixup
         share = float(random.beta(alpha, alpha))
@@ -67,6 +72,13 @@ class Mixed(KeyedDataset[tuple[Tensor, Tensor]]):
         label[y] += share
         label[y_other] += 1 - share
         return x, label
+
+    def _partner(self, random: np.random.Generator) -> int:
+        """Index of a partner: of each part as often as in a batch."""
+        if not self._ranges:
+            return int(random.integers(len(self)))
+        part = self._ranges[int(random.choice(len(self._ranges), p=self._shares))]
+        return int(random.integers(part.start, part.stop))
 
 
 def _paste_box(

@@ -10,7 +10,7 @@ Words: a *slot* is one micro-batch of one rank within one optimizer step; there 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,8 @@ class BatchPlan:
         weight: ``len(indices) * slots / global batch size``. The plain average over all slots of
             ``weight * local mean`` is the mean over the global batch; 1 for a full batch, 0 for an
             empty one.
+        passes: Of each sample, which pass over its part of the data this is, from 0; empty where
+            all are of the epoch's.
     """
 
     epoch: int
@@ -49,6 +51,28 @@ class BatchPlan:
     indices: tuple[int, ...]
     first_position: int
     weight: float
+    passes: tuple[int, ...] = ()
+
+    @property
+    def keys(self) -> list[SampleKey]:
+        """Keys of its samples."""
+        passes = self.passes or (self.epoch,) * len(self.indices)
+        return [SampleKey(*key) for key in zip(passes, self.indices, strict=True)]
+
+
+@dataclass(frozen=True)
+class FixedShare:
+    """A part of a dataset that has a fixed share of every global batch.
+
+    Attributes:
+        num_samples: Its size, at least 1.
+        fraction: Its share of a global batch, in (0, 1); rounded to whole samples.
+        key: Key of the config that says so, for messages.
+    """
+
+    num_samples: int
+    fraction: float
+    key: str = "fraction"
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -91,8 +115,13 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
     of ``micro_batch * accumulation * ranks`` samples, so trading accumulation for ranks keeps every
     global batch, and its order, the same.
 
+    Further parts of the dataset have a fixed share of every global batch, spread evenly over it; an
+    epoch is one pass over the samples before them. Each further part is walked through on and on,
+    shuffled anew in every pass, wherever epochs begin. In the last, partial batch of an epoch the
+    shares are the same, rounded.
+
     Args:
-        num_samples: Size of the dataset, at least ``ranks``.
+        num_samples: Size of the dataset, without further parts; at least ``ranks``.
         micro_batch: Samples per rank per micro-step, at least 1.
         accumulation: Micro-steps per optimizer step, at least 1.
         rank: This process, ``0 .. ranks - 1``.
@@ -100,9 +129,11 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         seed: Seed of the shuffling; any integer.
         shuffle: False keeps the dataset's own order in every epoch.
         replays: How many optimizer steps in a row get the same global batch.
+        further: Parts with a fixed share, whose samples follow the first ``num_samples``.
 
     Raises:
-        DataError: More ranks than samples.
+        DataError: More ranks than samples, or a share that leaves nothing of a global batch to
+            itself or to the first samples.
         ValueError: A count below 1, or a rank outside its range.
     """
 
@@ -117,6 +148,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         seed: int,
         shuffle: bool = True,
         replays: int = 1,
+        further: Sequence[FixedShare] = (),
     ) -> None:
         _check_ranks(
             rank, ranks, micro_batch=micro_batch, accumulation=accumulation, replays=replays
@@ -135,8 +167,10 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         self.seed = seed
         self.shuffle = shuffle
         self.replays = replays
+        self.further = tuple(further)
         self.epoch = 0
         self.step = 0
+        self._check_shares()
 
     @property
     def global_batch(self) -> int:
@@ -144,9 +178,50 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         return self.micro_batch * self.accumulation * self.ranks
 
     @property
+    def further_per_batch(self) -> list[int]:
+        """Samples of each further part in a full global batch."""
+        return [round(part.fraction * self.global_batch) for part in self.further]
+
+    @property
+    def first_per_batch(self) -> int:
+        """Samples in a full global batch that are of no further part."""
+        return self.global_batch - sum(self.further_per_batch)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; those of the last batch may hold fewer samples."""
-        return -(-self.num_samples // self.global_batch) * self.replays
+        return self._batches_per_epoch * self.replays
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        return -(-self.num_samples // self.first_per_batch)
+
+    def batch_of_step(self, step: int) -> int:
+        """Samples of the global batch of an optimizer step of an epoch, from 0."""
+        return sum(self._sizes(step // self.replays))
+
+    def _sizes(self, batch: int) -> list[int]:
+        """Samples of each part in the global batch number ``batch`` of an epoch."""
+        full = self.first_per_batch
+        first = min(full, self.num_samples - batch * full)
+        return [first, *(round(count * first / full) for count in self.further_per_batch)]
+
+    def _check_shares(self) -> None:
+        """Refuse shares that leave a part without a sample in a full batch.
+
+        Raises:
+            DataError: With the fractions and the batch.
+        """
+        counts = self.further_per_batch
+        if any(part.num_samples < 1 for part in self.further):
+            raise DataError("A further part of the training data has no samples.")
+        if min([self.first_per_batch, *counts]) < 1:
+            shares = " and ".join(f"{part.key}={part.fraction:g}" for part in self.further)
+            raise DataError(
+                f"A global batch of {self.global_batch} with {shares} has {self.first_per_batch} "
+                f"samples of the first part and {' and '.join(map(str, counts))} of the further: "
+                "every part needs at least one. Write another fraction, or raise train_batch_size."
+            )
 
     def set_position(self, epoch: int, step: int) -> None:
         """Start the next iteration at ``step`` of ``epoch``.
@@ -173,8 +248,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Iterate over the sample keys of each plan, in the order of ``plans``."""
-        plans = self.plans()
-        return ([SampleKey(plan.epoch, i) for i in plan.indices] for plan in plans)
+        return (plan.keys for plan in self.plans())
 
     def plans(self) -> Iterator[BatchPlan]:
         """Iterate over this rank's micro-batches from the current position to the epoch's end.
@@ -193,9 +267,9 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
 
     def _plans_from(self, epoch: int, first_step: int, order: Tensor) -> Iterator[BatchPlan]:
         slots = self.accumulation * self.ranks
+        walks = self._walks()
         for step in range(first_step, self.steps_per_epoch):
-            first_index = step // self.replays * self.global_batch
-            batch = order[first_index : first_index + self.global_batch]
+            batch, passes = self._global_batch_of(epoch, step // self.replays, order, walks)
             pieces = plan_step(len(batch), self.micro_batch, slots)
             for micro_step in range(self.accumulation):
                 first, size = pieces[micro_step * self.ranks + self.rank]
@@ -206,7 +280,77 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
                     indices=tuple(batch[first : first + size].tolist()),
                     first_position=first,
                     weight=size * slots / len(batch),
+                    passes=tuple(passes[first : first + size].tolist()),
                 )
+
+    def _walks(self) -> list[_Walk]:
+        walks, offset = [], self.num_samples
+        for number, part in enumerate(self.further):
+            seed = self.seed if self.shuffle else None
+            walks.append(_Walk(part.num_samples, offset, number, seed))
+            offset += part.num_samples
+        return walks
+
+    def _global_batch_of(
+        self, epoch: int, number: int, order: Tensor, walks: list[_Walk]
+    ) -> tuple[Tensor, Tensor]:
+        """Indices of a global batch of an epoch, and their passes (none without further parts)."""
+        full = self.first_per_batch
+        first = order[number * full : (number + 1) * full]
+        if not walks:
+            return first, first[:0]
+        sizes = self._sizes(number)
+        last = self._sizes(self._batches_per_epoch - 1)
+        indices, passes = [first], [torch.full_like(first, epoch)]
+        for walk, count, size, at_end in zip(
+            walks, self.further_per_batch, sizes[1:], last[1:], strict=True
+        ):
+            per_epoch = (self._batches_per_epoch - 1) * count + at_end
+            found = walk.take(epoch * per_epoch + number * count, size)
+            indices.append(found[0])
+            passes.append(found[1])
+        # Spread evenly, so that every micro-batch has its share of each part.
+        places = torch.cat(
+            [(torch.arange(n, dtype=torch.float64) + 0.5) / max(n, 1) for n in sizes]
+        )
+        spread = torch.argsort(places, stable=True)
+        return torch.cat(indices)[spread], torch.cat(passes)[spread]
+
+
+class _Walk:
+    """Walks through a part of a dataset on and on, in another order in every pass.
+
+    Args:
+        size: Samples of the part.
+        offset: Index of its first sample.
+        number: Number of the part.
+        seed: Of the orders; None keeps the part's own.
+    """
+
+    def __init__(self, size: int, offset: int, number: int, seed: int | None) -> None:
+        self._size, self._offset, self._number, self._seed = size, offset, number, seed
+        self._known: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def take(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Indices of ``count`` samples from place ``start`` of the walk on, and their passes."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        indices, passes = [nothing], [nothing]
+        while count > 0:
+            number, place = divmod(start, self._size)
+            piece = self._order(number)[place : place + count]
+            indices.append(piece + self._offset)
+            passes.append(torch.full_like(piece, number))
+            start, count = start + len(piece), count - len(piece)
+        return torch.cat(indices), torch.cat(passes)
+
+    def _order(self, number: int) -> Tensor:
+        if self._known[0] != number:
+            order = torch.arange(self._size)
+            if self._seed is not None:
+                generator = seeded_generator("order", self._seed, "part", self._number, number)
+                order = torch.randperm(self._size, generator=generator)
+            self._known = (number, order)
+        return self._known[1]
 
 
 def shard_evenly(num_samples: int, rank: int, ranks: int, batch_size: int) -> list[list[int]]:

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from dat_ds.data.sampler import SampleKey, seeded_generator
+from dat_ds.data.sampler import FixedShare, SampleKey, seeded_generator
 
 Sample = tuple[Tensor, int]
 T = TypeVar("T")
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip")
 
-# He et al., CVPR 2016, arXiv 1512.03385: evaluate the central 224 of an image resized to 256.
-RESIZE_RATIO = 256 / 224
+CROP_SHARE = 224 / 256
+"""He et al., CVPR 2016, arXiv 1512.03385: evaluate the central 224 of an image resized to 256."""
 # Szegedy et al., CVPR 2015, arXiv 1409.4842, section 6: area and aspect ratio of a training crop.
 _CROP_AREA = (0.08, 1.0)
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -47,11 +47,11 @@ def resize_square(image: Tensor, side: int) -> Tensor:
     return resized
 
 
-def resize_center_crop(image: Tensor, side: int) -> Tensor:
-    """Resize the shorter edge to ``side * 256 / 224`` and cut the central ``(C, side, side)``."""
+def resize_center_crop(image: Tensor, side: int, share: float = CROP_SHARE) -> Tensor:
+    """Resize the shorter edge to ``side / share`` and cut the central ``(C, side, side)``."""
     import torchvision.transforms.functional as vision
 
-    resized = vision.resize(image, [round(side * RESIZE_RATIO)], antialias=True)
+    resized = vision.resize(image, [round(side / share)], antialias=True)
     cropped: Tensor = vision.center_crop(resized, [side, side])
     return cropped
 
@@ -177,6 +177,14 @@ def fetch_raw(dataset: Dataset[Any], index: int) -> Sample:
     raw = getattr(dataset, "raw", None)
     sample: Sample = dataset[index] if raw is None else raw(index)
     return sample
+
+
+def further_parts(dataset: Dataset[Any]) -> tuple[FixedShare, ...]:
+    """Parts at the end of a dataset with a fixed share of every global batch: its ``further``."""
+    while isinstance(dataset, KeyedDataset):
+        dataset = dataset.dataset
+    parts: tuple[FixedShare, ...] = getattr(dataset, "further", ())
+    return parts
 
 
 def file_of(dataset: Dataset[Any], index: int) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dat_ds.contracts import UNLABELLED, pseudo_label
+from dat_ds.data.sampler import FixedShare
 from dat_ds.data.transforms import Sample, fetch_raw, file_of
 from dat_ds.errors import DataError
 
@@ -29,15 +30,27 @@ class PartlyLabelled(Dataset[Sample]):
     Args:
         labelled: Yields ``(x, y)``.
         unlabelled: Yields ``(x, y)``; its labels are not read.
-        repeats: How often each labelled image occurs.
+        repeats: How often each labelled image occurs in an epoch.
+        fraction: Share of the unlabelled images in every global batch, which makes an epoch one
+            pass over the labelled ones; None makes it one over all.
     """
 
-    def __init__(self, labelled: Dataset[Any], unlabelled: Dataset[Any], repeats: int) -> None:
+    def __init__(
+        self,
+        labelled: Dataset[Any],
+        unlabelled: Dataset[Any],
+        repeats: int,
+        fraction: float | None = None,
+    ) -> None:
         self.labelled = labelled
         self.unlabelled = unlabelled
         self.num_labelled = len(cast(Any, labelled)) * repeats
         self.num_unlabelled = len(cast(Any, unlabelled))
         self._labels = torch.full((self.num_unlabelled,), UNLABELLED)
+        self.further: tuple[FixedShare, ...] = ()
+        if fraction is not None:
+            key = "dat.data.unlabelled_batch_fraction"
+            self.further = (FixedShare(self.num_unlabelled, fraction, key),)
 
     def label(self, classes: Tensor) -> None:
         """Give the unlabelled images pseudo-labels, class indices in their order."""

@@ -100,6 +100,7 @@ def timm_model_args(source: Source) -> dict[str, Any]:
 def label_names(source: Source) -> list[str]:
     """Names of the classes in the order of the outputs, ``LABEL_0`` ... where none are known."""
     names = None if source.measured is None else source.measured.class_names
+    names = names or source.spec.get("class_names")
     if names is not None and len(names) == source.spec["num_classes"]:
         return list(names)
     return [f"LABEL_{i}" for i in range(source.spec["num_classes"])]

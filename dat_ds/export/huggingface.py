@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_ds.data.transforms import RESIZE_RATIO
 from dat_ds.export.base import (
     Format,
     Loaded,
@@ -84,7 +83,7 @@ class HuggingFaceFormat(Format):
             images = [image.numpy() for image in levels]
             return logits_of(processor(images, return_tensors="pt")["pixel_values"])
 
-        if source.keeps_ratio:
+        if source.crop_share is not None:
             return normalised(logits_of, *_statistics(processor))
         return classify
 
@@ -111,9 +110,9 @@ def _processor(source: Source) -> Any:
 
     channels, height, width = source.image_shape
     shape: dict[str, Any] = {"size": {"height": height, "width": width}, "do_center_crop": False}
-    if source.keeps_ratio:
+    if source.crop_share is not None:
         shape = {
-            "size": {"shortest_edge": round(height * RESIZE_RATIO)},
+            "size": {"shortest_edge": round(height / source.crop_share)},
             "do_center_crop": True,
             "crop_size": {"height": height, "width": width},
         }

@@ -12,10 +12,13 @@ from typing import Any, Literal
 import torch
 
 from dat_ds.checkpoints import CHECKPOINTS, STATE, CheckpointFolder, run_of
+from dat_ds.data import DATASETS
+from dat_ds.data.method import StoredDataset
 from dat_ds.engine.unaveraged import unaveraged_weights
 from dat_ds.errors import ExportError, ModelError, UserError
 from dat_ds.evaluation.samples import EVALUATION
 from dat_ds.export.measured import RECORD_NAMES, Measured, evaluated_model, read_measured
+from dat_ds.method import parse_method
 from dat_ds.models import PixelModel, load
 from dat_ds.models.saved import SPEC_NAME, find_saved, read_spec
 
@@ -70,10 +73,12 @@ class Source:
         return int(self.spec["in_chans"]), int(height), int(width)
 
     @property
-    def keeps_ratio(self) -> bool:
-        """Whether images of its data were resized by the shorter edge and cropped, not squashed."""
+    def crop_share(self) -> float | None:
+        """Part of the shorter edge that images of its data kept; None where they were squashed."""
         data = {} if self.config is None else self.config["dat"]["data"]
-        return data.get("name") == "imagefolder"
+        dataset = parse_method(DATASETS, data, "dat.data", [])
+        keeps = isinstance(dataset, StoredDataset) and dataset.keeps_ratio
+        return dataset.crop_share if keeps else None
 
     def example(self, batch: int, seed: int = 0) -> torch.Tensor:
         """Random pixels of 256 levels, float32, ``(batch, C, H, W)``."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 
-from dat_ds.data.transforms import RESIZE_RATIO
 from dat_ds.export.base import (
     WEIGHTS,
     Format,
@@ -70,8 +69,8 @@ def write_timm(source: Source, folder: Path) -> None:
     arguments = timm_model_args(source)
     published = getattr(source.model.body, "pretrained_cfg", {})
     transform: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"}
-    if source.keeps_ratio:
-        transform = {"crop_pct": 1 / RESIZE_RATIO, "crop_mode": "center"}
+    if source.crop_share is not None:
+        transform = {"crop_pct": source.crop_share, "crop_mode": "center"}
     values: dict[str, Any] = {
         "architecture": timm_name(source),
         "num_classes": source.spec["num_classes"],

@@ -25,7 +25,7 @@ from dat_ds.config import RunConfig, load_config
 from dat_ds.config.load import apply_override
 from dat_ds.config.schema import ThreatModelConfig
 from dat_ds.data import DATASETS, DatasetMethod
-from dat_ds.data.images import FolderImages, TensorImages
+from dat_ds.data.images import Images
 from dat_ds.errors import ConfigError, DataError, ModelError
 from dat_ds.method import import_methods, parse_method, parse_section
 from dat_ds.models import MODELS, PixelModel, build_model, load
@@ -75,7 +75,7 @@ class Case:
     """
 
     target: Target
-    images: TensorImages | FolderImages
+    images: Images
     data: Mapping[str, Any]
     class_names: tuple[str, ...] | None
     threat: ThreatModelConfig
@@ -171,9 +171,10 @@ def load_target(
         model = _called(module_name, attribute)
     elif path.is_dir():
         model, names = _of_folder(path, run)
-        class_names = class_names or names
+        class_names = names or class_names
     elif path.is_file():
-        model = _of_file(path, options, num_classes, in_chans)
+        model, names = _with_names(_of_file(path, options, num_classes, in_chans))
+        class_names = names or class_names
     elif text.startswith("hf:"):
         model, class_names = _of_hugging_face(text)
     elif colon and module_name.replace(".", "").isidentifier() and attribute.isidentifier():
@@ -298,7 +299,7 @@ def _called(module: str, attribute: str) -> Any:
 
 def _of_folder(folder: Path, run: RunConfig | None) -> tuple[nn.Module, tuple[str, ...] | None]:
     if run is not None or (folder / SPEC_NAME).is_file() or (folder / CHECKPOINTS).is_dir():
-        return load(folder), None
+        return _with_names(load(folder))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -307,7 +308,13 @@ def _of_folder(folder: Path, run: RunConfig | None) -> tuple[nn.Module, tuple[st
         return _of_timm(f"local-dir:{folder.resolve()}", {}), None
     if isinstance(config, dict) and "model_type" in config:
         return _of_hugging_face(f"hf:{folder}")
-    return load(folder), None  # says where it has looked
+    return _with_names(load(folder))  # says where it has looked
+
+
+def _with_names(model: nn.Module) -> tuple[nn.Module, tuple[str, ...] | None]:
+    """A saved model of ours, and the names of the classes that it was trained on."""
+    names = getattr(model, "spec", {}).get("class_names")
+    return model, None if names is None else tuple(names)
 
 
 def _names_of(run: RunConfig | None) -> tuple[str, ...] | None:
@@ -461,9 +468,9 @@ def _digest(model: nn.Module) -> str | None:
 
 def _in_order_of(
     of_model: tuple[str, ...] | None,
-    images: TensorImages | FolderImages,
+    images: Images,
     of_data: tuple[str, ...] | None,
-) -> TensorImages | FolderImages:
+) -> Images:
     """The images with their labels in the model's order of classes, where both have names.
 
     Raises:
@@ -478,8 +485,5 @@ def _in_order_of(
             f"its own are {', '.join(of_model[:5])}{', ...' if len(of_model) > 5 else ''}."
         )
     logger.info("Classes of the data are in another order than the model's: matched by name.")
-    place = [of_model.index(name) for name in of_data]
-    if isinstance(images, FolderImages):
-        samples = [(file, place[label]) for file, label in images.samples]
-        return FolderImages(samples, images.img_size, images.key)
-    return TensorImages(images.images, torch.tensor(place)[images.labels], images.img_size)
+    place = torch.tensor([of_model.index(name) for name in of_data])
+    return images.relabelled(place[images.labels])

@@ -30,7 +30,7 @@ from dat_ds.models.saved import FORMAT, SPEC_NAME, WEIGHTS_NAME, find_saved, rea
 
 # Part of a spec, but of no use for a model whose weights are at hand: an attack by
 # torch.autograd.grad must work on it, and its Hugging Face folder may be gone.
-_NOT_REBUILT = ("pretrained", "seed", "activation_checkpointing", "hf_config")
+_NOT_REBUILT = ("pretrained", "seed", "activation_checkpointing", "hf_config", "class_names")
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:

@@ -229,6 +229,8 @@ def _train_one(
         "best_validation": trainer.best,
         "validation": trainer.history,
         "events": trainer.all_events(),
+        "damaged_images": len(trainer.damaged),
+        "class_names": splits.class_names,
         "steps": engine.global_steps,
         "attack_precision": engine.attack_precision,
         "seconds": {
@@ -275,7 +277,7 @@ def _announce(
         dat.model.name,
         splits.name,
         len(splits.train),  # type: ignore[arg-type]
-        _unlabelled_words(splits, dat.data),
+        _composition(splits, dat.data),
         ranks.count,
         run.zero_stage,
         trainer.total_steps,
@@ -287,11 +289,21 @@ def _announce(
     logger.info("Run folder: %s", output)
 
 
-def _unlabelled_words(splits: DataSplits, data: DatasetMethod) -> str:
-    if splits.mixture is None:
-        return ""
-    kind = "without labels" if data.pseudo_labels is None else "with pseudo-labels"
-    return f" ({splits.mixture.num_unlabelled} of them {kind})"
+def _composition(splits: DataSplits, data: DatasetMethod) -> str:
+    """How many of the training images are no labelled ones of the dataset itself, in words."""
+    parts = []
+    if splits.mixture is not None:
+        kind = "without labels" if data.pseudo_labels is None else "with pseudo-labels"
+        share = _share_in_words(data.unlabelled_batch_fraction)
+        parts.append(f"{splits.mixture.num_unlabelled} of them {kind}{share}")
+    if splits.num_extra:
+        share = _share_in_words(data.extra_fraction)
+        parts.append(f"{splits.num_extra} of them of dat.data.extra{share}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _share_in_words(fraction: float | None) -> str:
+    return "" if fraction is None else f", {fraction:.0%} of every batch"
 
 
 def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:

@@ -23,7 +23,7 @@ from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError
 from dat_ds.evaluation import Record
-from dat_ds.files import append_row, keep_rows_until, sync_rows
+from dat_ds.files import append_row, keep_rows_until, replace_text, sync_rows
 from dat_ds.minmax import FaultyBatchError
 from dat_ds.progress import PROGRESS
 from dat_ds.training.guard import Guard, GuardReading, stronger_attack
@@ -33,8 +33,8 @@ from dat_ds.training.stopping import StopSignal
 
 logger = logging.getLogger("dat_ds")
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-_GO_ON, _SAVE, _STOP, _BAD_DATA = range(4)  # ranks follow the largest
+METRICS, EVENTS, DAMAGED = "metrics.jsonl", "events.jsonl", "damaged.txt"
+_GO_ON, _DAMAGED, _SAVE, _STOP, _BAD_DATA = range(5)  # ranks follow the largest
 
 
 class Trainer:
@@ -82,9 +82,11 @@ class Trainer:
             )
         self.is_strengthened = False
         self.events: list[dict[str, Any]] = []
+        self.damaged: dict[str, str] = {}  # training images that others stand for, of all ranks
         self._reading: GuardReading | None = None
         self._stop = StopSignal() if stop is None else stop
         self._shown: dict[str, str] = {}
+        self._new_damaged: dict[str, str] = {}
         self._checkpointed_at = -1
         self._changed: Collection[str] = ()
         self._numerics = NumericsWatch(
@@ -114,6 +116,7 @@ class Trainer:
         self.best, self.history = state["best"], state["history"]
         self.seconds_before = state["seconds"]
         self.events = state["events"]
+        self.damaged = state.get("damaged", {})
         if state["strengthened"]:
             self._strengthen()
         self._checkpointed_at = self.engine.global_steps
@@ -136,6 +139,7 @@ class Trainer:
         self._start = time.perf_counter()
         self._steps = self._stream()
         self._drop_later_rows()
+        self._write_damaged()
         # Closing the stream, which a roll-back replaces, ends the loader's workers.
         with self._progress() as bar, contextlib.ExitStack() as stack:
             stack.callback(lambda: self._steps.close())
@@ -143,7 +147,9 @@ class Trainer:
             while self.engine.global_steps < self.total_steps and not self._is_stopped_early:
                 batches, error = self._fetch_step()
                 status = self.ranks.max(_BAD_DATA if error is not None else self._asked())
-                if status != _GO_ON:
+                if status != _GO_ON and (excess := self._gather_damaged()) is not None:
+                    status, error = _BAD_DATA, error or excess
+                if status > _DAMAGED:
                     self._stop.saves = False
                     self.save_checkpoint()
                 if status > _SAVE:
@@ -166,7 +172,49 @@ class Trainer:
         """What this rank's signals ask for."""
         if self._stop.reason is not None:
             return _STOP
-        return _SAVE if self._stop.saves else _GO_ON
+        self._new_damaged |= self.loader.take_damaged()
+        return _SAVE if self._stop.saves else _DAMAGED if self._new_damaged else _GO_ON
+
+    # ---- damaged images
+
+    def _gather_damaged(self) -> DataError | None:
+        """List what any rank has met since the last call; a collective.
+
+        Returns:
+            The same error on every rank, where there are more than the config allows.
+        """
+        self._new_damaged |= self.loader.take_damaged()
+        shards = cast("list[dict[str, str]]", self.ranks.gather(self._new_damaged))
+        met = {image: words for shard in shards for image, words in shard.items()}
+        self._new_damaged = {}
+        if not met:
+            return None
+        is_first = not self.damaged
+        self.damaged |= met
+        self._write_damaged()
+        if self.ranks.is_main and is_first:
+            logger.warning(
+                "Another image stands for a damaged one: %s Damaged images are listed in %s.",
+                next(iter(met.values())),
+                self.output / DAMAGED,
+            )
+        size, most = len(cast(Sized, self.loader.dataset)), self.run.dat.data.most_damaged
+        allowed = math.floor(most * size if most < 1 else most)
+        if len(self.damaged) <= allowed:
+            return None
+        return DataError(
+            f"{len(self.damaged)} damaged training images were met, and dat.data.most_damaged="
+            f"{most:g} allows {allowed} of {size}: they are listed in {self.output / DAMAGED}. "
+            "Replace or remove them, or raise dat.data.most_damaged."
+        )
+
+    def _write_damaged(self) -> None:
+        """Write the list of damaged images, as far as this run knows them; a collective."""
+        path = self.output / DAMAGED
+        with self.ranks.together():
+            if self.ranks.is_main and (self.damaged or path.exists()):
+                lines = (" ".join(words.split()) for words in self.damaged.values())
+                replace_text(path, "".join(f"{line}\n" for line in lines))
 
     def _drop_later_rows(self) -> None:
         """Cut the metrics of steps after the present one, which are about to be repeated."""
@@ -326,10 +374,7 @@ class Trainer:
 
     def _images_in_step(self, step: int) -> int:
         """Images of the global batch that optimizer step ``step``, counted from 1, trained on."""
-        sampler = self.loader.sampler
-        batches_done = (step - 1) % self.loader.steps_per_epoch // sampler.replays
-        done = batches_done * sampler.global_batch
-        return min(sampler.global_batch, sampler.num_samples - done)
+        return self.loader.sampler.batch_of_step((step - 1) % self.loader.steps_per_epoch)
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[tqdm[Any]]:
@@ -433,6 +478,7 @@ class Trainer:
         self._numerics.compare_ranks()
         state = {"best": self.best, "history": self.history, "seconds": self.seconds()}
         state |= {"strengthened": self.is_strengthened, "events": self.events}
+        state |= {"damaged": self.damaged}
         started = time.perf_counter()
         with PROGRESS.within("checkpoint"):
             with self.ranks.together():

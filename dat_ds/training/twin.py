@@ -48,5 +48,9 @@ def _labelled_only(data: DatasetMethod) -> DatasetMethod:
         return data
     hides = data.labelled_fraction < 1
     return dataclasses.replace(
-        data, drop_unlabelled=hides, unlabelled_path=None, labelled_repeats=1
+        data,
+        drop_unlabelled=hides,
+        unlabelled_path=None,
+        labelled_repeats=1,
+        unlabelled_batch_fraction=None,
     )

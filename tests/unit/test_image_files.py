@@ -409,7 +409,7 @@ def test_workers_read_what_this_process_reads_and_refuse_in_its_words(tmp_path: 
     )
     assert len(here) == len(files)
     assert torch.equal(here, there)
-    refused = Path(test.samples[-1][0])
+    refused = Path(test.files[-1])
     refused.write_bytes(REFUSED["RGBA PNG"][0])
     texts = []
     for workers in (0, 2):

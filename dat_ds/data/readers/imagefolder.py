@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dat_ds.data.images import Channels, FolderImages
-from dat_ds.data.method import FileDataset
-from dat_ds.data.readers.source import EvaluationImages, Source
+from dat_ds.data.images import FolderImages
+from dat_ds.data.method import StoredDataset
+from dat_ds.data.readers.classes import listed, read_class_map
+from dat_ds.data.readers.source import IMAGENET_STATISTICS, Part, Source
 from dat_ds.data.unlabelled import IMAGE_SUFFIXES, image_files
 from dat_ds.errors import DataError
 
-# The constants torchvision's and timm's ImageNet models are trained with.
-_IMAGENET_STATISTICS: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_TEST_PARTS = ("test", "val")
 
 
 @dataclass(frozen=True)
 class _Classes:
     """A folder of classes: their names, and ``(file, label)`` pairs."""
 
-    classes: list[str]
+    classes: tuple[str, ...]
     samples: list[tuple[str, int]]
 
 
@@ -42,24 +42,18 @@ def _scan(folder: Path) -> _Classes:
     files = {name: image_files(folder / name, "dat.data.path") for name in names}
     empty = {name for name in names if not files[name]}
     if empty or not names:
-        found = f"no image file in {_listed(empty)}" if empty else "it has no subfolder"
+        found = f"no image file in {listed(empty)}" if empty else "it has no subfolder"
         raise DataError(
             f"dat.data.path: no dataset in {folder} ({found}). "
             "Every class is a subfolder with at least one image file "
             f"({', '.join(IMAGE_SUFFIXES)})."
         )
     samples = [(file, label) for label, name in enumerate(names) for file in files[name]]
-    return _Classes(names, samples)
-
-
-def _listed(names: set[str]) -> str:
-    """Name at most five, so that a wrong ImageNet folder does not print a thousand."""
-    shown = ", ".join(sorted(names)[:5]) or "none"
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+    return _Classes(tuple(names), samples)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder(FileDataset):
+class ImageFolder(StoredDataset):
     """Folders of image files: ``train/<class>/*.jpg``, and ``test`` or else ``val``.
 
     By default of 224 pixels, aspect ratio kept.
@@ -67,12 +61,14 @@ class ImageFolder(FileDataset):
 
     name: ClassVar[str] = "imagefolder"
 
+    class_map: str | None = None
+    """File that fixes the classes and their order: one name a line, or JSON. Default: the names of
+    the folders, sorted."""
+
     def read(self, seed: int) -> Source:
         """The folders ``train`` and ``test`` or ``val``."""
         root = Path(str(self.path))
-        test = next(
-            (root / part for part in ("test", "val") if os.path.isdir(root / part)), root / "test"
-        )
+        test = _one_of(root, _TEST_PARTS) or root / "test"
         missing = [str(part) for part in (root / "train", test) if not os.path.isdir(part)]
         if missing:
             raise DataError(
@@ -84,17 +80,51 @@ class ImageFolder(FileDataset):
         if names != test_names:
             raise DataError(
                 f"dat.data.path={str(root)!r}: the classes of train and {test.name} differ. Only "
-                f"in train: {_listed(names - test_names)}; only in {test.name}: "
-                f"{_listed(test_names - names)}. Make the folder names the same."
+                f"in train: {listed(names - test_names)}; only in {test.name}: "
+                f"{listed(test_names - names)}. Make the folder names the same."
             )
-        data, test_data = (FolderImages(folder.samples, self.img_size or 224) for folder in folders)
-        classes = tuple(folders[0].classes)
-        return Source(data, test_data, _IMAGENET_STATISTICS, classes, num_classes=len(classes))
+        train, test_part = (self._part(folder) for folder in folders)
+        classes = train.class_names
+        assert classes is not None
+        if lacking := set(classes) - names:
+            raise DataError(
+                f"dat.data.class_map={self.class_map!r} names classes without a folder in "
+                f"{root / 'train'}: {listed(lacking)}. Add their images, or remove their names."
+            )
+        return Source(
+            train.images, test_part.images, IMAGENET_STATISTICS, classes, num_classes=len(classes)
+        )
 
-    def read_test(self, seed: int) -> EvaluationImages:
+    def read_train(self, seed: int) -> Part:
+        """The folder ``train``, or the folder itself where it holds the classes."""
+        root = Path(str(self.path))
+        return self._part(_scan(_one_of(root, ("train",)) or root))
+
+    def read_test(self, seed: int) -> Part:
         """The folder ``test`` or ``val``, or the folder itself where it holds the classes."""
         root = Path(str(self.path))
-        folder = next((root / part for part in ("test", "val") if os.path.isdir(root / part)), root)
-        found = _scan(folder)
-        images = FolderImages(found.samples, self.img_size or 224)
-        return EvaluationImages(images, tuple(found.classes), len(found.classes))
+        return self._part(_scan(_one_of(root, _TEST_PARTS) or root))
+
+    def _part(self, found: _Classes) -> Part:
+        """The images of a folder, with the labels of the class map where there is one.
+
+        Raises:
+            DataError: For a class that the map does not name.
+        """
+        names, samples = found.classes, found.samples
+        if self.class_map is not None:
+            names = read_class_map(self.class_map)
+            if strange := set(found.classes) - set(names):
+                raise DataError(
+                    f"dat.data.class_map={self.class_map!r} lacks the classes {listed(strange)} of "
+                    f"{self.path}: add their names, or remove their folders."
+                )
+            place = {name: label for label, name in enumerate(names)}
+            samples = [(file, place[found.classes[label]]) for file, label in samples]
+        images = FolderImages(samples, self.side, crop_share=self.crop_share)
+        return Part(images, names, len(names))
+
+
+def _one_of(root: Path, parts: tuple[str, ...]) -> Path | None:
+    """The first of some folders that is there."""
+    return next((root / part for part in parts if os.path.isdir(root / part)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from numpy.lib import format as npy
 
 from dat_ds.data.images import TensorImages
 from dat_ds.data.method import FileDataset
-from dat_ds.data.readers.source import EvaluationImages, Source, measure_channels, raise_all
+from dat_ds.data.readers.source import Part, Source, measure_channels, raise_all
 from dat_ds.errors import DataError
 from dat_ds.files import open_regular
 
@@ -29,6 +30,7 @@ _TEST_LAYOUTS = (
     ("x", "y"),
     ("images", "labels"),
 )
+_TRAIN_LAYOUTS = (("x_train", "y_train"), ("images", "labels"), ("x", "y"))
 _CHANNELS = (1, 2, 3, 4)
 
 
@@ -162,6 +164,23 @@ def _as_pixels(low: float, high: float) -> str:
     )
 
 
+def _layout_of(
+    arrays: Mapping[str, Any], layouts: tuple[tuple[str, str], ...], where: str, purpose: str
+) -> tuple[str, str]:
+    """Names of the images and labels that a file has.
+
+    Raises:
+        DataError: It has none of the layouts.
+    """
+    for layout in layouts:
+        if set(layout) <= set(arrays):
+            return layout
+    pairs = ", or ".join(f"{x} and {y}" for x, y in layouts)
+    raise DataError(
+        f"{where} has the arrays {', '.join(arrays) or 'none'}; to be {purpose} it needs {pairs}."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Npz(FileDataset):
     """Arrays in an npz file.
@@ -197,19 +216,22 @@ class Npz(FileDataset):
         train, test = (images_from_arrays(arrays[x], arrays[y], self.img_size) for x, y in pairs)
         return Source(train, test, measure_channels(train.images))
 
-    def read_test(self, seed: int) -> EvaluationImages:
+    def read_train(self, seed: int) -> Part:
+        """The training arrays, or the only ones: ``images labels`` or ``x y``."""
+        where = f"dat.data.path={str(self.path)!r}"
+        arrays = load_npz(self.path, where)
+        layout = _layout_of(arrays, _TRAIN_LAYOUTS, where, "trained on")
+        x, y = arrays[layout[0]], arrays[layout[1]]
+        raise_all(array_problems(where, layout[0], x, layout[1], y))
+        return Part(images_from_arrays(x, y, self.img_size))
+
+    def read_test(self, seed: int) -> Part:
         """The test arrays, or the only ones: also ``x y``, and floats in [0, 1]."""
         where = f"dat.data.path={str(self.path)!r}"
         arrays = load_npz(self.path, where)
-        layout = next((keys for keys in _TEST_LAYOUTS if set(keys) <= set(arrays)), None)
-        if layout is None:
-            pairs = ", or ".join(f"{x} and {y}" for x, y in _TEST_LAYOUTS)
-            raise DataError(
-                f"{where} has the arrays {', '.join(arrays) or 'none'}; to be evaluated it needs "
-                f"{pairs}."
-            )
+        layout = _layout_of(arrays, _TEST_LAYOUTS, where, "evaluated")
         x, y = arrays[layout[0]], arrays[layout[1]]
         images = images_from_arrays(
             _test_images(where, layout[0], x, layout[1], y), y, self.img_size
         )
-        return EvaluationImages(images)
+        return Part(images)

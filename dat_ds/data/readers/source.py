@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dat_ds.data.images import Channels, FolderImages, TensorImages
+from dat_ds.data.images import Channels, Images
 from dat_ds.data.transforms import to_unit
 from dat_ds.errors import DataError, is_out_of_memory
 
@@ -18,20 +18,24 @@ from dat_ds.errors import DataError, is_out_of_memory
 class Source:
     """A dataset as read: both parts, (mean, std), names, and its number of classes (0: count)."""
 
-    train: TensorImages | FolderImages
-    test: TensorImages | FolderImages
+    train: Images
+    test: Images
     statistics: tuple[Channels, Channels]
     class_names: tuple[str, ...] | None = None
     num_classes: int = 0
 
 
 @dataclass(frozen=True)
-class EvaluationImages:
-    """The test images of a dataset, names of its classes, and their number (0: count)."""
+class Part:
+    """The images of a part of a dataset, names of its classes, and their number (0: count)."""
 
-    images: TensorImages | FolderImages
+    images: Images
     class_names: tuple[str, ...] | None = None
     num_classes: int = 0
+
+
+IMAGENET_STATISTICS: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""The constants torchvision's and timm's ImageNet models are trained with."""
 
 
 @contextlib.contextmanager
