@@ -97,6 +97,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "schedule": {
         "cosine": {"final_ratio": 0.1},
+        "linear": {"final_ratio": 0.1},
         "constant": {},
         "step": {"milestones": [0.5]},
     },

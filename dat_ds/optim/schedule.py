@@ -116,6 +116,22 @@ class Step(ScheduleMethod):
         return self.decay_factor**passed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Linear(ScheduleMethod):
+    """A straight line from the peak down; after a warm-up, a triangle."""
+
+    name: ClassVar[str] = "linear"
+    paper: ClassVar[str] = "Smith, WACV 2017, arXiv 1506.01186, one cycle"
+
+    final_ratio: float = share(0.0)
+    """Learning rate at the end over the peak."""
+
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """The line; it would reach ``final_ratio`` in step ``total_steps``, one past the last."""
+        span = max(1, total_steps - warmup_steps)
+        return 1 - (1 - self.final_ratio) * min(1.0, (step - warmup_steps) / span)
+
+
 SCHEDULES: Table[ScheduleMethod] = table_of(
     "schedule",
     ScheduleMethod,
@@ -123,6 +139,7 @@ SCHEDULES: Table[ScheduleMethod] = table_of(
         Cosine,
         Constant,
         Step,
+        Linear,
     ],
 )
 """The choices of ``dat.schedule``: a new schedule is a class and a place in this list."""

@@ -18,6 +18,7 @@ from dat_ds.optim import (
     Cosine,
     Lamb,
     Lars,
+    Linear,
     Schedule,
     Step,
     WeightEma,
@@ -62,6 +63,15 @@ def test_the_step_schedule_drops_at_each_milestone():
     schedule = Schedule(Step(milestones=[0.5, 0.75], decay_factor=0.1), 100)
     factors = [schedule.factor(step) for step in (0, 49, 50, 74, 75, 99)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
+
+
+def test_the_linear_schedule_is_a_triangle_after_a_warm_up():
+    schedule = Schedule(Linear(), 10, warmup_steps=4)
+    factors = [schedule.factor(step) for step in range(10)]
+    rising, falling = [1 / 4, 2 / 4, 3 / 4, 1], [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert factors == pytest.approx([*rising, *falling], rel=1e-12)
+    ends = Schedule(Linear(final_ratio=0.1), 10)
+    assert [ends.factor(0), ends.factor(5), ends.factor(10)] == pytest.approx([1, 0.55, 0.1])
 
 
 @pytest.mark.parametrize("total", [100, 1000, 20 * 391])
