@@ -20,7 +20,7 @@ from dat_ds.data import (
     splits_of,
 )
 from dat_ds.data.samples import refuse_no_dataset
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, ModelError
 from dat_ds.evaluation import Record, Task, evaluate
 from dat_ds.models import PixelModel, build_model, check_takes_images
 from dat_ds.optim import Schedule
@@ -149,6 +149,17 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
     if run.dat.objective.head == "classes" and splits.class_names is not None:
         # For an evaluation on data whose classes stand in another order.
         model.spec["class_names"] = list(splits.class_names)
+    for side in splits.sides:
+        try:
+            check_takes_images(model, (channels, side, side))
+        except ModelError as error:
+            reason = str(error).split(": write ")[0].rstrip(".")
+            raise ConfigError(
+                f"dat.data.progressive_from={run.dat.data.progressive_from}: {reason}. Write "
+                "dat.model.options.dynamic_img_size=true for a vision transformer of timm and a "
+                "multiple of its patch as dat.data.progressive_step, or choose a model that takes "
+                "any size."
+            ) from None
     return model
 
 

@@ -54,6 +54,7 @@ class Trait(enum.Enum):
 
     ASKS_THE_HOST = "leaves decisions to the host"
     CARRIES_PERTURBATIONS = "goes on with the perturbation of earlier steps"
+    CHANGES_SIZES = "changes the size of images along the run"
     CHANGES_THE_MODEL = "changes the model from call to call"
     COMPARES_ACCURACIES = "compares accuracies"
     COMPARES_SAMPLES = "compares the images of a batch with one another"

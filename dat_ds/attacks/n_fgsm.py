@@ -1,4 +1,4 @@
-"""N-FGSM: one step from noise (de Jorge et al., NeurIPS 2022, arXiv 2202.01299).
+"""N-FGSM: one step from noise (de Jorge et al., NeurIPS 2022, arXiv 2202.01181).
 
 Shapes: ``B`` batch, ``K`` classes; images ``(B, C, H, W)``.
 """
@@ -81,7 +81,7 @@ class NFgsm(Attack):
     name: ClassVar[str] = "n_fgsm"
     function = staticmethod(n_fgsm)
     cost: ClassVar[str] = "`2 F`"
-    paper: ClassVar[str] = "de Jorge et al., NeurIPS 2022, arXiv 2202.01299, algorithm 1"
+    paper: ClassVar[str] = "de Jorge et al., NeurIPS 2022, arXiv 2202.01181, algorithm 1"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
     always_random: ClassVar[bool] = True
     step_share: ClassVar[float] = 1.0

@@ -35,10 +35,32 @@ def add_command(
     return parser
 
 
-def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """The run's JSON, and what goes over it."""
-    parser.add_argument(
-        "--deepspeed_config", required=required, metavar="FILE", help="the run's JSON"
+def add_config(
+    parser: argparse.ArgumentParser, *, required: bool = True, presets: bool = False
+) -> None:
+    """The run's JSON, and what goes over it.
+
+    Args:
+        parser: The command.
+        required: Whether it cannot do without.
+        presets: Whether a preset may take its place.
+    """
+    source: Any = parser
+    if presets:
+        source = parser.add_mutually_exclusive_group(required=required)
+        source.add_argument(
+            "--preset", metavar="NAME", help="a published recipe in its place; see dat-ds presets"
+        )
+        parser.add_argument(
+            "--data",
+            metavar="NAME[:PATH]",
+            help="the images, such as cifar10:DIR or imagefolder:DIR; default those of the config",
+        )
+    source.add_argument(
+        "--deepspeed_config",
+        required=required and not presets,
+        metavar="FILE",
+        help="the run's JSON",
     )
     # The deepspeed launcher adds these two to every script.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -113,12 +135,20 @@ def check_folders(options: argparse.Namespace) -> None:
 
 
 def load_run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:
-    """The run that the arguments of :func:`add_config` name."""
-    from dat_ds.config import load_config
+    """The run that the arguments of :func:`add_config` name.
 
-    return load_config(
-        options.deepspeed_config,
-        overrides=options.set,
-        defaults=defaults,
-        imports=options.imports,
-    )
+    Raises:
+        ConfigError: With all problems found.
+    """
+    from dat_ds.config import load_config
+    from dat_ds.config.load import read_values
+    from dat_ds.presets import read_preset, with_data
+
+    preset, data = getattr(options, "preset", None), getattr(options, "data", None)
+    source = options.deepspeed_config if preset is None else read_preset(preset)
+    if data is not None:
+        source = with_data(read_values(source), data)
+    elif preset is not None and not any(text.startswith("dat.data") for text in options.set):
+        name = source["dat"]["data"]["name"]
+        raise UserError(f"--preset {preset} needs its images: add --data {name}:PATH.")
+    return load_config(source, overrides=options.set, defaults=defaults, imports=options.imports)

@@ -14,7 +14,7 @@ from dat_ds.errors import UserError
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "config", _config, "check a config and show the resolved run")
-    add_config(parser, required=False)
+    add_config(parser, required=False, presets=True)
     parser.add_argument("--print", action="store_true", help="print the resolved run as JSON")
     parser.add_argument(
         "--reference", action="store_true", help="print all keys as markdown (docs/config.md)"
@@ -30,8 +30,12 @@ def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
 
         print(reference() if options.reference else methods(), end="")
         return 0
-    if options.deepspeed_config is None:
-        raise UserError("Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json")
+    named = options.preset or options.deepspeed_config
+    if named is None:
+        raise UserError(
+            "Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json, or --preset "
+            "fast_at"
+        )
     run = load_run(options, defaults)
     from dat_ds.engine.deepspeed_part import check_deepspeed
 
@@ -39,5 +43,5 @@ def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     if options.print:
         print(json.dumps(run.to_dict(), indent=2))
     else:
-        print(f"{options.deepspeed_config}: valid. Add --print to see the resolved run.")
+        print(f"{named}: valid. Add --print to see the resolved run.")
     return 0

@@ -1,4 +1,4 @@
-"""``dat-ds train | eval | doctor | export | report | checkpoint | replay | config | bench``."""
+"""The command ``dat-ds`` and all it can do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dat_ds.cli import (
     doctor,
     evaluate,
     export,
+    presets,
     replay,
     report,
     train,
@@ -64,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dat-ds", description=dat_ds.__doc__)
     parser.add_argument("--version", action="version", version=dat_ds.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, evaluate, doctor, export, report, checkpoint, replay, config, bench):
+    for command in (
+        train,
+        evaluate,
+        doctor,
+        export,
+        report,
+        checkpoint,
+        replay,
+        config,
+        presets,
+        bench,
+    ):
         command.add(commands)
     return parser

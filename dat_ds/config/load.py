@@ -69,7 +69,7 @@ def load_config(
         import_methods(module)
     if isinstance(source, Mapping):
         refuse_absurd(source)
-    values = _read(source)
+    values = read_values(source)
     for override in overrides:
         apply_override(values, override)
     refuse_absurd(values)
@@ -138,7 +138,12 @@ def _is_digits(data: Any) -> bool:
     return isinstance(data, Mapping) and data.get("name", "digits") == "digits"
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A run config as it is written, unchecked: of a file, or a copy of its content.
+
+    Raises:
+        ConfigError: For a file that cannot be read, or is no JSON object.
+    """
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source))
     path = Path(source)

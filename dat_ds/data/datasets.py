@@ -7,6 +7,8 @@ Every dataset yields ``(x, y)``: ``x`` float32 ``(C, H, W)`` in [0, 1], ``y`` in
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from dat_ds.data.images import Channels, FolderImages, Images, ImageShape, Store
 from dat_ds.data.method import DatasetMethod, StoredDataset
 from dat_ds.data.mixing import Mixed
 from dat_ds.data.mixture import Mixture
+from dat_ds.data.policies import policy_of
 from dat_ds.data.readers import DATASETS
 from dat_ds.data.readers.classes import listed
 from dat_ds.data.readers.npz import array_problems, images_from_arrays, load_npz
@@ -57,6 +60,7 @@ class DataSplits:
         std: Per channel, pixel units, of the same data; at least one grey level (1/255).
         name: Name the splits were built by.
         class_names: Names in label order, or None where the data has none.
+        sides: Sides of the training images along the run, rising, where they change.
         mixture: Composition of ``train`` where it has unlabelled images, else None.
         num_extra: Training images of ``dat.data.extra``, which are the last ones of ``train``.
     """
@@ -70,6 +74,7 @@ class DataSplits:
     std: Channels
     name: str
     class_names: tuple[str, ...] | None
+    sides: tuple[int, ...] = ()
     mixture: PartlyLabelled | None = None
     num_extra: int = 0
 
@@ -118,6 +123,7 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     num_labels = _check_labels(source, dataset)
     kept, held = _split(source.train.labels, dataset.validation_fraction, seed)
     shape = source.train.image_shape
+    sides = _sides(dataset, shape)
     train, mixture = _training_part(dataset, source, kept, seed)
     total = dataset.num_classes or max(source.num_classes, num_labels)
     num_extra = 0
@@ -126,7 +132,14 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
         num_extra = len(extra.labels)
         key = "dat.data.extra_fraction"
         train = Mixture(train, _readable(dataset, extra), dataset.extra_fraction, key)
-    augmented: Dataset[Any] = Augmented(train, dataset.augment, seed, size=(shape[1], shape[2]))
+    augmented: Dataset[Any] = Augmented(
+        train,
+        dataset.augment,
+        seed,
+        size=(shape[1], shape[2]),
+        policy=policy_of(dataset, shape, source.statistics),
+        side_in=functools.partial(dataset.side_in, full=shape[1]) if len(sides) > 1 else None,
+    )
     if dataset.mixes:
         augmented = Mixed(augmented, total, mixup=dataset.mixup, cutmix=dataset.cutmix, seed=seed)
     return DataSplits(
@@ -139,6 +152,7 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
         std=source.statistics[1],
         name=dataset.name,
         class_names=source.class_names,
+        sides=sides,
         mixture=mixture,
         num_extra=num_extra,
     )
@@ -202,6 +216,21 @@ def _read_extra(dataset: DatasetMethod, source: Source, num_classes: int, seed: 
 def _remedy(shape: ImageShape, wanted: ImageShape) -> str:
     is_resized = shape[0] == wanted[0]
     return f"write dat.data.img_size={wanted[1]}, or convert" if is_resized else "convert"
+
+
+def _sides(dataset: DatasetMethod, shape: ImageShape) -> tuple[int, ...]:
+    """Sides of the training images along the run, rising; none where they do not change."""
+    _, height, width = shape
+    start, epochs = dataset.progressive_from, dataset.progressive_epochs
+    if start is None or epochs is None:
+        return ()
+    if height != width or start >= height:
+        wrong = "has to be below their side" if height == width else "is for square images"
+        raise DataError(
+            f"dat.data.progressive_from={start} {wrong}, and the images have {height} x {width} "
+            "pixels: write dat.data.img_size, such as 224, or remove it."
+        )
+    return tuple(sorted({dataset.side_in(e, height) for e in range(math.ceil(epochs) + 1)}))
 
 
 def _training_part(

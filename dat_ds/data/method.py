@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,6 +18,7 @@ from dat_ds.method import (
     option,
     parse_method,
     positive_share,
+    share,
     shown,
 )
 
@@ -26,6 +28,31 @@ if TYPE_CHECKING:
 _MIXES = {Trait.MIXES_LABELS: lambda v: v > 0, Trait.CONCERNS_LABELS: lambda v: v > 0}
 _PATH = "what it is read from"
 _USUAL_SIDE = 224
+_RAND_AUGMENT = {
+    "m": r"10|\d",
+    "n": r"[1-9]",
+    "p": r"0\.\d+|1",
+    "mstd": r"\d+(?:\.\d+)?",
+    "inc": r"[01]",
+    "t": r"weights|3a|3aw",
+}
+_RAND_AUGMENT_PART = re.compile(
+    "|".join(f"(?P<{key}>{key}(?:{value}))" for key, value in _RAND_AUGMENT.items())
+)
+
+
+def is_rand_augment(text: str) -> bool:
+    """Whether timm follows every part of a string for its RandAugment; it passes over others.
+
+    Args:
+        text: ``rand`` and parts such as ``-m9``, each at most once: ``m`` magnitude up to 10, ``n``
+            number of operations, ``p`` probability of each, ``mstd`` spread of the magnitude,
+            ``inc1`` for operations that grow with it, ``t`` set of operations.
+    """
+    name, *parts = text.split("-")
+    found = [_RAND_AUGMENT_PART.fullmatch(part) for part in parts]
+    keys = {match.lastgroup for match in found if match is not None}
+    return name == "rand" and len(keys) == len(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +64,29 @@ class DatasetMethod(Method):
 
     kind: ClassVar[str] = "dataset"
 
-    augment: Literal["none", "crop", "crop_flip", "resized_crop_flip"] = "none"
-    """Augmentation of the training images."""
+    augment: Literal[
+        "none",
+        "crop",
+        "crop_flip",
+        "resized_crop_flip",
+        "cropshift_flip",
+        "idbh_weak",
+        "idbh_strong",
+    ] = "none"
+    """Augmentation of the training images: what is cut out of them, and mirroring; ``idbh_weak``
+    and ``idbh_strong`` are whole policies."""
+    rand_augment: str | None = option(
+        None,
+        "timm's string, such as 'rand-m9-mstd0.5-inc1'",
+        is_rand_augment,
+    )
+    """timm's RandAugment, after ``augment``. On 8-bit pixels: others are rounded to them."""
+    trivial_augment: bool = False
+    """torchvision's TrivialAugment (wide), after ``augment``; on 8-bit pixels likewise."""
+    color_jitter: float = share(0.0)
+    """Largest relative change of brightness, contrast and saturation; on 8-bit pixels likewise."""
+    random_erasing: float = share(0.0)
+    """Probability that a box of the image becomes noise, last of all."""
     mixup: float = at_least(0, 0.0, traits=_MIXES)
     """Alpha of mixup: labels become probabilities. 0 for none."""
     cutmix: float = at_least(0, 0.0, traits=_MIXES)
@@ -78,6 +126,14 @@ class DatasetMethod(Method):
     """Share of the training images held out for choosing the best checkpoint."""
     img_size: int | None = above(0, None)
     """Side of the images that the model sees. Default: their own."""
+    progressive_from: int | None = above(0, None, traits={Trait.CHANGES_SIZES: lambda v: True})
+    """Side of the training images in the first epochs, smaller than the full one, to which it rises
+    over ``progressive_epochs``. Evaluation is at the full side. The model must take every side on
+    the way (a ViT: ``dat.model.options.dynamic_img_size``)."""
+    progressive_epochs: float | None = above(0, None)
+    """Epochs until training images have the full side."""
+    progressive_step: int = above(0, 32)
+    """Pixels by which the side rises at a time; of a ViT a multiple of its patch."""
     num_classes: int | None = option(
         None, f"a number from 2 to {MOST_CLASSES}", lambda v: 2 <= v <= MOST_CLASSES
     )
@@ -93,18 +149,52 @@ class DatasetMethod(Method):
         hides = self.labelled_fraction < 1 and not self.drop_unlabelled
         return hides or self.unlabelled_path is not None
 
+    def side_in(self, epoch: int, full: int) -> int:
+        """Side of the training images in an epoch, counted from 0.
+
+        Args:
+            epoch: Number of the epoch.
+            full: Side of the images that are evaluated.
+        """
+        start, epochs = self.progressive_from, self.progressive_epochs
+        if start is None or epochs is None or epoch >= epochs:
+            return full
+        risen = int((full - start) * epoch / epochs)
+        return start + risen // self.progressive_step * self.progressive_step
+
     @property
     def mixes(self) -> bool:
         """Whether labels are probabilities."""
         return self.mixup > 0 or self.cutmix > 0
 
     def problems(self) -> Iterator[str]:
-        """Mixed labels of images that have none; nothing to drop; shares that do not add up."""
+        """Keys that exclude or need one another; nothing to drop; shares that do not add up."""
+        policies = [
+            key
+            for key in ("rand_augment", "trivial_augment", "color_jitter", "random_erasing")
+            if getattr(self, key)
+        ]
+        if self.augment.startswith("idbh") and policies:
+            yield (
+                f"augment={self.augment!r} is a whole policy: remove "
+                f"{', '.join(f'dat.data.{key}' for key in policies)}, or write "
+                "dat.data.augment='cropshift_flip'."
+            )
+        if self.rand_augment and self.trivial_augment:
+            yield (
+                f"rand_augment={self.rand_augment!r} and dat.data.trivial_augment=true are two "
+                "policies: remove one of them."
+            )
         if self.mixes and self.has_unlabelled:
             key = "mixup" if self.mixup else "cutmix"
             yield (
                 f"{key}={getattr(self, key):g} makes labels probabilities, but unlabelled images "
                 f"have none to mix: remove dat.data.{key}."
+            )
+        if (self.progressive_from is None) != (self.progressive_epochs is None):
+            yield (
+                f"progressive_from={self.progressive_from} and dat.data.progressive_epochs="
+                f"{self.progressive_epochs} go together: give both or neither."
             )
         if self.drop_unlabelled and self.labelled_fraction == 1:
             yield (

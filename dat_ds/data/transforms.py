@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,18 +19,29 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from dat_ds.data.sampler import FixedShare, SampleKey, seeded_generator
+from dat_ds.data.policies import IDBH_ERASING, Policy, idbh
+from dat_ds.data.sampler import FixedShare, SampleKey, derive_seed, seeded_generator
 
 Sample = tuple[Tensor, int]
 T = TypeVar("T")
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip")
+AUGMENTATIONS = (
+    "none",
+    "crop",
+    "crop_flip",
+    "resized_crop_flip",
+    "cropshift_flip",
+    "idbh_weak",
+    "idbh_strong",
+)
 
 CROP_SHARE = 224 / 256
 """He et al., CVPR 2016, arXiv 1512.03385: evaluate the central 224 of an image resized to 256."""
 # Szegedy et al., CVPR 2015, arXiv 1409.4842, section 6: area and aspect ratio of a training crop.
 _CROP_AREA = (0.08, 1.0)
 _CROP_RATIO = (3 / 4, 4 / 3)
+# Li and Spratling, ICLR 2023, arXiv 2301.09879: up to 10 rows and columns of CIFAR-10's 32 pixels.
+_MOST_REMOVED = 10 / 32
 
 
 def to_unit(image: Tensor) -> Tensor:
@@ -74,6 +86,26 @@ def random_flip(image: Tensor, generator: torch.Generator) -> Tensor:
     return image.flip(-1) if _random_int(2, generator) else image
 
 
+def cropshift(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut a random part out of ``(C, H, W)`` and put it at a random place, black around it.
+
+    Cropshift (Li and Spratling, ICLR 2023, arXiv 2301.09879): the rows and columns removed are
+    together up to 10 of 32, of images of other sizes in proportion to the shorter side.
+    """
+    height, width = image.shape[-2:]
+    removed = _random_int(round(min(height, width) * _MOST_REMOVED) + 1, generator)
+    columns = _random_int(removed + 1, generator)
+    rows = removed - columns
+    top, new_top = (_random_int(rows + 1, generator) for _ in range(2))
+    left, new_left = (_random_int(columns + 1, generator) for _ in range(2))
+    height, width = height - rows, width - columns
+    shifted = torch.zeros_like(image)
+    shifted[..., new_top : new_top + height, new_left : new_left + width] = image[
+        ..., top : top + height, left : left + width
+    ]
+    return shifted
+
+
 def random_resized_crop(image: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Cut a random box of 8 to 100 percent of the area and resize it to ``size`` (H, W).
 
@@ -98,22 +130,26 @@ class KeyedDataset(Dataset[T]):
 
 
 class Augmented(KeyedDataset[Sample]):
-    """A dataset with random crops and flips that do not depend on workers, ranks or call order.
+    """A dataset with random changes that do not depend on workers, ranks or call order.
 
-    Item ``SampleKey(epoch, index)`` draws from a generator seeded by ``(seed, epoch, index)``;
-    a plain integer means epoch 0.
+    Item ``SampleKey(epoch, index)`` draws from generators seeded by ``(seed, epoch, index)``;
+    a plain integer means epoch 0. Crops and flips come first, then the policy.
 
     Args:
         dataset: Yields ``(x, y)`` with ``x`` float32 CHW in [0, 1]. If it (or the dataset under a
             ``Subset``) has a method ``raw(index) -> (image, y)``, ``resized_crop_flip`` cuts from
             that full-size image and not from the evaluation crop.
         augment: One of ``AUGMENTATIONS``: ``"none"``, ``"crop"`` (digits: a mirrored digit is no
-            digit), ``"crop_flip"``, ``"resized_crop_flip"``.
+            digit), ``"crop_flip"``, ``"resized_crop_flip"``, ``"cropshift_flip"``, or IDBH, whose
+            images have 1 or 3 channels.
         seed: Any integer.
         size: ``(H, W)`` of the images out of ``resized_crop_flip``; None takes that of item 0.
+        policy: What follows ``augment``; IDBH brings its own.
+        side_in: Side of the square images in an epoch, which are resized to it before the policy;
+            None leaves them as they are.
 
     Raises:
-        ValueError: ``augment`` is not one of ``AUGMENTATIONS``.
+        ValueError: ``augment`` is not one of ``AUGMENTATIONS``, or is IDBH with another policy.
     """
 
     def __init__(
@@ -122,9 +158,16 @@ class Augmented(KeyedDataset[Sample]):
         augment: str,
         seed: int,
         size: tuple[int, int] | None = None,
+        *,
+        policy: Policy | None = None,
+        side_in: Callable[[int], int] | None = None,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment={augment!r} must be one of {', '.join(AUGMENTATIONS)}.")
+        if augment in IDBH_ERASING:
+            if policy is not None:
+                raise ValueError(f"augment={augment!r} is a whole policy: leave out the other.")
+            policy = idbh(augment)
         if size is None and augment == "resized_crop_flip":
             height, width = dataset[0][0].shape[-2:]
             size = (height, width)
@@ -132,6 +175,8 @@ class Augmented(KeyedDataset[Sample]):
         self.augment = augment
         self.seed = seed
         self.size = size
+        self.policy = policy
+        self.side_in = side_in
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -141,17 +186,29 @@ class Augmented(KeyedDataset[Sample]):
         """``(x, y)``: float32 CHW in [0, 1] and an int; ``key`` may be a plain index."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key)
-        if self.augment == "none":
-            return fetch_sample(self.dataset, key)
+        x, y = self._cropped(key)
+        if self.policy is not None:
+            x = self.policy(x, derive_seed("policy", self.seed, key.epoch, key.index))
+        return x, y
+
+    def _cropped(self, key: SampleKey) -> Sample:
+        side = None if self.side_in is None else self.side_in(key.epoch)
+        size = self.size if side is None else (side, side)
         generator = seeded_generator("augment", self.seed, key.epoch, key.index)
-        if self.size is not None and self.augment == "resized_crop_flip":
+        if size is not None and self.augment == "resized_crop_flip":
             image, y = fetch_raw(self.dataset, key.index)
             # Resized floats, unlike uint8, may leave the range by a rounding error.
-            x = to_unit(random_resized_crop(image, self.size, generator)).clamp(0, 1)
-        else:
-            x, y = fetch_sample(self.dataset, key)
-            x = random_crop(x, generator)
-        return (x, y) if self.augment == "crop" else (random_flip(x, generator), y)
+            x = to_unit(random_resized_crop(image, size, generator)).clamp(0, 1)
+            return random_flip(x, generator), y
+        x, y = fetch_sample(self.dataset, key)
+        if self.augment != "none":
+            cut = random_crop if self.augment in ("crop", "crop_flip") else cropshift
+            x = cut(x, generator)
+        if self.augment not in ("none", "crop"):
+            x = random_flip(x, generator)
+        if side is not None and x.shape[-1] != side:
+            x = resize_square(x, side).clamp(0, 1)
+        return x, y
 
 
 def fetch_sample(dataset: Dataset[Any], key: SampleKey) -> Sample:

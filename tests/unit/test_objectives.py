@@ -158,6 +158,28 @@ def test_one_hot_probabilities_give_the_loss_of_the_labels(name, dtype):
     assert_close(call(name, *z, y=soft)["loss"], call(name, *z)["loss"], **FLOAT64)
 
 
+SMOOTHED = [name for name, kind in OBJECTIVES.items() if "label_smoothing" in kind.known_keys()]
+
+
+def test_every_objective_of_class_labels_smooths_them_but_for_mart():
+    # mart compares with the true class's own probability; the others have no class labels.
+    assert set(OBJECTIVES) - set(SMOOTHED) == {"mart", "contrastive", "fare"}
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSIFYING) & set(SMOOTHED)))
+def test_smoothed_labels_are_those_probabilities(name):
+    z_adv, z, z_helper = logits(0), logits(1), logits(2)
+    target = 0.7 * F.one_hot(Y, 4).double() + 0.3 / 4
+    smoothed = call(name, z_adv, z, z_helper, label_smoothing=0.3)["loss"]
+    assert_close(smoothed, call(name, z_adv, z, z_helper, y=target)["loss"], **FLOAT64)
+    # Of labels that are probabilities already, such as those of mixup, the same share is spread.
+    mixed = (target + target.roll(1, dims=0)) / 2
+    both = call(name, z_adv, z, z_helper, y=mixed, label_smoothing=0.3)["loss"]
+    spread = call(name, z_adv, z, z_helper, y=0.7 * mixed + 0.3 / 4)["loss"]
+    assert_close(both, spread, **FLOAT64)
+    assert not torch.equal(both, smoothed)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_label_smoothing_is_torchs(smoothing):
     z = logits(0)

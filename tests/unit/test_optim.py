@@ -74,6 +74,15 @@ def test_the_step_schedule_drops_at_each_milestone():
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
 
 
+def test_the_linear_schedule_is_a_triangle_after_a_warm_up():
+    schedule = Schedule(Linear(), 10, warmup_steps=4)
+    factors = [schedule.factor(step) for step in range(10)]
+    rising, falling = [1 / 4, 2 / 4, 3 / 4, 1], [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert factors == pytest.approx([*rising, *falling], rel=1e-12)
+    ends = Schedule(Linear(final_ratio=0.1), 10)
+    assert [ends.factor(0), ends.factor(5), ends.factor(10)] == pytest.approx([1, 0.55, 0.1])
+
+
 @pytest.mark.parametrize("total", [100, 1000, 20 * 391])
 def test_every_milestone_of_whole_steps_drops_in_exactly_that_step(total):
     # 0.55 * 100 is 55.00000000000001 in floating point.

@@ -76,7 +76,7 @@ FLOORS = (
     {"objectives", "optim"},
     {"config", "minmax"},
     {"evaluation"},
-    {"assembly"},
+    {"assembly", "presets"},
     {"engine", "integrations"},
     {"training"},
     {"export", "judge"},

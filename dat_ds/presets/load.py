@@ -1,0 +1,107 @@
+"""The presets by name, and a preset as values of a run config."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from importlib import resources
+from types import MappingProxyType
+from typing import Any
+
+from dat_ds.data import DATASETS
+from dat_ds.errors import ConfigError
+from dat_ds.method import did_you_mean
+
+_DAT = "Zhang et al., UAI 2022, arXiv 2206.06257"
+_ADVXL = "Wang et al., CVPR 2024, arXiv 2401.04727"
+PRESETS: Mapping[str, str] = MappingProxyType(
+    {
+        "dat_cifar10_resnet18_pgd": _DAT,
+        "dat_cifar10_resnet18_fgsm": _DAT,
+        "dat_imagenet_resnet50_pgd": _DAT,
+        "dat_imagenet_resnet50_fgsm": _DAT,
+        "fast_at": "Wong et al., ICLR 2020, arXiv 2001.03994",
+        "n_fgsm": "de Jorge et al., NeurIPS 2022, arXiv 2202.01181",
+        "trades_awp": "Zhang et al., arXiv 1901.08573; Wu et al., NeurIPS 2020, arXiv 2004.05884",
+        "fastat_benchmark": "Pan and Yao, 2026, arXiv 2604.22853",
+        "vit_light": "Debenedetti et al., SaTML 2023, arXiv 2209.07399",
+        "convstem_heavy": "Singh et al., NeurIPS 2023, arXiv 2303.01870",
+        "ares_vit": "Liu et al., 2023, arXiv 2302.14301",
+        "advxl_stage1": _ADVXL,
+        "advxl_stage2": _ADVXL,
+        "fare_clip": "Schlarmann et al., ICML 2024, arXiv 2402.12336",
+    }
+)
+"""Where each preset is from, by name; what it deviates in is in docs/presets.md."""
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset as values of a run config.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    return dict(json.loads(text_of(name)))
+
+
+def text_of(name: str) -> str:
+    """The JSON of a preset.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"{name!r} is no preset{did_you_mean(name, PRESETS)}. Valid: {', '.join(PRESETS)}."
+        )
+    return (resources.files(__package__) / f"{name}.json").read_text(encoding="utf-8")
+
+
+def with_data(values: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Values of a run config with other images.
+
+    Args:
+        values: They are not changed.
+        data: ``"NAME"`` or ``"NAME:PATH"`` of a dataset, such as ``"imagefolder:DIR"``.
+            Augmentation and splits stay as they are.
+
+    Raises:
+        ConfigError: There is no dataset of that name, or it needs a path.
+    """
+    changed = copy.deepcopy(dict(values))
+    name, colon, path = data.partition(":")
+    if name not in DATASETS:
+        raise ConfigError(
+            f"--data {data}: there is no dataset {name!r}{did_you_mean(name, DATASETS)}. Valid: "
+            f"{', '.join(DATASETS)}, followed by :PATH where it is read from files."
+        )
+    if "path" in DATASETS[name].required and not path:
+        raise ConfigError(f"--data {data}: {name!r} is read from files: write --data {name}:PATH.")
+    section = changed.setdefault("dat", {}).setdefault("data", {})
+    section |= {"name": name} | ({"path": path} if colon else {})
+    return changed
+
+
+def table() -> str:
+    """The presets as a table of plain text: name, data, model, attack, objective, source."""
+    rows = [("preset", "data", "model", "attack", "objective", "source")]
+    for name, source in PRESETS.items():
+        dat = read_preset(name)["dat"]
+        attack, side = dat["attack"], dat["model"]["img_size"]
+        steps = f"-{attack['steps']}" if "steps" in attack else ""
+        rows.append(
+            (
+                name,
+                f"{dat['data']['name']}, {side} px",
+                dat["model"]["name"],
+                f"{attack['name']}{steps}, {dat['threat_model']['eps']}",
+                dat["objective"]["name"],
+                source,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    )
