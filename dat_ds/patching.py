@@ -1,6 +1,7 @@
 """The module behind a model, and another forward for some of its parts while an attack runs."""
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
@@ -31,3 +32,18 @@ def module_of(model: object) -> nn.Module | None:
 def may_be_patched(module: nn.Module) -> bool:
     """Whether a module computes its class's forward: another library's wrapper stays in place."""
     return "forward" not in vars(module)
+
+
+def keep_in_evaluation(module: nn.Module) -> None:
+    """Leave a module in evaluation mode, whatever mode the model around it is put into."""
+    module.eval()
+    vars(module)["train"] = types.MethodType(_stay, module)
+
+
+def stays_in_evaluation(module: nn.Module) -> bool:
+    """Whether :func:`keep_in_evaluation` was called for a module."""
+    return getattr(vars(module).get("train"), "__func__", None) is _stay
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)

@@ -9,6 +9,7 @@ from torch import nn
 
 from dat_ds.casting import HALF, casting_at_layers
 from dat_ds.errors import ModelError
+from dat_ds.patching import stays_in_evaluation
 
 ModelMode = Literal["eval", "train"]
 MODEL_MODES: tuple[str, ...] = get_args(ModelMode)
@@ -53,7 +54,8 @@ def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]
     """Freeze ``model`` while an attack runs; restore everything exactly, even on error.
 
     Inside, gradients are enabled, parameters do not require them, every module is in
-    ``model_mode``, and layers with 16-bit weights cast the float32 pixels that they are given. On
+    ``model_mode`` (but for frozen BatchNorm, which stays in evaluation), and layers with 16-bit
+    weights cast the float32 pixels that they are given. On
     exit each module's ``training`` flag, each parameter's ``requires_grad`` and the global random
     number generators are as they were; so are all buffers after ``"train"``, while ``"eval"``
     relies on modules not to write to theirs.
@@ -93,7 +95,7 @@ def attack_mode(model: object, model_mode: ModelMode = "eval") -> Iterator[None]
     training = model_mode == "train"
     try:
         for module, _ in modes:
-            module.training = training
+            module.training = training and not stays_in_evaluation(module)
         for p in parameters:
             p.requires_grad_(False)
         # Evaluation mode neither updates buffers nor draws, unless a model does so on its own.

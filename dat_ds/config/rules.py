@@ -66,6 +66,11 @@ RULES = (
         Trait.REFUSES_PLAIN_GRADIENTS,
         "Write dat.model.activation_checkpointing='non_reentrant'.",
     ),
+    Rule(
+        Trait.DROPS_GRADIENTS,
+        Trait.FREEZES,
+        "Write dat.model.activation_checkpointing='non_reentrant'.",
+    ),
     Rule(Trait.NEEDS_GRADIENT_LENGTHS, Trait.UNDERFLOWS, "Write bf16 or torch_autocast."),
     Rule(Trait.COMPILES, Trait.CHANGES_THE_MODEL),
     Rule(Trait.COMPILES_THE_UPDATE, Trait.SPLITS_BATCH_NORM),

@@ -13,6 +13,7 @@ from dat_ds.attacks import ATTACKS, Attack, ThreatModel, parse_evaluation_attack
 from dat_ds.attacks.threat import Norm
 from dat_ds.compression import COMPRESSIONS, Compression
 from dat_ds.data import DATASETS, DatasetMethod
+from dat_ds.finetuning import FinetuningConfig
 from dat_ds.length import Length
 from dat_ds.method import (
     Section,
@@ -297,6 +298,7 @@ class DatConfig(Section):
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
     optimizer: OptimizerMethod | None = chosen_from(OPTIMIZERS, None)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     schedule: ScheduleMethod = chosen_from(SCHEDULES)
     ema: EmaConfig = field(default_factory=EmaConfig)
     compression: Compression = chosen_from(COMPRESSIONS)

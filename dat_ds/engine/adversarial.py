@@ -175,7 +175,7 @@ class AdversarialEngine:
         self.traffic = self._log.traffic
         self.ema: WeightEma | None = None
         if dat.ema.decay > 0:
-            self.ema = WeightEma(lambda: hooks.held_weights(engine), dat.ema.decay)
+            self.ema = WeightEma(hooks.trained_weights(engine), dat.ema.decay)
 
     # ---- training
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
@@ -45,6 +45,7 @@ from dat_ds.engine.validate import (
     check_precision,
 )
 from dat_ds.errors import ConfigError, UserError
+from dat_ds.finetuning.plan import prepare
 from dat_ds.minmax import frozen_copy, settle
 from dat_ds.models import load
 from dat_ds.objectives import Objective
@@ -52,6 +53,8 @@ from dat_ds.optim import (
     OPTIMIZERS,
     CompressedOptimizer,
     LayerwiseOptimizer,
+    ParameterOptions,
+    split_groups,
     usual_scaling,
 )
 from dat_ds.ranks import Ranks
@@ -134,6 +137,7 @@ def initialize(
     if objective.needs_reference:
         remedy = "build it without deepspeed.zero.Init."
         reference = frozen_copy(model, run.dat.objective.name, remedy=remedy)
+    options = prepare(model, run.dat.finetuning, seed=run.dat.seed)
     loader = None
     if training_data is not None:
         with ranks.together():
@@ -158,7 +162,7 @@ def initialize(
         optimizer, (LayerwiseOptimizer, CompressedOptimizer)
     )
     if optimizer is None:
-        optimizer = _optimizer_of(model, scaled)
+        optimizer = _optimizer_of(model, scaled, options)
     settings = _deepspeeds(scaled)
     settings.update(
         train_batch_size=global_batch,
@@ -183,7 +187,7 @@ def initialize(
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            model_parameters=_parameters_of(model, scaled, options),
             lr_scheduler=None if schedule is None else schedule.scheduler,
             config=settings,
             dist_init_required=False,
@@ -258,20 +262,32 @@ def _own_attack(
     return CallableAttack(threat=threat_of(run.dat), user_function=attack)
 
 
-def _optimizer_of(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | None:
+def _optimizer_of(
+    model: nn.Module, run: RunConfig, options: Mapping[Tensor, ParameterOptions]
+) -> torch.optim.Optimizer | None:
     """The run's optimizer where it is ours; None where DeepSpeed builds it."""
     if run.dat.optimizer is not None:
         try:
-            return run.dat.optimizer.build(model)
+            return run.dat.optimizer.build(model, options)
         except ValueError as error:  # what only the model can tell
             raise ConfigError(f"dat.optimizer: {error}") from None
     name = one_bit_name(run.deepspeed)
     if name is None:
         return None
-    # One group, all of it decayed, as DeepSpeed does with its own section.
-    params = [p for p in model.parameters() if p.requires_grad]
     method = OPTIMIZERS[name](**one_bit_options(run.deepspeed))
-    return method.optimizer([{"params": params}])
+    parameters = _parameters_of(model, run, options)
+    return method.optimizer(parameters if options else [{"params": parameters}])
+
+
+def _parameters_of(
+    model: nn.Module, run: RunConfig, options: Mapping[Tensor, ParameterOptions]
+) -> list[Any]:
+    """What DeepSpeed's own section optimises: one group, all of it decayed, or parts of it."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    section = run.deepspeed.get("optimizer")
+    if not options or section is None:
+        return params
+    return split_groups([{"params": params}], options, lambda group: section["params"]["lr"])
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer | None, run: RunConfig) -> None:

@@ -41,12 +41,13 @@ from dat_ds.checkpoints import (
 )
 from dat_ds.engine import hooks
 from dat_ds.engine.checkpoint_writer import CheckpointWriter, Job, deepspeeds_files, snapshot
-from dat_ds.engine.exported import exported_weights, spec_of, write_model
+from dat_ds.engine.exported import exported_state, exported_weights, spec_of, write_model
 from dat_ds.engine.rank_state import leave_behind, rank_state, restore_rank_state
-from dat_ds.engine.resharding import layout_of, load_resharded
+from dat_ds.engine.resharding import is_resharded, load_resharded
 from dat_ds.engine.safe_loading import read_file
 from dat_ds.errors import CheckpointError, NumericsError
 from dat_ds.files import replace_text
+from dat_ds.finetuning.lora import plain_names
 from dat_ds.models import save_weights
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME
@@ -146,7 +147,7 @@ class Checkpoints(CheckpointFolder):
         _refuse_different_places(engine, self.folder / name)
         engine.watch.check()
         with exported_weights(engine):
-            model_state = hooks.full_state_dict(engine.deepspeed)
+            model_state = exported_state(engine)
         self._refuse_damage(engine, model_state)
         with ranks.together():
             if ranks.is_main:
@@ -247,8 +248,7 @@ class Checkpoints(CheckpointFolder):
             restarts = engine.identity.restarts_epoch(changed)
             engine.move_loader(state["step"], state.get("data_position", {}), restarts=restarts)
         hyperparameters = hooks.hyperparameters(engine.deepspeed)
-        layout = own.get("layout")  # that of earlier versions' checkpoints is this one
-        resharded = bool(ranks.max(layout not in (None, layout_of(engine.deepspeed))))
+        resharded = bool(ranks.max(is_resharded(own.get("layout"), engine.deepspeed)))
         if resharded:
             with ranks.together():
                 load_resharded(checkpoint, engine.deepspeed, engine.ema, state["ranks"])
@@ -372,7 +372,7 @@ def _check_model(checkpoint: Path, engine: AdversarialEngine) -> None:
         saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     now = {
         name: list(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3's are sharded
-        for name, tensor in engine.module.state_dict(keep_vars=True).items()
+        for name, tensor in plain_names(engine.module.state_dict(keep_vars=True)).items()
     }
     none = "has none"
     differences = [

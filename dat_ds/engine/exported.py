@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dat_ds.engine import hooks
+from dat_ds.finetuning.lora import merged
 from dat_ds.models import PixelModel, save_weights
 
 if TYPE_CHECKING:
@@ -29,13 +31,24 @@ def spec_of(engine: AdversarialEngine) -> Mapping[str, Any]:
     return engine.module.spec if isinstance(engine.module, PixelModel) else {}
 
 
+def exported_state(engine: AdversarialEngine) -> dict[str, Tensor]:
+    """The whole model's state with the weights of this moment, adapters merged; a collective.
+
+    Returns:
+        On rank 0, names to tensors on the CPU; empty on other ranks.
+    """
+    state = hooks.full_state_dict(engine.deepspeed)
+    lora = engine.run.dat.finetuning.lora
+    return state if lora is None else merged(state, lora.scale)
+
+
 def write_model(engine: AdversarialEngine, folder: Path) -> None:
     """Write the engine's model with the weights of this moment; a collective.
 
     Raises:
         CheckpointError: If it cannot be written.
     """
-    state = hooks.full_state_dict(engine.deepspeed)
+    state = exported_state(engine)
     with engine.ranks.together():
         if engine.ranks.is_main:
             save_weights(folder, state, spec_of(engine))

@@ -374,6 +374,26 @@ def held_weights(engine: DeepSpeedEngine) -> list[Tensor]:
     return [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
 
 
+def trained_weights(engine: DeepSpeedEngine) -> Callable[[], list[Tensor]]:
+    """A function that gives those of :func:`held_weights` that are trained.
+
+    To be called while no attack has frozen the others; the function may be called at any time.
+    """
+    trained = [i for i, p in enumerate(engine.module.parameters()) if p.requires_grad]
+
+    def weights() -> list[Tensor]:
+        held = held_weights(engine)
+        return [held[i] for i in trained]
+
+    return weights
+
+
+def trained_pieces(engine: DeepSpeedEngine) -> list[Piece]:
+    """What lies in each of :func:`trained_weights`; to be called as that."""
+    pairs = zip(held_pieces(engine), engine.module.parameters(), strict=True)
+    return [piece for piece, p in pairs if p.requires_grad]
+
+
 def weights_are_finite(engine: DeepSpeedEngine) -> bool:
     """Whether this rank's weights are, whole parameters or ZeRO-3 shards; waits for the device."""
     held = []

@@ -15,6 +15,7 @@ from typing import Any
 from dat_ds.config import RunConfig
 from dat_ds.data.fingerprint import difference
 from dat_ds.errors import CheckpointError
+from dat_ds.finetuning import FinetuningConfig
 
 _NOT_THE_TRAJECTORY = (
     "dat.evaluation",
@@ -56,6 +57,7 @@ _WHERE_IT_RUNS = (
 )
 _GLOBAL_BATCH = "train_batch_size"
 _DATA = "dat.data"
+_GROUPS = "dat.finetuning"  # decides which elements have a state in the optimizer
 _ORDER = (_DATA, "dat.seed", _GLOBAL_BATCH)  # what a position in the data is relative to
 _RESHARDED_FROM = 3  # format of state.json since which a checkpoint says how it is sharded
 _MISSING = object()
@@ -117,6 +119,9 @@ class Identity:
 
     def _differences(self, state: Mapping[str, Any], changed: Collection[str]) -> list[str]:
         saved, now = _flatten(state["config"]), _flatten(self.run.to_dict())
+        if not any(_is_in(key, [_GROUPS]) for key in saved):
+            # From before there was this section: all parameters were trained alike.
+            saved |= _flatten(FinetuningConfig().to_dict(), f"{_GROUPS}.")
         free = [*_NOT_THE_TRAJECTORY, *changed]
         if state["format"] >= _RESHARDED_FROM:
             free += _WHERE_IT_RUNS
@@ -128,6 +133,12 @@ class Identity:
             raise CheckpointError(
                 f"--changed {unknown[0]}: the config has no such key or section. Write one such as "
                 "dat.schedule or optimizer.params.lr."
+            )
+        if any(_is_in(name, [_GROUPS]) for name in changed):
+            raise CheckpointError(
+                f"--changed {_GROUPS}: it decides which parameters have a state in the optimizer, "
+                "so a run goes on with that of its checkpoint. Start a new run from the weights: "
+                "dat.model.pretrained=RUN."
             )
         found = [
             f"{key}: checkpoint {_shown(saved.get(key, _MISSING))}, "

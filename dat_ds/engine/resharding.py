@@ -21,8 +21,6 @@ from dat_ds.engine import hooks
 from dat_ds.engine.hooks import Piece
 from dat_ds.engine.safe_loading import read_file
 from dat_ds.errors import CheckpointError
-from dat_ds.models.pretrained import read_weights
-from dat_ds.models.saved import WEIGHTS_NAME
 from dat_ds.optim.ema import WeightEma
 
 _WEIGHT = "weight"
@@ -35,7 +33,19 @@ def layout_of(engine: DeepSpeedEngine) -> dict[str, Any]:
         "optimizer": type(hooks.basic_optimizer(engine)).__name__,
         "masters": [weights.pieces for weights in hooks.master_weights(engine)],
         "held": hooks.held_pieces(engine),
+        "averaged": hooks.trained_pieces(engine),
     }
+
+
+def is_resharded(saved: Mapping[str, Any] | None, engine: DeepSpeedEngine) -> bool:
+    """Whether what :func:`layout_of` said of a checkpoint is not so on this rank.
+
+    Args:
+        saved: None of checkpoints of earlier versions, which go on as they were.
+        engine: The engine that goes on.
+    """
+    # Versions without "averaged" averaged frozen weights, too.
+    return saved is not None and {"averaged": saved["held"], **saved} != layout_of(engine)
 
 
 @dataclass(frozen=True)
@@ -127,10 +137,11 @@ def load_resharded(
     _check_optimizer(checkpoint, ranks[0]["layout"]["optimizer"], engine)
     elements, groups = _read_masters(checkpoint, common, [own["layout"] for own in ranks])
     _load_optimizer(engine, elements, groups)
-    _load_weights(checkpoint, engine, elements)
+    _add_frozen(checkpoint, common, [own["layout"] for own in ranks], elements)
+    _load_weights(engine, elements)
     hooks.copy_master_weights(engine)
     if ema is not None:
-        _load_average(ema, hooks.held_pieces(engine), ranks)
+        _load_average(ema, hooks.trained_pieces(engine), ranks)
     hooks.release_parameters(engine)
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(common["lr_scheduler"])
@@ -230,18 +241,34 @@ def _load_optimizer(
         group.update(saved)
 
 
-def _load_weights(checkpoint: Path, engine: DeepSpeedEngine, elements: _Elements) -> None:
-    """Fill the weights that the forward passes use; frozen ones are in the exported model."""
-    exported: dict[str, Tensor] | None = None
+def _add_frozen(
+    checkpoint: Path,
+    common: Mapping[str, Any],
+    layouts: Sequence[Mapping[str, Any]],
+    elements: _Elements,
+) -> None:
+    """Add the weights that no optimizer holds, as the forward passes used them."""
+    found: list[tuple[list[Piece], Mapping[str, Tensor]]] = []
+    for rank, layout in enumerate(layouts):
+        frozen = [piece for piece in layout["held"] if not elements.holds(piece[0])]
+        if not frozen:
+            return
+        shards = checkpoint / f"zero_pp_rank_{rank}_{_MODEL_STATES}"
+        if not shards.exists():  # whole on each rank
+            for piece in frozen:
+                weight = common["module"][piece[0]].flatten()
+                elements.add([piece], _Flat({_WEIGHT: weight}, {}))
+            return
+        found.append((frozen, _read(shards)["frozen_param_fragments"]))
+    for frozen, fragments in found:
+        for piece in frozen:
+            elements.add([piece], _Flat({_WEIGHT: fragments[piece[0]].flatten()}, {}))
+
+
+def _load_weights(engine: DeepSpeedEngine, elements: _Elements) -> None:
+    """Fill the weights that the forward passes use."""
     for weight, piece in zip(hooks.held_weights(engine), hooks.held_pieces(engine), strict=True):
-        name, first, numel, _ = piece
-        if elements.holds(name):
-            elements.fill(weight, [piece], _WEIGHT)
-            continue
-        if exported is None:
-            exported = read_weights(checkpoint / WEIGHTS_NAME)
-        own = exported[name].flatten()[first : first + numel]
-        weight.view(-1)[:numel].copy_(own)
+        elements.fill(weight, [piece], _WEIGHT)
 
 
 def _load_average(
@@ -252,7 +279,8 @@ def _load_average(
         if own["ema"] is None:
             continue
         num_updates = own["ema"]["num_updates"]
-        averages = zip(own["ema"]["averages"], own["layout"]["held"], strict=True)
+        averaged = own["layout"].get("averaged", own["layout"]["held"])
+        averages = zip(own["ema"]["averages"], averaged, strict=True)
         for average, piece in averages:
             elements.add([piece], _Flat({_WEIGHT: average.flatten()}, {}))
         if ranks[0]["layout"]["held"] == ranks[-1]["layout"]["held"]:

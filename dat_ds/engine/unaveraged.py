@@ -18,6 +18,8 @@ from torch import Tensor
 from dat_ds.checkpoints import damage_in_words, damage_of, read_state
 from dat_ds.engine.safe_loading import read_file, refuse_code
 from dat_ds.errors import CheckpointError
+from dat_ds.finetuning import LoraConfig
+from dat_ds.finetuning.lora import merged
 from dat_ds.models.pretrained import read_weights
 from dat_ds.models.saved import WEIGHTS_NAME
 
@@ -51,6 +53,7 @@ def unaveraged_weights(checkpoint: Path) -> dict[str, Tensor]:
     try:
         parts = _read_module(checkpoint, stage)
         raw = _gathered(checkpoint) if stage == 3 else parts["module"]
+        raw = _without_adapters(raw, state["config"])
     except (CheckpointError, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -79,6 +82,11 @@ def _check_same_weights(checkpoint: Path, state: Mapping[str, Any]) -> None:
             f"ranks steps by itself (dat.optimizer.name={_SEVERAL_WEIGHTS!r}). Their average is in "
             "its model.safetensors: leave out --weights raw."
         )
+
+
+def _without_adapters(raw: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    lora = config.get("dat", {}).get("finetuning", {}).get("lora")
+    return raw if lora is None else merged(raw, LoraConfig(**lora).scale)
 
 
 def _read_module(checkpoint: Path, stage: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class ModelMethod(Method):
         traits={
             Trait.SAVES_RANDOM_STATES: lambda v: v != "none",
             Trait.CHANGES_THE_MODEL: lambda v: v == "reentrant",
+            Trait.DROPS_GRADIENTS: lambda v: v == "reentrant",
             Trait.REFUSES_PLAIN_GRADIENTS: lambda v: v == "reentrant",
         },
     )

@@ -3,6 +3,7 @@
 from dat_ds.optim.build import OPTIMIZERS, build_optimizer
 from dat_ds.optim.compressed import CompressedOptimizer
 from dat_ds.optim.ema import WeightEma
+from dat_ds.optim.groups import ParameterOptions, split_groups
 from dat_ds.optim.lamb import Lamb
 from dat_ds.optim.lars import Lars
 from dat_ds.optim.layerwise import PADDING, LayerwiseOptimizer, Layout, Segments
@@ -39,6 +40,7 @@ __all__ = [
     "OneBitAdam",
     "OneBitLamb",
     "OptimizerMethod",
+    "ParameterOptions",
     "Schedule",
     "ScheduleMethod",
     "Segments",
@@ -50,5 +52,6 @@ __all__ = [
     "build_optimizer",
     "lr_scale",
     "parameter_groups",
+    "split_groups",
     "usual_scaling",
 ]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dat_ds.method import Method, above, at_least, option
+from dat_ds.optim.groups import ParameterOptions, split_groups
 
 BETAS = "two numbers in [0, 1)"
 
@@ -82,9 +83,21 @@ class OptimizerMethod(Method):
         """Parameter groups of a model."""
         return parameter_groups(model, self.weight_decay)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a model's trainable parameters."""
-        return self.optimizer(self.groups(model))
+    def rate_of(self, group: Mapping[str, Any]) -> float:
+        """Learning rate of one of its groups."""
+        return float(group.get("lr", self.lr))
+
+    def build(
+        self, model: nn.Module, options: Mapping[Tensor, ParameterOptions] | None = None
+    ) -> torch.optim.Optimizer:
+        """The optimizer of a model's trainable parameters.
+
+        Args:
+            model: Any module.
+            options: What some of its parameters do differently.
+        """
+        groups = self.groups(model)
+        return self.optimizer(split_groups(groups, options, self.rate_of) if options else groups)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

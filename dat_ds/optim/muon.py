@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,10 +32,11 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
 _UPDATE_RMS = 0.2
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CLASSIFIERS = (
+CLASSIFIERS = (
     *("classifier", "cls_classifier", "distillation_classifier"),  # Hugging Face
     *("fc", "head", "heads", "head_dist"),  # torchvision and most others
 )
+"""Usual names of the part of a network that puts the outputs out."""
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -394,7 +395,7 @@ def _outputs(model: nn.Module) -> list[nn.Module]:
             heads = find()
             heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
         else:
-            heads = [child for name, child in module.named_children() if name in _CLASSIFIERS]
+            heads = [child for name, child in module.named_children() if name in CLASSIFIERS]
         if heads:
             return [layer for head in heads for layer in _layers(head)[-1:]]
     return _layers(model)[-1:]
@@ -459,6 +460,10 @@ class MuonMethod(OptimizerMethod):
         """See :func:`muon_groups`."""
         names = {key: getattr(self, key) for key in _NAMES}
         return muon_groups(model, self.weight_decay, **names)
+
+    def rate_of(self, group: Mapping[str, Any]) -> float:
+        """Of matrices ``lr``; of the rest the ratio's."""
+        return self.lr if group["muon"] else self.lr * self.adam_lr_ratio
 
     def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """:class:`Muon`."""

@@ -33,7 +33,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
             ours(atack={}),
             "Unknown key in the run config: dat.atack (did you mean 'attack'?). Valid keys of "
             "'dat': model, data, threat_model, attack, objective, weight_perturbation, guard, "
-            "overfitting, numerics, optimizer, schedule, ema, compression, evaluation, "
+            "overfitting, numerics, optimizer, finetuning, schedule, ema, compression, evaluation, "
             "checkpoint, fault, logging, engine, seed, output_dir.",
         ),
         (

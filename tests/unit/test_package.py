@@ -74,6 +74,7 @@ FLOORS = (
     {"checkpoints"},
     {"attacks", "compression", "data", "models", "ranks"},
     {"objectives", "optim"},
+    {"finetuning"},
     {"config", "minmax"},
     {"evaluation"},
     {"assembly", "presets"},

@@ -78,6 +78,8 @@ def resolve_optimizer(
             _check_one_bit_params(section["type"], params, problems)
         if name in ADAM_NAMES:
             params.setdefault("weight_decay", adam_weight_decay(name, params))
+    if dat.finetuning.is_on:
+        _check_finetuning(section, dat, client_optimizer, problems)
     if dat.schedule.scaling != "none":
         scaling = f"dat.schedule.scaling={dat.schedule.scaling!r}"
         if client_optimizer:
@@ -102,6 +104,32 @@ def resolve_optimizer(
     elif stage > 0 and name not in ADAM_NAMES:
         # Element-wise ones work on any slice (the parity tests run SGD under every stage).
         config.setdefault("zero_allow_untested_optimizer", True)
+
+
+def _check_finetuning(
+    section: Any, dat: DatConfig, client_optimizer: bool, problems: list[str]
+) -> None:
+    """Refuse rates by parameter where the optimizer's groups are not ours to make."""
+    tuned = dat.finetuning
+    keys = [key for key in tuned.known_keys() if getattr(tuned, key)]
+    if client_optimizer:
+        problems.append(
+            f"dat.finetuning.{keys[0]} with initialize(optimizer=...), whose parameters and rates "
+            "are chosen already: name the optimizer in the config, or remove it."
+        )
+    params = section.get("params") if isinstance(section, dict) else None
+    has_rates = tuned.layer_decay is not None or any(
+        rule.lr is not None or rule.weight_decay is not None for rule in tuned.parameters
+    )
+    if not isinstance(params, dict) or not has_rates:
+        return
+    if "lr" not in params or {"muon_lr", "adam_lr"} & set(params):
+        problems.append(
+            f"dat.finetuning.{keys[0]} multiplies optimizer.params.lr, but optimizer.type="
+            f"{section.get('type')!r} has "
+            + ("others beside it" if "lr" in params else "none")
+            + ": write lr alone, or an optimizer of ours (dat.optimizer.name)."
+        )
 
 
 def one_bit_name(config: Mapping[str, Any], dat: DatConfig | None = None) -> str | None:

@@ -174,9 +174,10 @@ def _honoured(section: Mapping[str, Any] | None, problems: list[str]) -> dict[st
     for key in values:
         if key in _HONOURED or key not in {field.name for field in dataclasses.fields(DatConfig)}:
             continue  # an unknown key is reported where the section is parsed
+        why = _WHY_NOT.get(key, "whose arguments say this")
         problems.append(
-            f"dat.{key} is not read under Hugging Face's Trainer, whose arguments say this: remove "
-            f"it. Read are {', '.join('dat.' + k for k in _HONOURED)}."
+            f"dat.{key} is not read under Hugging Face's Trainer, {why}: remove it. Read are "
+            f"{', '.join('dat.' + k for k in _HONOURED)}."
         )
     engine = values.get("engine")
     for key in engine if isinstance(engine, Mapping) else ():
@@ -218,6 +219,8 @@ def _check_evaluation(evaluation: Any, problems: list[str]) -> None:
 
 
 _WHY_NOT = {
+    "finetuning": "which is given a model and builds its optimizer by itself (freeze parameters, "
+    "or add adapters with peft, before you pass the model)",
     "attack_micro_batches": "which hands over one micro-batch after another",
     "compile": "whose torch_compile says it",
 }
