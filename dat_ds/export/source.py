@@ -77,8 +77,9 @@ class Source:
         """Part of the shorter edge that images of its data kept; None where they were squashed."""
         data = {} if self.config is None else self.config["dat"]["data"]
         dataset = parse_method(DATASETS, data, "dat.data", [])
-        keeps = isinstance(dataset, StoredDataset) and dataset.keeps_ratio
-        return dataset.crop_share if keeps else None
+        if isinstance(dataset, StoredDataset) and dataset.keeps_ratio:
+            return dataset.crop_share
+        return None
 
     def example(self, batch: int, seed: int = 0) -> torch.Tensor:
         """Random pixels of 256 levels, float32, ``(batch, C, H, W)``."""
