@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -90,8 +91,10 @@ def _decoded(opened: Callable[[], BinaryIO], place: str, key: str) -> Tensor:
         raise DamagedImageError(f"{key}: the image {place} {unfit}, or remove it.") from None
     # Pillow's decoders raise errors of every class for a damaged file.
     except Exception as error:
+        # Of a stream Pillow tells an address in memory, which says nothing.
+        reason = re.sub(r" ?<_io\.[^>]*>", "", str(error))
         raise DamagedImageError(
-            f"{key}: cannot read the image {place} ({error}). Replace the file or remove it."
+            f"{key}: cannot read the image {place} ({reason}). Replace the file or remove it."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
