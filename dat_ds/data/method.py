@@ -112,7 +112,10 @@ class DatasetMethod(Method):
         None,
         traits=dict.fromkeys((Trait.CONCERNS_LABELS, Trait.CONCERNS_UNLABELLED), lambda v: True),
     )
-    """Run folder or checkpoint of a model that labels the unlabelled images before training."""
+    """What labels the unlabelled images: a folder that ``dat-ds label`` wrote, or the run folder or
+    checkpoint of a model, which labels them before training."""
+    least_confidence: float = share(0.0)
+    """Images whose pseudo-label has a smaller probability are left out of training."""
     extra: dict[str, Any] | None = option(None)
     """Further labelled training images, such as generated ones: ``name`` and the dataset's own
     keys, of which the training part is read. Nothing of it is held out for validation."""
@@ -200,6 +203,11 @@ class DatasetMethod(Method):
             yield (
                 "drop_unlabelled=true has nothing to drop: write dat.data.labelled_fraction, such "
                 "as 0.1, or remove it."
+            )
+        if self.least_confidence and self.pseudo_labels is None:
+            yield (
+                f"least_confidence={self.least_confidence:g} is that of pseudo-labels: write "
+                "dat.data.pseudo_labels, or remove it."
             )
         if self.unlabelled_batch_fraction is not None and self.labelled_repeats > 1:
             yield (

@@ -34,13 +34,20 @@ class Mixture(Dataset[Sample]):
     ) -> None:
         self.first, self.second = first, second
         self.num_second = len(cast(Any, second))
-        own = FixedShare(self.num_second, fraction, key)
-        self.further = (*further_parts(first), own)
-        self._ends_first = len(cast(Any, first))
+        self._own = FixedShare(self.num_second, fraction, key)
+
+    @property
+    def further(self) -> tuple[FixedShare, ...]:
+        """Parts with a fixed share, the second dataset last."""
+        return (*further_parts(self.first), self._own)
 
     def __len__(self) -> int:
         """Number of samples of both."""
         return self._ends_first + self.num_second
+
+    @property
+    def _ends_first(self) -> int:
+        return len(cast(Any, self.first))  # pseudo-labels may leave some out
 
     def __getitem__(self, index: int) -> Sample:
         """``(x, y)``."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from dat_ds.contracts import UNLABELLED, pseudo_label
 from dat_ds.data.sampler import FixedShare
@@ -47,16 +47,30 @@ class PartlyLabelled(Dataset[Sample]):
         self.num_labelled = len(cast(Any, labelled)) * repeats
         self.num_unlabelled = len(cast(Any, unlabelled))
         self._labels = torch.full((self.num_unlabelled,), UNLABELLED)
-        self.further: tuple[FixedShare, ...] = ()
-        if fraction is not None:
-            key = "dat.data.unlabelled_batch_fraction"
-            self.further = (FixedShare(self.num_unlabelled, fraction, key),)
+        self._fraction = fraction
 
-    def label(self, classes: Tensor) -> None:
-        """Give the unlabelled images pseudo-labels, class indices in their order."""
+    @property
+    def further(self) -> tuple[FixedShare, ...]:
+        """The unlabelled images, where they have a share of every batch."""
+        if self._fraction is None:
+            return ()
+        key = "dat.data.unlabelled_batch_fraction"
+        return (FixedShare(self.num_unlabelled, self._fraction, key),)
+
+    def label(self, classes: Tensor, keeps: Tensor | None = None) -> None:
+        """Give the unlabelled images pseudo-labels.
+
+        Args:
+            classes: Class indices in their order.
+            keeps: Which of them stay, bool; the others are left out. None: all.
+        """
         if len(classes) != self.num_unlabelled:
             raise ValueError(f"{len(classes)} pseudo-labels for {self.num_unlabelled} images.")
         self._labels = pseudo_label(classes)
+        if keeps is not None:
+            self.unlabelled = Subset(self.unlabelled, keeps.nonzero().flatten().tolist())
+            self._labels = self._labels[keeps]
+            self.num_unlabelled = len(self._labels)
 
     def __len__(self) -> int:
         """Number of samples, repeats counted."""

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Subset, default_collate
 
 from dat_ds.assembly import build_data_of, build_model_of, evaluate_model
 from dat_ds.checkpoints import CHECKPOINTS, CheckpointFolder
@@ -22,12 +21,13 @@ from dat_ds.config import (
     adapt_to_device,
     threat_of,
 )
-from dat_ds.data import DatasetMethod, DataSplits, DistributedLoader, evaluation_batches
+from dat_ds.data import DatasetMethod, DataSplits, DistributedLoader
+from dat_ds.data.unlabelled import PartlyLabelled
 from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE
 from dat_ds.engine.deepspeed_part import check_deepspeed
 from dat_ds.engine.launch import setup_ranks
-from dat_ds.errors import CheckpointError
+from dat_ds.errors import CheckpointError, DataError
 from dat_ds.evaluation import (
     Record,
     Task,
@@ -53,6 +53,7 @@ from dat_ds.training.folder import (
 )
 from dat_ds.training.heartbeat import Heartbeat
 from dat_ds.training.lock import locked
+from dat_ds.training.pseudo_labels import labels_for
 from dat_ds.training.stopping import StopSignal
 from dat_ds.training.trainer import Trainer
 from dat_ds.training.twin import TWIN_FOLDER, natural_twin_of
@@ -191,7 +192,7 @@ def _train_one(
             clean_folder(output)
     checkpoint = find_checkpoint(output, resume.source, ranks)
     if splits.mixture is not None and run.dat.data.pseudo_labels is not None:
-        splits.mixture.label(_pseudo_labels(splits.mixture.unlabelled, run, ranks))
+        _label(splits.mixture, run, ranks)
     engine, _, loader, _ = initialize(
         model=model, config=run, training_data=splits.train, ranks=ranks
     )
@@ -246,26 +247,31 @@ def _train_one(
     return record
 
 
-def _pseudo_labels(images: Dataset[Any], run: RunConfig, ranks: Ranks) -> Tensor:
-    """The class that ``dat.data.pseudo_labels`` gives each image, int64; a collective."""
-    path = str(run.dat.data.pseudo_labels)
-    with ranks.together():
-        labeller = load(path, map_location=ranks.device)
-    own: list[tuple[int, int]] = []
-    batches = evaluation_batches(
-        images,
+def _label(mixture: PartlyLabelled, run: RunConfig, ranks: Ranks) -> None:
+    """Give the unlabelled images the labels that ``dat.data.pseudo_labels`` names."""
+    data = run.dat.data
+    labels = labels_for(
+        mixture.unlabelled,
+        str(data.pseudo_labels),
+        ranks,
         batch_size=run.dat.evaluation.batch_size,
-        rank=ranks.rank,
-        ranks=ranks.count,
-        num_workers=run.dat.data.num_workers,
+        num_workers=data.num_workers,
     )
-    with ranks.together(), torch.no_grad():
-        for x, _, indices in batches:
-            if indices:
-                own += zip(indices, labeller(x.to(ranks.device)).argmax(1).tolist(), strict=True)
-    shards = cast("list[list[tuple[int, int]]]", ranks.gather(own))
-    classes = dict(pair for shard in shards for pair in shard)
-    return torch.tensor([classes[i] for i in range(len(classes))])
+    sure = labels.confidence >= data.least_confidence
+    if not sure.any():
+        raise DataError(
+            f"dat.data.least_confidence={data.least_confidence} leaves out all {len(sure)} "
+            f"pseudo-labels, of which the surest has {labels.confidence.max():.3f}: write less."
+        )
+    mixture.label(labels.classes, None if sure.all() else sure)
+    if ranks.is_main and not sure.all():
+        logger.info(
+            "%d of %d pseudo-labels have a confidence of at least %g; the other images are left "
+            "out.",
+            sure.sum(),
+            len(sure),
+            data.least_confidence,
+        )
 
 
 def _announce(

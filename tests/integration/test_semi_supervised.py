@@ -14,7 +14,10 @@ from dat_ds.assembly import build_data_of
 from dat_ds.cli.main import main
 from dat_ds.data import classes_of
 from dat_ds.engine.launch import setup_ranks
-from dat_ds.training.run import _pseudo_labels
+from dat_ds.errors import DataError, ModelError
+from dat_ds.evaluation.samples import Journal
+from dat_ds.judge.label import label_run
+from dat_ds.training.pseudo_labels import label_images, labels_for, read_labels
 from tests.integration import tiny_run
 
 FEW = {"labelled_fraction": 0.25}
@@ -60,7 +63,8 @@ def test_robust_self_training_takes_the_labellers_word(
     assert "112 training images (68 of them with pseudo-labels)" in capfd.readouterr().out
     config = load_config(run / "config.json")
     splits = build_data_of(config)
-    given = _pseudo_labels(splits.mixture.unlabelled, config, setup_ranks())
+    images, ranks = splits.mixture.unlabelled, setup_ranks()
+    given = labels_for(images, str(labeller), ranks, batch_size=8, num_workers=0).classes
     x = torch.stack([x for x, _ in splits.mixture.unlabelled])
     assert torch.equal(given, models.load(labeller)(x).argmax(1))
     splits.mixture.label(given)
@@ -75,3 +79,86 @@ def test_the_natural_twin_sees_labelled_images_only(tmp_path: Path) -> None:
     assert twin.dat.data.drop_unlabelled
     record = json.loads((run / "natural_twin" / "record.json").read_text())
     assert record["steps"] == 2 * -(-22 // 8)
+
+
+def config_of(folder: Path, **data: Any) -> Path:
+    values = tiny_run.config(folder / "run")
+    values["dat"]["data"] |= {**FEW, "pseudo_labels": "labels", **data}
+    folder.mkdir(exist_ok=True)
+    return tiny_run.write(folder / "config.json", values)
+
+
+def test_labels_are_the_models_likeliest_classes_and_are_trained_on(
+    tmp_path: Path, labeller: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, output = config_of(tmp_path, pseudo_labels=None), tmp_path / "labels"
+    words = ["label", str(labeller), "--deepspeed_config", str(config), "--output", str(output)]
+    assert main(words) == 0
+    printed = capfd.readouterr().out
+    images = build_data_of(load_config(config_of(tmp_path))).mixture.unlabelled
+    pairs = [images[i] for i in range(len(images))]
+    with torch.no_grad():
+        shares = models.load(labeller)(torch.stack([x for x, _ in pairs])).double().softmax(1)
+    found, about = read_labels(output, images), json.loads((output / "labels.json").read_text())
+    assert torch.equal(found.classes, shares.argmax(1))
+    assert found.confidence.tolist() == pytest.approx(shares.amax(1).tolist(), rel=1e-5)
+    truth = torch.tensor([y for _, y in pairs])
+    assert about["accuracy"] == (truth == found.classes).double().mean()
+    assert (about["num_images"], about["known_labels"]) == (68, 68)
+    assert f"dat.data.pseudo_labels='{output}'" in printed
+    assert main(words) == 0  # finished already
+    assert "holds these labels already" in capfd.readouterr().out
+    threshold = float(found.confidence.sort().values[40])
+    data = {**FEW, "pseudo_labels": str(output), "least_confidence": threshold}
+    train(tmp_path / "rst", data=data, objective={"name": "at"})
+    kept = int((found.confidence >= threshold).sum())
+    words = f"{22 + kept} training images ({kept} of them with pseudo-labels)"
+    assert words in capfd.readouterr().out
+
+
+def test_labelling_goes_on_where_it_was_broken_off(tmp_path: Path, labeller: Path) -> None:
+    images = build_data_of(load_config(config_of(tmp_path))).mixture.unlabelled
+    model, seen = models.load(labeller), []
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return model(x)
+
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    ranks = setup_ranks()
+    with pytest.raises(KeyboardInterrupt):
+        label_images(images, counting, ranks, batch_size=10, keeper=Journal(folder, 0))
+    again = label_images(images, counting, ranks, batch_size=7, keeper=Journal(folder, 0))
+    assert sum(seen[4:]) == 68 - 30
+    whole = label_images(images, model, ranks, batch_size=68)
+    assert torch.equal(again.classes, whole.classes)
+    assert again.confidence.tolist() == pytest.approx(whole.confidence.tolist(), rel=1e-5)
+
+
+def test_labels_of_other_images_and_other_classes_are_refused(
+    tmp_path: Path, labeller: Path
+) -> None:
+    output = tmp_path / "labels"
+    label_run(str(labeller), load_config(config_of(tmp_path)), output)
+    other = load_config(config_of(tmp_path / "other"), overrides=["dat.seed=1"])
+    images = build_data_of(other).mixture.unlabelled
+    with pytest.raises(DataError, match=r"labels of other images .*Label these with dat-ds label"):
+        read_labels(output, images)
+    whole = config_of(tmp_path / "whole", labelled_fraction=1.0, pseudo_labels=None)
+    with pytest.raises(DataError, match=r"has no image without a label: write dat\.data\.labelled"):
+        label_run(str(labeller), load_config(whole), tmp_path / "none")
+    more = load_config(config_of(tmp_path / "more", num_classes=7))
+    with pytest.raises(ModelError, match=r"has 4 outputs, and the run has 7 classes"):
+        label_run(str(labeller), more, tmp_path / "seven")
+    (output / "labels.npz").write_bytes(b"damaged")
+    same = build_data_of(load_config(config_of(tmp_path))).mixture.unlabelled
+    with pytest.raises(DataError, match="is not a readable npz file"):
+        read_labels(output, same)
+    data = {**FEW, "pseudo_labels": str(labeller), "least_confidence": 0.9999999}
+    values = tiny_run.config(tmp_path / "sure")
+    values["dat"]["data"] |= data
+    path = tiny_run.write(tmp_path / "sure.json", values)
+    assert main(["train", "--deepspeed_config", str(path)]) == 2
