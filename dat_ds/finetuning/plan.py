@@ -82,7 +82,7 @@ def prepare(
     _fix_statistics(model)
     _say(trained, parameters)
     depth = {} if config.layer_decay is None else rates_by_depth(network, config.layer_decay)
-    options = {p.tensor: _options(p, depth) for p in trained}
+    options: dict[Tensor, ParameterOptions] = {p.tensor: _options(p, depth) for p in trained}
     differs = any(own != ParameterOptions() for own in options.values())
     return options if differs else {}
 
