@@ -76,7 +76,7 @@ def test_a_backbone_is_fine_tuned_evaluated_and_loaded(
     before = write_pretrained(folder / "vit.pth")
     rules = [{"match": "^patch_embed", "freeze": True}]
     run = run_of(folder, config(folder, layer_decay=0.5, parameters=rules))
-    words = capsys.readouterr().err
+    words = capsys.readouterr().out
     assert "holds several models (state_dict_ema, state_dict): 'state_dict_ema' is taken" in words
     assert "position embeddings are interpolated" in words
     assert "freshly initialised instead: head.bias, head.weight" in words
