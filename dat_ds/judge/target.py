@@ -29,7 +29,7 @@ from dat_ds.data.images import Images
 from dat_ds.errors import ConfigError, DataError, ModelError
 from dat_ds.method import import_methods, parse_method, parse_section
 from dat_ds.models import MODELS, PixelModel, build_model, load
-from dat_ds.models.pretrained import read_weights, unwrapped
+from dat_ds.models.pretrained import read_weights, statistics_of, unwrapped
 from dat_ds.models.saved import SPEC_NAME
 
 logger = logging.getLogger("dat_ds")
@@ -352,12 +352,9 @@ def _of_file(
     if path.with_name(SPEC_NAME).is_file() and path.name == "model.safetensors":
         return load(path)
     weights = read_weights(path)
-    statistics = {
-        key: weights[f"normalize.{key}"].flatten().tolist()
-        for key in ("mean", "std")
-        if f"normalize.{key}" in weights
-    }
-    options = {**statistics, **options}
+    statistics = statistics_of(weights)
+    if statistics is not None:
+        options = {**dict(zip(("mean", "std"), statistics, strict=True)), **options}
     missing = [key for key in ("name", "mean", "std") if key not in options]
     if missing:
         raise ModelError(

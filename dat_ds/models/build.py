@@ -22,7 +22,7 @@ from dat_ds.models.families.projection import use_projection_head
 from dat_ds.models.families.stem import use_cifar_stem
 from dat_ds.models.families.timm import TIMM_OVERRIDES, build_timm, timm_head_names
 from dat_ds.models.normalize import PixelModel
-from dat_ds.models.pretrained import load_pretrained
+from dat_ds.models.pretrained import Statistics, load_pretrained
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
 
 logger = logging.getLogger("dat_ds")
@@ -81,8 +81,9 @@ def build_model(
             classifier.
         num_classes: Number of outputs K; 0 for the features themselves.
         in_chans: Number of image channels C.
-        mean: C values in pixel units; None takes the ones saved with ``pretrained``, else those
-            published with the model if they are for C channels (timm: 3), else 0.5.
+        mean: C values in pixel units; None takes the ones saved with ``pretrained`` or in its
+            file, else those published with the model if they are for C channels (timm: 3), else
+            0.5.
         std: C positive values in pixel units; None as for ``mean``.
         img_size: Height and width of the images in pixels, one number if square. Models that
             take any size, such as CNNs, do not have this argument and it is dropped for them.
@@ -134,14 +135,16 @@ def build_model(
     saved = _saved_folder(spec["pretrained"])
     saved_spec = {} if saved is None else read_spec(saved / SPEC_NAME)
     with contextlib.nullcontext() if seed is None else _seeded(seed):
-        body = _build_body(spec, saved, saved_spec)
+        body, in_file = _build_body(spec, saved, saved_spec)
     if isinstance(body, huggingface.HuggingFaceBody):
         spec["hf_config"] = body.config_dict()
     if activation_checkpointing != "none":
         _enable_checkpointing(body, activation_checkpointing == "reentrant", name)
     if mean is None or std is None:
-        default_mean, default_std = _default_statistics(body, name, in_chans, saved_spec)
+        default_mean, default_std = _default_statistics(body, name, in_chans, saved_spec, in_file)
         mean, std = mean or default_mean, std or default_std
+    elif in_file is not None:
+        _warn_of_other_statistics(spec["pretrained"], (mean, std), in_file)
     spec["mean"] = _checked("mean", mean, in_chans)
     spec["std"] = _checked("std", std, in_chans)
     return PixelModel(
@@ -197,8 +200,12 @@ def _saved_folder(pretrained: str | None) -> Path | None:
 
 def _build_body(
     spec: Mapping[str, Any], saved: Path | None, saved_spec: Mapping[str, Any]
-) -> nn.Module:
-    """Build the network without normalisation: architecture, stem, head, weights."""
+) -> tuple[nn.Module, Statistics | None]:
+    """Build the network without normalisation: architecture, stem, head, weights.
+
+    Returns:
+        The network, and the normalisation that a file of weights was trained with, if it says.
+    """
     name: str = spec["name"]
     body = build_huggingface(spec) if huggingface.is_hugging_face(name) else build_timm(spec)
     if spec["stem"] == "cifar":
@@ -208,11 +215,12 @@ def _build_body(
         network, classifier = body.model, body.head_names()
     if spec["head"] == "projection":
         use_projection_head(network, classifier, name)
+    in_file = None
     if spec["pretrained"] is not None:
         file = spec["pretrained"] if saved is None else saved / WEIGHTS_NAME
         skips_head = bool(saved_spec) and saved_spec.get("head", "classes") != spec["head"]
-        load_pretrained(network, file, classifier, skips_head=skips_head)
-    return body
+        in_file = load_pretrained(network, file, classifier, skips_head=skips_head)
+    return body, None if saved_spec else in_file
 
 
 def _enable_checkpointing(body: nn.Module, reentrant: bool, name: str) -> None:
@@ -238,12 +246,18 @@ def _select_kind(reentrant: bool, module: nn.Module, args: tuple[Any, ...]) -> N
 
 
 def _default_statistics(
-    body: nn.Module, name: str, in_chans: int, saved_spec: Mapping[str, Any]
+    body: nn.Module,
+    name: str,
+    in_chans: int,
+    saved_spec: Mapping[str, Any],
+    in_file: Statistics | None,
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation saved or published with the model, else 0.5."""
     published: tuple[Sequence[float], Sequence[float]] | None
     if saved_spec:
         published = (saved_spec["mean"], saved_spec["std"])
+    elif in_file is not None:
+        published = in_file
     elif isinstance(body, huggingface.HuggingFaceBody):
         published = huggingface.read_mean_std(huggingface.location_of(name))
     else:
@@ -253,6 +267,23 @@ def _default_statistics(
         return published
     logger.info("dat.model.name='%s' comes with no mean and std for its channels: 0.5.", name)
     return [0.5] * in_chans, [0.5] * in_chans
+
+
+def _warn_of_other_statistics(
+    pretrained: str, given: tuple[Sequence[float], Sequence[float]], in_file: Statistics
+) -> None:
+    for key, own, other in zip(("mean", "std"), given, in_file, strict=True):
+        if len(own) != len(other) or any(
+            abs(a - b) > 1e-3 for a, b in zip(own, other, strict=True)
+        ):
+            logger.warning(
+                "dat.model.%s=%s, but the network of dat.model.pretrained='%s' was trained with "
+                "%s: leave it out to take that.",
+                key,
+                [round(value, 4) for value in own],
+                pretrained,
+                [round(value, 4) for value in other],
+            )
 
 
 def _checked(key: str, values: Sequence[float], in_chans: int) -> list[float]:

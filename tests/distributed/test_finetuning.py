@@ -26,12 +26,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "one_bit_lamb": {"name": "one_bit_lamb", "lr": LR, "freeze_step": 2},
     "DeepSpeed's": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}},
 }
-CASES = [
-    (name, stage)
-    for name in OPTIMIZERS
-    for stage in range(4)
-    if stage == 0 or not name.startswith("one_bit")
-]
+STAGES = {
+    **dict.fromkeys(("adamw", "sgd", "lamb"), (0, 1, 2, 3)),
+    **dict.fromkeys(("lars", "muon", "DeepSpeed's"), (2, 3)),
+    **dict.fromkeys(("one_bit_adam", "one_bit_lamb"), (0,)),
+}
+CASES = [(name, stage) for name, stages in STAGES.items() for stage in stages]
 LORA = {"rank": 2, "alpha": 6.0}
 FROZEN: dict[str, dict[str, Any]] = {
     "stem": {"parameters": [{"match": "^(patch_embed|pos_embed|cls_token)", "freeze": True}]},
@@ -40,10 +40,12 @@ FROZEN: dict[str, dict[str, Any]] = {
 }
 # Optimizer, precision and average of the weights by ZeRO stage.
 FREEZING = [
-    *((kind, "adamw", stage, "float32", 0.5) for kind in FROZEN for stage in range(4)),
-    *(("lora", "muon", stage, "float32", 0.0) for stage in (0, 2, 3)),
-    *(("stem", "lamb", stage, "float32", 0.0) for stage in (1, 3)),
-    *((kind, "adamw", stage, "bf16", 0.5) for kind in ("stem", "lora") for stage in (0, 2, 3)),
+    *((kind, "adamw", stage, "float32", 0.5) for kind in ("stem", "lora") for stage in range(4)),
+    *(("probe", "adamw", stage, "float32", 0.5) for stage in (0, 3)),
+    *(("lora", "muon", stage, "float32", 0.0) for stage in (2, 3)),
+    ("stem", "lamb", 1, "float32", 0.0),
+    ("stem", "adamw", 2, "bf16", 0.5),
+    *(("lora", "adamw", stage, "bf16", 0.5) for stage in (0, 3)),
     ("probe", "one_bit_adam", 0, "float32", 0.0),
     ("lora", "one_bit_adam", 0, "float32", 0.5),
     ("stem", "DeepSpeed's", 2, "float32", 0.0),
@@ -101,9 +103,10 @@ def rates_along(name: str, stage: int) -> list[list[float]]:
 
 def first_steps() -> dict[str, Any]:
     report: dict[str, Any] = {}
+    tuned = {"layer_decay": DECAY, "parameters": RULES}
+    plain = {name: first_step(name, 0, {}) for name in OPTIMIZERS}
     for name, stage in CASES:
-        tuned = {"layer_decay": DECAY, "parameters": RULES}
-        report[f"{name} {stage}"] = (first_step(name, stage, {}), first_step(name, stage, tuned))
+        report[f"{name} {stage}"] = (plain[name], first_step(name, stage, tuned))
     report["rates"] = {name: rates_along(name, 2) for name in ("adamw", "lamb", "DeepSpeed's")}
     return report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_backbone_is_fine_tuned_evaluated_and_loaded(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = write_pretrained(folder / "vit.pth")
     rules = [{"match": "^patch_embed", "freeze": True}]
-    with caplog.at_level(logging.INFO, logger="dat_ds"):
-        run = run_of(folder, config(folder, layer_decay=0.5, parameters=rules))
-    words = caplog.text
+    run = run_of(folder, config(folder, layer_decay=0.5, parameters=rules))
+    words = capsys.readouterr().out
     assert "holds several models (state_dict_ema, state_dict): 'state_dict_ema' is taken" in words
     assert "position embeddings are interpolated" in words
     assert "freshly initialised instead: head.bias, head.weight" in words

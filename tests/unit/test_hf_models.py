@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 from dat_ds.errors import ModelError
 from dat_ds.models import build_model, load, save_weights
@@ -93,6 +94,28 @@ def test_hf_stored_weights_can_be_overridden_by_a_checkpoint(tmp_path: Path) -> 
     assert torch.equal(second(pixels(channels=3)), first(pixels(channels=3)))
 
 
+def test_hf_position_embeddings_are_interpolated_as_timms(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_hf_vit(tmp_path)
+    arguments = {"num_classes": 10, "seed": 0}
+    stored = build_model(f"hf:{tmp_path}", img_size=8, **arguments)
+    file = tmp_path / "trained.pt"
+    torch.save(stored.state_dict(), file)
+    name = "body.model.vit.embeddings.position_embeddings"
+    old = stored.get_parameter(name)
+    expected = resample_abs_pos_embed(old, [4, 4], [2, 2], num_prefix_tokens=1)
+    for pretrained in (None, file):
+        caplog.clear()
+        model = build_model(f"hf:{tmp_path}", img_size=16, pretrained=pretrained, **arguments)
+        assert "is interpolated" in caplog.text
+        torch.testing.assert_close(model.get_parameter(name), expected)
+        assert torch.equal(expected[:, 0], old[:, 0])
+        other = "body.model.vit.layers.1.mlp.fc1.weight"
+        assert torch.equal(model.get_parameter(other), stored.get_parameter(other))
+        assert model(pixels(16, 3)).shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,7 +124,7 @@ def test_hf_stored_weights_can_be_overridden_by_a_checkpoint(tmp_path: Path) -> 
         ({"options": {"num_labels": 3}}, r"dat\.model\.options\.num_labels is not allowed"),
         ({"img_size": 10}, r"dat\.model\.img_size=10x10 is not a multiple of the patch size 4"),
         (
-            {"img_size": 16},
+            {"img_size": (16, 8)},
             r"only the classifier may differ.*position_embeddings.*\(dat\.data\.img_size=8\)",
         ),
         ({"in_chans": 1}, "only the classifier may differ.*patch_embeddings"),

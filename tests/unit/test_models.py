@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dat_ds.errors import CheckpointError, ModelError
 from dat_ds.models import PixelModel, build_model, load, save_weights
@@ -240,18 +241,98 @@ def test_position_embeddings_of_another_image_size_are_interpolated(
     assert model(pixels(16)).shape == (2, 10)
 
 
-def test_mismatches_outside_of_the_head_are_listed(vit: PixelModel, tmp_path: Path) -> None:
+def test_what_a_file_lacks_and_what_is_left_out_are_listed(
+    vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "weights.bin"
+    torch.save({**vit.body.state_dict(), "decoder.weight": torch.ones(3)}, file)
+    deeper = build_model(**{**TINY_VIT, "depth": 3}, pretrained=file)
+    fresh = build_model(**{**TINY_VIT, "depth": 3}).state_dict()
+    for key, value in deeper.state_dict().items():
+        source = fresh if ".2." in key else vit.state_dict()
+        assert torch.equal(value, source[key]), key
+    lacking, left_out = (record.getMessage() for record in caplog.records)
+    assert "freshly initialised instead: blocks.2.attn.proj.bias, " in lacking
+    assert lacking.count("blocks.2.") == 12
+    assert left_out.endswith("left out decoder.weight")
+    caplog.clear()
+    build_model(**{**TINY_VIT, "depth": 1}, pretrained=file)
+    assert "left out blocks.1.attn.proj.bias, " in caplog.text
+
+
+def test_a_file_of_another_network_is_refused(vit: PixelModel, tmp_path: Path) -> None:
     file = tmp_path / "weights.bin"
     torch.save(vit.body.state_dict(), file)
-    with pytest.raises(ModelError, match=r"only the classifier \(head\) may differ") as caught:
-        build_model(**{**TINY_VIT, "depth": 3}, pretrained=file)
-    assert "blocks.2.attn.proj.bias: missing from the file" in str(caught.value)
-    assert "... and 4 more" in str(caught.value)
-    with pytest.raises(ModelError) as caught:
-        build_model(**{**TINY_VIT, "in_chans": 2, "depth": 1}, pretrained=file)
-    assert "blocks.1.attn.proj.bias: not in the model" in str(caught.value)
+    with pytest.raises(ModelError, match=r"only the classifier \(head\) may have") as caught:
+        build_model(**{**TINY_VIT, "embed_dim": 32}, pretrained=file)
+    assert "... and 22 more" in str(caught.value)
     with pytest.raises(ModelError, match=r"shape \(64, 1, 4, 4\) in the file, \(64, 2, 4, 4\)"):
         build_model(**{**TINY_VIT, "in_chans": 2}, pretrained=file)
+    other = {k.replace("blocks", "layers"): v for k, v in vit.body.state_dict().items()}
+    torch.save(other, file)
+    with pytest.raises(ModelError, match="have a name in common") as caught:
+        build_model(**TINY_VIT, pretrained=file)
+    assert "blocks.0.attn.proj.bias: the file has layers.0.attn.proj.bias" in str(caught.value)
+    assert "of the 30 tensors of the model and the 30 of the file" in str(caught.value)
+    assert "have a name in common: 6" in str(caught.value)
+    assert "... and 16 more" in str(caught.value)
+
+
+MEAN, STD = torch.full((1, 1, 1, 1), 0.3), torch.full((1, 1, 1, 1), 0.2)
+WRAPPERS: dict[str, tuple[str, dict[str, Tensor]]] = {
+    "PixelModel": ("body.", {"normalize.mean": MEAN, "normalize.std": STD}),
+    "RobustBench": ("model.", {"mu": MEAN, "sigma": STD}),
+    "RobustBench, parallel": ("module.model.", {"module.mu": MEAN, "module.sigma": STD}),
+    "named sequence": ("model.", {"normalize.mean": MEAN, "normalize.std": STD}),
+    "sequence": ("1.", {"0.mean": MEAN, "0.std": STD}),
+    "parallel sequence": ("module.1.", {"module.0.mean": MEAN, "module.0.std": STD}),
+    "compiled": ("_orig_mod.", {}),
+    "none": ("", {}),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_networks_are_unwrapped_with_their_normalisation(
+    wrapper: str, vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, (prefix, statistics) = tmp_path / "weights.pt", WRAPPERS[wrapper]
+    weights = {f"{prefix}{key}": value for key, value in vit.body.state_dict().items()}
+    torch.save({"state_dict": {**statistics, **weights}}, file)
+    model = build_model(**{**TINY_VIT, "seed": 5}, pretrained=file)
+    assert caplog.text == ""
+    for key, value in model.body.state_dict().items():
+        assert torch.equal(value, vit.body.state_dict()[key])
+    assert model.spec["mean"] == pytest.approx([0.3] if statistics else [0.5])
+    assert model.spec["std"] == pytest.approx([0.2] if statistics else [0.5])
+    other = build_model(**TINY_VIT, mean=[0.5], std=[0.2], pretrained=file)
+    assert other.spec["mean"] == [0.5]
+    told = "dat.model.mean=[0.5], but the network of" in caplog.text
+    assert told == bool(statistics)
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_average_of_the_weights_is_taken_and_named(
+    key: str, nested: bool, vit: PixelModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, average = tmp_path / "weights.pt", vit.body.state_dict()
+    raw = {name: torch.zeros_like(value) for name, value in average.items()}
+    content = {"decay": 0.9, "module": average} if nested else average
+    torch.save({"model": raw, key: content, "epoch": 3}, file)
+    model = build_model(**{**TINY_VIT, "seed": 5}, pretrained=file)
+    assert torch.equal(model.body.pos_embed, vit.body.pos_embed)
+    assert f"holds several models ({key}, model): '{key}' is taken" in caplog.text
+
+
+def test_torchvisions_resnet_is_timms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "resnet18.pth"
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    torch.save(theirs.state_dict(), file)
+    model = build_model("resnet18", num_classes=7, mean=[0, 0, 0], std=[1, 1, 1], pretrained=file)
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(x), theirs(x))
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dat_ds.errors import ModelError
 from dat_ds.models.families import huggingface
 from dat_ds.models.families.timm import TIMM_OVERRIDES, side_for_patches
+from dat_ds.models.pretrained import resized_positions
 
 logger = logging.getLogger("dat_ds")
 _PREFIX = "hf:"
@@ -142,7 +145,7 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
         raise _not_usable(source, error) from error
     body = HuggingFaceBody(model)
     if has_weights:
-        _check_report(source, body, report)
+        _check_report(source, body, _with_positions(source, model, report))
     return body.float().train()
 
 
@@ -280,6 +283,35 @@ def _set_image_size(source: HuggingFaceSource, config: Any) -> None:
         return
     is_one_number = height == width and not isinstance(vision.image_size, (list, tuple))
     vision.image_size = height if is_one_number else [height, width]
+
+
+@torch.no_grad()
+def _with_positions(
+    source: HuggingFaceSource, model: nn.Module, report: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What transformers reported, after interpolating position embeddings of another image size."""
+    mismatched = {item[0] for item in report["mismatched_keys"]}
+    resized = {name for name in mismatched if name.endswith("position_embeddings")}
+    stored = _stored(source, resized)
+    for name in sorted(resized):
+        wanted = model.get_parameter(name)
+        found = resized_positions(stored[name].float(), wanted) if name in stored else None
+        if found is None:
+            continue
+        wanted.copy_(found)
+        mismatched.remove(name)
+        logger.warning("%s: %s is interpolated for another image size.", source.label, name)
+    left = [item for item in report["mismatched_keys"] if item[0] in mismatched]
+    return {**report, "mismatched_keys": left}
+
+
+def _stored(source: HuggingFaceSource, names: Collection[str]) -> dict[str, Tensor]:
+    """Tensors of a local folder, by name; those that are not found are left out."""
+    stored: dict[str, Tensor] = {}
+    for file in sorted(Path(source.location).glob("*.safetensors")) if names else ():
+        with safe_open(file, "pt") as tensors:
+            stored |= {n: tensors.get_tensor(n) for n in names if n in tensors.keys()}  # noqa: SIM118
+    return stored
 
 
 def _check_report(
