@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> Any:
@@ -37,6 +37,7 @@ def start_ranks(
     ranks: int,
     *arguments: Any,
     environment: Mapping[str, str] | None = None,
+    start_method: Literal["spawn", "forkserver"] = "spawn",
 ) -> None:
     """Run ``function(*arguments)`` as so many gloo ranks of one thread each; wait for all.
 
@@ -45,15 +46,21 @@ def start_ranks(
         ranks: Number of processes.
         arguments: Picklable arguments.
         environment: Further variables of every rank.
+        start_method: Of :mod:`multiprocessing`: ``"forkserver"`` where what the ranks import was
+            preloaded.
     """
-    from torch.multiprocessing.spawn import spawn  # here: ending a process needs no torch
+    from torch.multiprocessing.spawn import start_processes  # here: ending one needs no torch
 
     port = free_port()
+    # A server hands on the variables that it was started with, and not those of now.
+    now = {} if start_method == "spawn" else dict(os.environ)
     variables = [
-        {**rank_environment(rank, ranks, port, local=ranks), **(environment or {})}
+        {**now, **rank_environment(rank, ranks, port, local=ranks), **(environment or {})}
         for rank in range(ranks)
     ]
-    spawn(_run_rank, (variables, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    start_processes(  # type: ignore[no-untyped-call]
+        _run_rank, (variables, function, arguments), nprocs=ranks, start_method=start_method
+    )
 
 
 def _run_rank(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -13,27 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.preloaded import SERVER
 from tests.settings import without_launcher
 
 ROOT = Path(__file__).parents[1]
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    [
-        "dat_ds.training.run",
-        "dat_ds.cli.main",
-        "sklearn.datasets",
-        "timm",
-        "torchvision",
-        # What DeepSpeed and a run's end import only then, for seconds.
-        "deepspeed.runtime.zero.stage3",
-        "matplotlib.backends.backend_agg",
-        "networkx",
-        "torch._dynamo.backends.debugging",
-        "torch._inductor.compile_fx",
-        "torch.utils.tensorboard",
-    ]
-)
-
 Outcome = tuple[str, str]
 """Kind and words."""
 
@@ -50,10 +32,10 @@ def isolated(function: Callable[..., Outcome], *args: Any, seconds: float) -> Ou
         Its outcome; ``("traceback", ...)`` where it raised, ``("hang", ...)`` with where it was at
         the limit, ``("died", ...)`` where the process ended by itself.
     """
-    receiving, sending = _SERVER.Pipe(duplex=False)
+    receiving, sending = SERVER.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        process = _SERVER.Process(target=_call, args=(sending, str(log), seconds, function, args))
+        process = SERVER.Process(target=_call, args=(sending, str(log), seconds, function, args))
         process.start()
         sending.close()
         try:

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks; one spawn (9 s) serves many cases."""
+"""Runs a function on several gloo ranks; one start of them serves many cases."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dat_ds.processes import start_ranks
+from tests.preloaded import SERVER
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
@@ -18,7 +19,13 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
     with tempfile.TemporaryDirectory() as folder:
         # Minutes: ranks that fall out of step fail instead of hanging.
         start_ranks(
-            _save_result, ranks, function, args, folder, environment={"DEEPSPEED_TIMEOUT": "2"}
+            _save_result,
+            ranks,
+            function,
+            args,
+            folder,
+            environment={"DEEPSPEED_TIMEOUT": "2"},
+            start_method=SERVER.get_start_method(),
         )
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)
