@@ -1,4 +1,4 @@
-"""``dat-ds bench``: step time, compression, scaling, cost model."""
+"""``dat-ds bench``: step time, compression, data, scaling, cost model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PREDICT = (
 
 def add(commands: Any) -> None:
     """Add the command and its tables."""
-    summary = "benchmarks: step time, compression, scaling, cost model"
+    summary = "benchmarks: step time, compression, data, scaling, cost model"
     parser = commands.add_parser("bench", help=summary, description=summary)
     tables = parser.add_subparsers(required=True, metavar="TABLE")
     for name, run, summary in (
@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
             _bench_compression,
             "error and cost of codecs, and the bytes sent",
         ),
+        ("data", _bench_data, "images decoded a second, and the time that steps wait for data"),
     ):
         table = add_command(tables, name, run, summary)
         add_config(table)
@@ -146,6 +147,16 @@ def _bench_compression(options: argparse.Namespace, defaults: Mapping[str, Any])
 
     run = load_run(options, defaults)
     print(bench_compression(run, repetitions=options.repetitions, output=options.output))
+    return 0
+
+
+def _bench_data(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.data import bench_data
+
+    if table := bench_data(
+        load_run(options, defaults), repetitions=options.repetitions, output=options.output
+    ):
+        print(table)
     return 0
 
 

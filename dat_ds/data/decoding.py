@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _COLOURS = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "La", "PA", "RGBA", "RGBa"})
 _SHORT_GREY = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+_JPEG, _MARKER = b"\xff\xd8\xff", 0xFF
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_PLAIN_SEGMENTS = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # tables, restart interval, JFIF, comment
+_START, _LARGEST_JPEG = 2**16, 2**28  # bytes; Pillow reads what it needs of a longer file
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _CLEAR = (
@@ -72,21 +78,10 @@ def decode_image(data: bytes, place: str, key: str) -> Tensor:
 
 
 def _decoded(opened: Callable[[], BinaryIO], place: str, key: str) -> Tensor:
-    from PIL import Image, ImageOps
-
     try:
-        with warnings.catch_warnings():
-            # The others are about metadata, and would be repeated in every epoch.
-            warnings.simplefilter("ignore", UserWarning)
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with opened() as stream, Image.open(stream, formats=_FORMATS) as file:
-                if file.format == "PNG":
-                    _compare_checksums(stream)
-                _check_kind(file)
-                # Asked for before decoding, which may drop it.
-                largest = 4095 if _bits(file) == 12 else 65535
-                ImageOps.exif_transpose(file, in_place=True)
-                pixels = _grey(file, largest) if _is_deep(file) else _colours(file)
+        with opened() as stream:
+            plain = _plain_jpeg(stream)
+            return _by_pillow(stream) if plain is None else plain
     except _UnfitError as unfit:
         raise DamagedImageError(f"{key}: the image {place} {unfit}, or remove it.") from None
     # Pillow's decoders raise errors of every class for a damaged file.
@@ -96,7 +91,70 @@ def _decoded(opened: Callable[[], BinaryIO], place: str, key: str) -> Tensor:
         raise DamagedImageError(
             f"{key}: cannot read the image {place} ({reason}). Replace the file or remove it."
         ) from error
+
+
+def _by_pillow(stream: BinaryIO) -> Tensor:
+    """Pixels of any kind of image."""
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        # The others are about metadata, and would be repeated in every epoch.
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(stream, formats=_FORMATS) as file:
+            if file.format == "PNG":
+                _compare_checksums(stream)
+            _check_kind(file)
+            # Asked for before decoding, which may drop it.
+            largest = 4095 if _bits(file) == 12 else 65535
+            ImageOps.exif_transpose(file, in_place=True)
+            pixels = _grey(file, largest) if _is_deep(file) else _colours(file)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _plain_jpeg(stream: BinaryIO) -> Tensor | None:
+    """Pixels of a plain JPEG by torchvision; None, the stream at its start, for all other images.
+
+    Its decoder and Pillow's are the same library and give the same pixels, but Pillow copies them
+    twice, and reads metadata that a plain file has not. Whatever is odd about a file is left to
+    Pillow, and so is saying what is wrong with it.
+    """
+    data = stream.read(_START)
+    if data.startswith(_JPEG):
+        data += stream.read(_LARGEST_JPEG - _START)
+        if len(data) < _LARGEST_JPEG and (channels := _plain_channels(data)):
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+            with contextlib.suppress(RuntimeError):
+                # A copy, since torch warns of a buffer that cannot be written to.
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                pixels: Tensor = decode_jpeg(encoded, mode=mode)
+                return pixels if channels == 3 else pixels.expand(3, -1, -1)
+    stream.seek(0)
+    return None
+
+
+def _plain_channels(data: bytes) -> int:
+    """Channels of a JPEG, 1 or 3; 0 unless it has 8 bits, a usual size, and no odd metadata.
+
+    Of the segments before the frame's (ITU T.81, B.1.1.3), those of JFIF, tables and comments are
+    plain; EXIF may turn the image, Adobe's may change its colours, and others may hold more images.
+    """
+    from PIL import Image
+
+    place = 2
+    while place + 10 <= len(data) and data[place] == _MARKER:
+        kind = data[place + 1]
+        if kind in _FRAMES:
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, place + 4)
+            largest = Image.MAX_IMAGE_PIXELS
+            usual = height > 0 and (largest is None or height * width <= largest)
+            return channels if bits == 8 and usual and channels in (1, 3) else 0
+        if kind not in _PLAIN_SEGMENTS:
+            return 0
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0
 
 
 def _compare_checksums(stream: BinaryIO) -> None:

@@ -90,6 +90,25 @@ def test_a_shared_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_alone(torch.device("cuda"))
 
 
+def test_decoders_are_compared_and_waiting_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dat_ds.bench.timing.MAX_DRIFT", 100.0)  # a busy machine may drift
+    monkeypatch.setattr("dat_ds.bench.data._PICTURES", 2)
+    config = tiny_run.write(tmp_path / "c.json", tiny_run.config(tmp_path / "run"))
+    output = tmp_path / "numbers.json"
+    command = ["bench", "data", "--deepspeed_config", str(config), "--repetitions", "5"]
+    assert main([*command, "--output", str(output)]) == 0
+    table = capsys.readouterr().out
+    assert "| torchvision.io.decode_jpeg | " in table
+    assert "of the time is waiting, with 0 worker(s)." in table
+    numbers = json.loads(output.read_text())
+    assert set(numbers["over_torchvision"]) == {"224x224", "375x500"}
+    assert all(ratio > 0.3 for ratio in numbers["over_torchvision"].values())
+    assert 0 < numbers["waiting_share"] < 1
+    assert all(len(values) == 5 for values in numbers["seconds"].values())
+
+
 def test_few_repetitions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_run.write(tmp_path / "c.json", tiny_run.config(tmp_path / "run"))
     command = ["bench", "attack", "--deepspeed_config", str(config), "--repetitions", "4"]
