@@ -27,14 +27,15 @@ PRETRAINED = ("convstem_heavy", "fare_clip")
 
 def small_model(model: dict[str, Any], side: int) -> dict[str, Any]:
     """A tiny model of the same family, for images of that side."""
-    small = {**model, "img_size": side}
+    small, options = {**model, "img_size": side}, model.get("options", {})
     if "num_classes" in small:
         small["num_classes"] = CLASSES
     if model["name"].startswith("resnet"):
-        return {**small, "stem": "cifar", "options": {"channels": [8] * 4, "layers": [1] * 4}}
+        sizes = {"channels": [8] * 4, "layers": [1] * 4}
+        return {**small, "stem": "cifar", "options": {**options, **sizes}}
     if model["name"].startswith("convnext"):
         sizes = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
-        return {**small, "options": {**model["options"], **sizes}}
+        return {**small, "options": {**options, **sizes}}
     patch = 8 if model["name"].startswith("xcit") else 4
     return {**small, "patch_size": patch, "depth": 1, "embed_dim": 16, "num_heads": 2}
 
@@ -114,6 +115,16 @@ def test_a_preset_is_valid_and_complete(name: str) -> None:
         values["train_batch_size"],
         512,
     )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_model_of_a_preset_takes_its_images(name: str) -> None:
+    dat = read_preset(name)["dat"]
+    num_classes = dat["model"].get("num_classes", 0)
+    with torch.device("meta"):  # shapes alone
+        model = build_model(**{**dat["model"], "num_classes": num_classes})
+        outputs = model.eval()(torch.zeros(2, 3, *[dat["model"]["img_size"]] * 2))
+    assert outputs.shape == (2, num_classes or 1024)
 
 
 def test_an_installed_package_has_them() -> None:

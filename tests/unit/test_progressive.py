@@ -133,11 +133,14 @@ def test_attacks_that_carry_perturbations_on_are_refused(attack: str) -> None:
         run_of({"name": "resnet18"}, {}, attack={"name": attack})
 
 
-def test_a_run_goes_through_all_sides(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_goes_through_all_sides(stage: int, tmp_path: Path) -> None:
     from dat_ds.training.run import train
     from tests.integration import tiny_run
 
-    values = tiny_run.config(tmp_path / "run", model=tiny_run.CNN)
+    dynamic = {**tiny_run.VIT, "patch_size": 2, "options": {"dynamic_img_size": True}}
+    values = tiny_run.config(tmp_path / "run", model=tiny_run.CNN if stage == 2 else dynamic)
+    values["zero_optimization"] = {"stage": stage}
     data = {"progressive_from": 4, "progressive_epochs": 1.5, "progressive_step": 2}
     values["dat"]["data"] |= data
     record = train(load_config(values))
