@@ -117,8 +117,9 @@ class Ledger:
 
     def add(self, moment: str, term: str, size: float, *, on_host: bool = False) -> None:
         """Add bytes to a term at a moment."""
-        terms = (self.host if on_host and not self.on_cpu else self.device).setdefault(moment, {})
         if size:
+            found = self.host if on_host and not self.on_cpu else self.device
+            terms = found.setdefault(moment, {})
             terms[term] = terms.get(term, 0) + round(size)
 
     def peaks(self, *, on_host: bool = False) -> dict[str, int]:
@@ -286,25 +287,30 @@ def _step(s: Setting, ledger: Ledger) -> None:
 
 
 def _start(s: Setting, ledger: Ledger) -> None:
-    """From the built model to DeepSpeed's tensors."""
+    """From the built model to DeepSpeed's tensors: while it takes over, or what it then keeps."""
     whole = _FLOAT * (s.parameters + s.frozen)
+    taking, kept = Ledger(s.on_cpu), Ledger(s.on_cpu)
     if s.has_reference:
-        ledger.add(START, "reference", whole)
-    if s.stage == 0:
-        ledger.add(START, "parameters", whole)
-        if s.has_masters:
-            ledger.add(START, "master weights", _FLOAT * s.share)
-        return
-    if s.stage < 3:
-        ledger.add(START, "parameters", max(whole, s.width * (s.parameters + s.frozen)))
-        ledger.add(START, "transient", s.width * s.parameters)
-        return
-    shard = s.width * s.share
-    largest = s.width * max(s.trainable)
-    ledger.add(START, "parameters", whole)
-    ledger.add(START, "transient", largest if s.offloads_parameters else shard)
-    if s.offloads_parameters:
-        ledger.add(START, "parameters", shard, on_host=True)
+        taking.add(START, "reference", whole)
+    taking.add(START, "parameters", whole)
+    if 0 < s.stage < 3:
+        taking.add(START, "transient", s.width * s.parameters)
+    elif s.stage == 3:
+        taking.add(START, "transient", s.width * s.share, on_host=s.offloads_parameters)
+    _kept(s, kept, START)
+    if s.stage == 0 and s.has_masters:
+        # DeepSpeed makes the states by a step with gradients of zero.
+        kept.add(START, "gradients", _FLOAT * s.share)
+    else:
+        kept.device[START].pop("optimizer", None)
+        kept.host.get(START, {}).pop("optimizer", None)
+    if s.on_cpu:
+        kept.device[START].pop("bucket", None)  # not yet written to
+    larger = max((taking, kept), key=Ledger.peak)
+    ledger.device[START] = larger.device[START]
+    if not s.on_cpu:
+        host = max((taking, kept), key=lambda each: each.peak(on_host=True)).host.get(START)
+        ledger.host |= {} if not host else {START: host}
 
 
 def terms_of(ledgers: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -109,12 +109,13 @@ def _check(
         problems.append(f"--measure with --ranks {' '.join(map(str, counts))}: give one number.")
     if measure and launched is not None and counts != [launched]:
         problems.append(
-            f"--measure --ranks {counts[0]} under a launcher of {launched} ranks: leave --ranks out."
+            f"--measure --ranks {counts[0]} under a launcher of {launched} ranks: leave --ranks "
+            "out."
         )
     if measure and launched is None and on_cuda:
         problems.append(
-            "--measure on GPUs needs their launcher: deepspeed --no_python dat-ds bench memory ..., "
-            "or DS_ACCELERATOR=cpu for CPU ranks."
+            "--measure on GPUs needs their launcher: deepspeed --no_python dat-ds bench memory ...; "
+            "DS_ACCELERATOR=cpu measures CPU ranks."
         )
     if measure and gpu_gib is not None and not on_cuda:
         problems.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ _NEEDS_DATA = (
 )
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
     """Sums up the storages that operations inside make, for as long as each is alive.
 
     Attributes:
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any] | None] = {}
         self._seen: Callable[[int], None] = lambda now: None
@@ -192,7 +192,8 @@ class TracedModel:
         self, name: str, images: int, run: Callable[[LiveBytes, dict[int, int], int], int]
     ) -> Passes:
         if (name, images) not in self._known:
-            live, timeline = LiveBytes(), {}
+            live = LiveBytes()
+            timeline: dict[int, int] = {}
             live.leave_out(self._tensors())
             try:
                 with torch.random.fork_rng(devices=[]), self._mode, torch.enable_grad(), live:
@@ -225,14 +226,14 @@ class TracedModel:
         live.watch(seen)
         self._model.train()
         hooks = [
-            p.register_post_accumulate_grad_hook(finished)
+            p.register_post_accumulate_grad_hook(finished)  # type: ignore[no-untyped-call]
             for p in self._model.parameters()
             if p.requires_grad
         ]
         try:
             with self._counted_saved() as saved, self._autocast():
                 outputs = self._model(torch.empty(images, *self._shape))
-            _first(outputs).float().square().mean().backward()
+            torch.autograd.backward(_first(outputs).float().square().mean())
         finally:
             for hook in hooks:
                 hook.remove()
