@@ -114,7 +114,7 @@ def _check(
         )
     if measure and launched is None and on_cuda:
         problems.append(
-            "--measure on GPUs needs their launcher: deepspeed --no_python dat-ds bench memory ...; "
+            "--measure on GPUs needs their launcher: deepspeed --no_python dat-ds bench memory; "
             "DS_ACCELERATOR=cpu measures CPU ranks."
         )
     if measure and gpu_gib is not None and not on_cuda:
