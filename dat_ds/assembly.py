@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -112,8 +113,23 @@ def build_data_of(run: RunConfig) -> DataSplits:
     return splits_of(run.dat.data, run.dat.seed)
 
 
-def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
-    """The model of a run, for its data; the same weights on every rank."""
+def build_model_of(run: RunConfig, splits: DataSplits, *, on_meta: bool = False) -> PixelModel:
+    """The model of a run, for its data; the same weights on every rank.
+
+    Args:
+        run: The run.
+        splits: Its data.
+        on_meta: Build it on the meta device, where it has shapes and no weights.
+    """
+    if on_meta:
+        with torch.device("meta"):
+            return _build_model(run, splits, pretrained=None, seed=None)
+    return _build_model(run, splits, pretrained=run.dat.model.pretrained, seed=run.dat.seed)
+
+
+def _build_model(
+    run: RunConfig, splits: DataSplits, *, pretrained: str | None, seed: int | None
+) -> PixelModel:
     config = run.dat.model
     channels, height, width = splits.image_shape
     if config.num_classes is not None and config.num_classes < splits.num_classes:
@@ -140,10 +156,10 @@ def build_model_of(run: RunConfig, splits: DataSplits) -> PixelModel:
         img_size=height if height == width else (height, width),
         **config.overrides(),
         head=run.dat.objective.head,
-        pretrained=config.pretrained,
+        pretrained=pretrained,
         options=config.options,
         activation_checkpointing=config.activation_checkpointing,
-        seed=run.dat.seed,
+        seed=seed,
     )
     check_takes_images(model, splits.image_shape)
     if run.dat.objective.head == "classes" and splits.class_names is not None:

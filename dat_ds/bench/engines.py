@@ -28,7 +28,7 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
         way connected to it.
     """
     ranks = setup_ranks()
-    run = _for_timing(run, ranks)
+    run = for_timing(run, ranks)
     with ranks.together():
         splits = build_data_of(run)
         twin = build_model_of(run, splits).to(ranks.device)
@@ -41,7 +41,7 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
     return engine, twin, x.to(ranks.device), y.to(ranks.device)
 
 
-def _for_timing(run: RunConfig, ranks: Ranks) -> RunConfig:
+def for_timing(run: RunConfig, ranks: Ranks) -> RunConfig:
     """The run on this device, without monitors, which would be a part of what is measured."""
     run = dataclasses.replace(run, deepspeed=without_monitors(run.deepspeed))
     return adapt_to_device(run, ranks.device.type)
@@ -98,7 +98,7 @@ def layerwise_steps(
     run: RunConfig, ranks: Ranks, model: nn.Module, batches: Sequence[Sequence[Tensor]]
 ) -> LayerwiseSteps:
     """Train ``model`` on ``batches``, each rank on its own; a collective."""
-    engine, *_ = initialize(model=model, config=_for_timing(run, ranks), ranks=ranks)
+    engine, *_ = initialize(model=model, config=for_timing(run, ranks), ranks=ranks)
     optimizer = hooks.basic_optimizer(engine.deepspeed)
     assert isinstance(optimizer, TrustRatioOptimizer)
     ratios = []

@@ -21,6 +21,12 @@ _PREDICT = (
     "measured, for hardware whose speed the flags give. What the model adds up: docs/prediction.md."
 )
 
+_MEMORY = (
+    "Predicts the peak memory of each rank before anything is trained: the model runs on tensors "
+    "without elements. With --measure two optimizer steps are trained and measured beside it. What "
+    "the prediction adds up: docs/memory.md."
+)
+
 
 def add(commands: Any) -> None:
     """Add the command and its tables."""
@@ -43,10 +49,27 @@ def add(commands: Any) -> None:
     _add_autoattack(tables)
     _add_scaling(tables)
     _add_predict(tables)
+    summary = "peak memory of a rank by moment of a step, predicted and measured"
+    table = add_command(tables, "memory", _bench_memory, summary, description=_MEMORY)
+    add_config(table)
+    table.add_argument(
+        "--ranks", type=int, nargs="+", help="numbers of ranks (default: the launcher's, or 1)"
+    )
+    _add_memory(table)
+    add_output(table)
     ratios = "LAMB's and LARS's trust ratios under every ZeRO stage"
     table = add_command(tables, "trust-ratios", _bench_trust_ratios, ratios)
     add_config(table)
     add_output(table)
+
+
+def _add_memory(table: argparse.ArgumentParser) -> None:
+    table.add_argument(
+        "--gpu_gib", type=float, metavar="GIB", help="predict for GPUs of this memory: does it fit?"
+    )
+    table.add_argument(
+        "--measure", action="store_true", help="train two steps and measure the peaks beside"
+    )
 
 
 def _add_autoattack(tables: Any) -> None:
@@ -108,11 +131,18 @@ def _add_predict(tables: Any) -> None:
     summary = "step times by a cost model, checked against 'bench scaling'"
     table = add_command(tables, "predict", _bench_predict, summary, description=_PREDICT)
     table.add_argument(
-        "--scaling", nargs="+", required=True, metavar="FILE", help="records of 'bench scaling'"
+        "--scaling", nargs="+", metavar="FILE", help="records of 'bench scaling'; needed for times"
     )
+    table.add_argument(
+        "--memory", action="store_true", help="predict memory instead, as 'bench memory' does"
+    )
+    add_config(table, required=False)
+    _add_memory(table)
     table.add_argument("--attack", metavar="FILE", help="a record of 'bench attack'")
     table.add_argument("--compression", metavar="FILE", help="a record of 'bench compression'")
-    table.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
+    table.add_argument(
+        "--ranks", type=int, nargs="+", help="numbers of ranks (default: 8 64 512 4096)"
+    )
     table.add_argument("--gpus", type=int, default=1, help="ranks (GPUs) per machine")
     table.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages")
     table.add_argument("--codecs", nargs="+", default=["none", "int8", "one_bit_adam"])
@@ -205,7 +235,31 @@ def _bench_autoattack(options: argparse.Namespace, defaults: Mapping[str, Any]) 
     return 0
 
 
+def _bench_memory(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    from dat_ds.bench.memory.predict import bench_memory
+
+    table = bench_memory(
+        load_run(options, defaults),
+        ranks=options.ranks,
+        gpu_gib=options.gpu_gib,
+        measure=options.measure,
+        output=options.output,
+    )
+    if table:
+        print(table)
+    return 0
+
+
 def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
+    if options.memory:
+        if options.deepspeed_config is None:
+            raise UserError("--memory needs a run: --deepspeed_config ds_configs/zero3.json.")
+        return _bench_memory(options, defaults)
+    if not options.scaling:
+        raise UserError(
+            "Name records of 'dat-ds bench scaling' by --scaling, or write --memory "
+            "--deepspeed_config FILE for memory."
+        )
     from dat_ds.bench.prediction.predict import bench_predict
     from dat_ds.bench.prediction.target import Target
 
@@ -216,7 +270,7 @@ def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> 
         Target(**given),
         attack=options.attack,
         compression=options.compression,
-        ranks=options.ranks,
+        ranks=options.ranks or (8, 64, 512, 4096),
         gpus=options.gpus,
         stages=options.stages,
         codecs=options.codecs,

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -575,6 +575,40 @@ def _whole_masters(zero: Any) -> tuple[list[Tensor], list[Tensor]]:
     if not isinstance(zero, FP16_UnfusedOptimizer):
         return masters, masters
     return masters, [p for group in zero.fp16_groups for p in group]
+
+
+def accounted_bytes(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Bytes of the tensors that this rank keeps between two steps, each storage once.
+
+    Returns:
+        ``parameters`` of the model, whole or ZeRO-3's shards, gathered ones left out; ``master``
+        weights that are no parameters; ``optimizer``, its states; ``gradients``.
+    """
+    counted: set[int] = set()
+
+    def size(tensors: Iterable[Tensor | None]) -> int:
+        total = 0
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in counted:
+                counted.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+    masters = [held.tensor for held in master_weights(engine)]
+    states = basic_optimizer(engine).state.values()
+    found = {
+        "parameters": size(held_weights(engine)),
+        "master": size(masters),
+        "optimizer": size(
+            v for s in states for v in s.values() if isinstance(v, Tensor) and v.numel() > 1
+        ),
+    }
+    kept = [getattr(engine.optimizer, "grad_partitions_flat_buffer", None)]
+    gradients = [tensor.grad for tensor in (*engine.module.parameters(), *masters)]
+    return {**found, "gradients": size([*kept, *gradients])}
 
 
 def held_pieces(engine: DeepSpeedEngine) -> list[Piece]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dat_ds.bench.scaling.network import ShapedNetwork
 from dat_ds.errors import ConfigError
@@ -18,7 +18,12 @@ _PORT = 29_511
 
 
 def run_ranks(
-    module: str, arguments: Sequence[str], *, ranks: int, mbit: float | None = None
+    module: str,
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    mbit: float | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     """Run ``python -m module arguments`` as so many gloo ranks; the first that fails ends all.
 
@@ -28,6 +33,7 @@ def run_ranks(
         ranks: Number of processes, of one thread each.
         mbit: Speed of every rank's link in megabits a second, in each direction; None leaves the
             ranks on this machine's loopback, and takes no rights.
+        variables: Further variables of the environment of every rank.
 
     Raises:
         ConfigError: No right to make hosts, or a rank that failed.
@@ -46,6 +52,7 @@ def run_ranks(
                     **rank_environment(rank, ranks, port, address=address),
                     "GLOO_SOCKET_IFNAME": "lo" if network is None else network.interface(rank),
                     "OMP_NUM_THREADS": "1",
+                    **(variables or {}),
                 }
                 command = words if network is None else network.command(rank, words)
                 workers.append(

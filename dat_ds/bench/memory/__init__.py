@@ -1,0 +1,1 @@
+"""Memory of a training step, by rank: predicted without training, and measured."""
