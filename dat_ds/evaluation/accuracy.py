@@ -119,7 +119,7 @@ def evaluate(
         data: Map-style dataset of ``(x, y)``.
         threat: Allowed perturbations.
         attacks: Names such as ``"pgd-20"``, ``"pgd-50-10"`` (steps, restarts) or
-            ``"apgd-dlr-100"``; see :func:`dat_ds.config.parse_evaluation_attack`.
+            ``"apgd-dlr-100"``; see :func:`dat_ds.attacks.parse_evaluation_attack`.
         num_examples: First images of ``data``; None for all.
         batch_size: Images per forward and rank.
         seed: Seed of the random starts.
