@@ -15,13 +15,15 @@ import psutil
 from dat_ds.errors import INTERRUPTED
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+_PROGRAM = 4  # words of a command line that name the program
 _GRACE = 2.0  # seconds for the main thread to take an interrupt itself
 _LOOK = 2.0  # seconds between two looks at the launcher
 _LAUNCHERS = ("deepspeed", "torchrun")
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # that each sets for its ranks
+_INNER = "deepspeed.launcher.launch"
 _LAUNCHER_MODULES = (
     "deepspeed.launcher.runner",
-    "deepspeed.launcher.launch",
+    _INNER,
     "torch.distributed.run",
     "torch.distributed.launch",
 )
@@ -123,20 +125,22 @@ def launchers() -> list[psutil.Process]:
 def was_orphaned(launcher: psutil.Process) -> bool:
     """Whether the outermost launcher that is left was started by another one, which has ended.
 
-    ``deepspeed`` starts ``deepspeed.launcher.launch``. Where it has ended since, what adopted the
-    latter is of another session, and the first process of its process group is gone.
+    ``deepspeed`` starts ``deepspeed.launcher.launch``. Where it has ended since, the latter was
+    adopted by a process of another session, and still is in the process group of the former. Those
+    that people start themselves may outlive what started them: ``nohup torchrun ... &``.
     """
     with contextlib.suppress(OSError, psutil.Error):
+        if _INNER not in launcher.cmdline()[:_PROGRAM]:
+            return False
         pid, parent = launcher.pid, launcher.ppid()
-        group = os.getpgid(pid)
         is_adopted = parent == 0 or os.getsid(parent) != os.getsid(pid)
-        return is_adopted and group != pid and not psutil.pid_exists(group)
+        return is_adopted and os.getpgid(pid) != pid
     return False
 
 
 def _is_launcher(words: list[str]) -> bool:
     # python /usr/bin/deepspeed ..., or python -u -m deepspeed.launcher.launch ...
-    first = words[:4]
+    first = words[:_PROGRAM]
     return any(PurePath(w).name in _LAUNCHERS or w in _LAUNCHER_MODULES for w in first)
 
 

@@ -298,8 +298,10 @@ def test_launcher_deaths(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    # A shell starts its background jobs with SIGINT ignored, which launchers would inherit.
+    # A shell starts its background jobs with SIGINT ignored, and nohup with SIGHUP, which launchers
+    # would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     stops, deaths = (int(word) for word in [*sys.argv[1:], "20", "40"][:2])
     with tempfile.TemporaryDirectory() as name:
         stopped = stopped_ranks(Path(name) / "stops", stops, seed=0)

@@ -110,26 +110,53 @@ def test_a_second_ctrl_c_ends_a_wait_in_a_collective_too() -> None:
         assert "Traceback" not in errors
 
 
-def test_a_launcher_whose_own_launcher_has_ended_was_orphaned() -> None:
-    code = (
-        "import subprocess, sys; "
-        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-        "print(inner.pid, flush=True); inner.wait()"
+def inner_launcher(name: str, *, in_own_group: bool = False) -> tuple[subprocess.Popen, list[int]]:
+    """A script that runs a launcher that runs another one; the script, and both by number."""
+    words = f"[sys.executable, '-c', 'import time; time.sleep(60)', {name!r}]"
+    inner = f"inner = subprocess.Popen({words}, start_new_session={in_own_group})"
+    outer = f"import subprocess, sys; {inner}; print(inner.pid, flush=True); inner.wait()"
+    script = (
+        f"import subprocess, sys; outer = subprocess.Popen([sys.executable, '-c', {outer!r}]); "
+        "print(outer.pid, flush=True); outer.wait(); import time; time.sleep(60)"
     )
-    words = [sys.executable, "-c", code]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as outer:
-        assert outer.stdout is not None
-        inner = psutil.Process(int(outer.stdout.readline()))
-        try:
-            assert not stopping.was_orphaned(inner)
-            outer.kill()
-            outer.wait()
-            deadline = time.monotonic() + 10
-            while not stopping.was_orphaned(inner) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert stopping.was_orphaned(inner)
-        finally:
-            inner.kill()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    pids = sorted(int(process.stdout.readline()) for _ in range(2))
+    return process, pids
+
+
+@pytest.mark.parametrize(
+    ("name", "in_own_group", "expected"),
+    [
+        ("deepspeed.launcher.launch", False, True),
+        ("deepspeed.launcher.launch", True, False),  # setsid
+        ("torch.distributed.run", False, False),  # nohup torchrun ... & of a script
+        ("deepspeed.launcher.runner", False, False),
+    ],
+)
+@pytest.mark.parametrize("script_ends", [False, True])
+def test_an_inner_launcher_whose_outer_one_has_ended_was_orphaned(
+    name: str, in_own_group: bool, expected: bool, script_ends: bool
+) -> None:
+    script, pids = inner_launcher(name, in_own_group=in_own_group)
+    outer, inner = map(psutil.Process, pids)
+    if inner.ppid() != outer.pid:
+        outer, inner = inner, outer
+    try:
+        assert not stopping.was_orphaned(inner)
+        if script_ends:
+            script.kill()
+            script.wait()
+        outer.kill()
+        deadline = time.monotonic() + 10
+        while inner.ppid() == outer.pid and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert stopping.was_orphaned(inner) is expected
+    finally:
+        inner.kill()
+        script.kill()
+        script.wait()
+        script.stdout.close()
     assert not stopping.was_orphaned(psutil.Process())
