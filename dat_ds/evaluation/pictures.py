@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,25 +61,47 @@ def draw_examples(
         delta = x_adv - x
         scale = float(delta.abs().max().clamp_min(1e-12))
         pictures = (x, 0.5 + delta / (2 * scale), x_adv)
-        words = ("image", f"perturbation\nx {0.5 / scale:.1f}", f"under {attack}")
-        for offset, (images, word) in enumerate(zip(pictures, words, strict=True)):
+        kinds = ("image", f"perturbation\nx {0.5 / scale:.1f}", f"under {attack}")
+        for offset, (images, word) in enumerate(zip(pictures, kinds, strict=True)):
             row = axes[3 * block + offset]
             for column in range(columns):
                 _show(row[column], images[column])
                 if offset != 1:
                     found = (before if offset == 0 else after)[column]
                     right = found == labels[column]
-                    name = name_of(found, class_names).replace("$", r"\$")  # or a formula begins
+                    name, true = (name_of(k, class_names) for k in (found, labels[column]))
+                    words = name if right else f"\u2717 {name}\nis {true}"
                     row[column].set_title(
-                        name if right else f"\u2717 {name}",
+                        words.replace("$", r"\$"),  # or a formula begins
                         color=_RIGHT if right else _WRONG,
                         fontsize=9,
                     )
             label = f"{model_name}\n{word}".strip().replace("$", r"\$")
             row[0].set_ylabel(label, fontsize=8)
-    figure.suptitle("Above each image: the predicted class; a cross where it is wrong.", fontsize=9)
+    figure.suptitle(
+        "Above each image: the predicted class; where it is wrong, a cross and the true class.",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=110)
     return predicted
+
+
+def of_several_classes(labels: Tensor, count: int) -> list[int]:
+    """Indices of images of as many classes as there are: the first of each, then the second ones.
+
+    Args:
+        labels: Classes ``(N,)``.
+        count: How many, at most.
+
+    Returns:
+        Ascending indices.
+    """
+    seen: Counter[int] = Counter()
+    rounds = []
+    for index, label in enumerate(labels.tolist()):
+        rounds.append((seen[label], index))
+        seen[label] += 1
+    return sorted(index for _, index in sorted(rounds)[:count])
 
 
 def _show(axis: Axes, image: Tensor) -> None:

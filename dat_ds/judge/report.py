@@ -27,6 +27,7 @@ from dat_ds.evaluation.curves import (
     radii_of,
 )
 from dat_ds.evaluation.figures import length_in_words
+from dat_ds.evaluation.pictures import of_several_classes
 from dat_ds.evaluation.record import norm_in_words
 from dat_ds.files import replace_text, write_json, writing
 from dat_ds.judge import charts, sections
@@ -198,16 +199,17 @@ def _examples(
     class_names: Sequence[str] | None,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Draw the first images under attack; None where a picture cannot show their channels."""
+    """Draw images under attack; None where a picture cannot show their channels."""
     if x.shape[1] not in (1, 3):
         return None
     file = Path(FIGURES) / "examples.png"
     with writing(folder / file):
         (folder / file).parent.mkdir(exist_ok=True)
+    shown = of_several_classes(y, _EXAMPLES)
     found = draw_examples(
         {"": model},
-        x[:_EXAMPLES],
-        y[:_EXAMPLES],
+        x[shown],
+        y[shown],
         threat,
         _EXAMPLES_ATTACK,
         folder / file,

@@ -135,14 +135,14 @@ def pictures_of(evidence: Evidence) -> Section:
             (
                 evidence.folder / examples["file"],
                 f"{count} images, their perturbations and adversarial images. Predictions: {told}.",
-                f"The first {count} images under {examples['attack']}.",
+                f"{count} images of several classes under {examples['attack']}.",
             )
         )
     found.append(
         (
             evidence.run / "examples.png",
             "Test images, their perturbations and adversarial images, with the predicted classes.",
-            "The first test images after training, under the attack of the validation.",
+            "Test images of several classes after training, under the attack of the validation.",
         )
     )
     shown = [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
 from dat_ds.assembly import build_data_of, build_model_of, evaluate_model
@@ -39,6 +40,7 @@ from dat_ds.evaluation import (
     task_of,
     versions,
 )
+from dat_ds.evaluation.pictures import of_several_classes
 from dat_ds.files import write_json, writing
 from dat_ds.models import load
 from dat_ds.objectives import rotations
@@ -322,7 +324,8 @@ def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) ->
     if channels not in (1, 3):
         logger.info("No picture: images have %d channels.", channels)
         return
-    shown = Subset(splits.test, range(min(count, len(splits.test))))  # type: ignore[arg-type]
+    labels: Tensor = splits.test.labels  # type: ignore[attr-defined]  # every reader's test part
+    shown = Subset(splits.test, of_several_classes(labels, count))
     x, y = default_collate([shown[i] for i in range(len(shown))])
     class_names = splits.class_names
     if objective.head == "rotation":

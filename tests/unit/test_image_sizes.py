@@ -17,6 +17,7 @@ from dat_ds.attacks import ThreatModel
 from dat_ds.config import load_config
 from dat_ds.errors import ConfigError, ModelError
 from dat_ds.evaluation import draw_examples
+from dat_ds.evaluation.pictures import of_several_classes
 from dat_ds.models import PixelModel, build_model, check_takes_images, load, save_weights
 from tests.integration import tiny_run
 from tests.unit.model_helpers import VIT
@@ -188,4 +189,17 @@ def test_a_class_without_a_name_is_drawn_by_its_number(
     flat[1].bias.data = torch.tensor([0.0, 1.0])
     threat = ThreatModel("linf", 0.1)
     draw_examples({"m": flat}, x, y, threat, "pgd-1", tmp_path / "a.png", class_names=["only"])
-    assert titles == ["\u2717 1"] * 4, "a cross, since it is wrong"
+    assert titles == ["\u2717 1\nis only"] * 4, "a cross, since it is wrong"
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "expected"),
+    [
+        ([0, 0, 0, 1, 2, 1], 3, [0, 3, 4]),  # one of each class
+        ([0, 0, 0, 1, 2, 1], 5, [0, 1, 3, 4, 5]),  # then second ones
+        ([3, 3], 4, [0, 1]),
+        ([2, 1, 0], 2, [0, 1]),
+    ],
+)
+def test_pictures_are_of_as_many_classes_as_there_are(labels, count, expected):
+    assert of_several_classes(torch.tensor(labels), count) == expected
