@@ -15,6 +15,7 @@ from dat_ds.cli import (
     doctor,
     evaluate,
     export,
+    init,
     label,
     predict,
     presets,
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=dat_ds.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (
+        init,
         train,
         evaluate,
         doctor,

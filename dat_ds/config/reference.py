@@ -124,11 +124,34 @@ def _is_inherited(method: type[Section], base: type[Section], key: str) -> bool:
     return theirs is not None and _default(mine) == _default(theirs)
 
 
-def _rows(cls: type[Section], keys: Sequence[str]) -> Iterator[str]:
+def meanings(section: str, name: str | None = None) -> dict[str, str]:
+    """First sentence of what each key of a section means.
+
+    Args:
+        section: Key of ``dat``, such as ``"attack"``.
+        name: The method that it chooses, where it chooses one.
+    """
+    field = DatConfig.known_keys()[section]
+    table = field.metadata.get("table")
+    cls = _section_type(get_type_hints(DatConfig)[section])
+    if isinstance(table, Table):
+        cls = table.find(name, section, []) if name is not None else table[table.default]
+    assert cls is not None
+    notes = {key: text.split(". ")[0].rstrip(".") + "." for key, text in _notes(cls).items()}
+    return notes | ({} if name is None else {"name": summary_of(cls)})
+
+
+def _notes(cls: type[Section]) -> dict[str, str]:
+    """The docstring under each field, inherited ones too."""
     notes: dict[str, str] = {}
     for kind in reversed(cls.__mro__):
         if kind is not Section and dataclasses.is_dataclass(kind):
             notes |= _field_docs(kind)
+    return notes
+
+
+def _rows(cls: type[Section], keys: Sequence[str]) -> Iterator[str]:
+    notes = _notes(cls)
     yield "| key | default | valid | meaning |"
     yield "| --- | --- | --- | --- |"
     for key in keys:

@@ -54,5 +54,16 @@ def test_the_command_line_has_the_documented_commands(
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("train", "eval", "export", "predict", "presets", "config", "report", "bench"):
+    for command in (
+        "init",
+        "train",
+        "eval",
+        "export",
+        "label",
+        "predict",
+        "presets",
+        "config",
+        "report",
+        "bench",
+    ):
         assert f"\n    {command} " in text
