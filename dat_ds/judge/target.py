@@ -213,6 +213,9 @@ def dataset_of(
         values |= {"name": name} | ({"path": path} if colon else {})
     if run is not None:
         values.setdefault("img_size", run.dat.data.img_size)
+        chosen = DATASETS.methods.get(str(values["name"]))
+        if chosen is not None and "crop_share" in chosen.known_keys():
+            values.setdefault("crop_share", getattr(run.dat.data, "crop_share", None))
     before = len(problems)
     dataset = parse_method(DATASETS, values, "dat.data", problems)
     problems += [

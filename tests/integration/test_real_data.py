@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from dat_ds.cli.main import main
+from dat_ds.config import load_config
+from dat_ds.judge.target import dataset_of
 from dat_ds.models.saved import find_saved, read_spec
 from tests.distributed.harness import run_ranks
 from tests.integration import tiny_run
@@ -98,14 +100,21 @@ def test_damaged_images_are_listed_counted_and_known_after_a_resume(
 
 def test_names_of_classes_lie_in_the_run_and_go_by_name(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", count=8)
+    for file in (tmp_path / "data").rglob("*.png"):  # which are easy to tell apart
+        level = 40 if file.parent.name == "a" else 200
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(file)
     (tmp_path / "map.txt").write_text("b\na\n")
     data = {"name": "imagefolder", "path": str(tmp_path / "data")}
     values = config(tmp_path, {**data, "class_map": str(tmp_path / "map.txt")})
+    values["dat"]["schedule"] = {"epochs": 10}
     assert train(tmp_path, values) == 0
     run = tmp_path / "run"
     record = json.loads((run / "record.json").read_text())
     assert record["class_names"] == ["b", "a"]
+    assert record["natural_acc"] == 1
     assert read_spec(find_saved(run) / "model.json")["class_names"] == ["b", "a"]
+    chosen = dataset_of("imagefolder:any", load_config(run / "config.json"), {}, [])
+    assert (chosen.img_size, chosen.crop_share) == (8, 1)
     # Neither the map nor the run's data are needed any more to know the order.
     (tmp_path / "map.txt").unlink()
     (tmp_path / "data" / "train").rename(tmp_path / "gone")
@@ -142,7 +151,6 @@ def test_a_mixture_is_trained_on_and_another_one_refused(
 
 def two_ranks(folder: str) -> dict[str, Any]:
     """What happens on a rank whose images are damaged, and on one whose shard is lost."""
-    from dat_ds import load_config
     from dat_ds.errors import UserError
     from dat_ds.training.run import train
 
