@@ -137,8 +137,12 @@ def check_folders(options: argparse.Namespace) -> None:
 def load_run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:
     """The run that the arguments of :func:`add_config` name.
 
+    Args:
+        options: What was typed.
+        defaults: Values for keys that a file leaves out; a preset is complete, and takes none.
+
     Raises:
-        ConfigError: With all problems found.
+        UserError: With all problems found.
     """
     from dat_ds.config import load_config
     from dat_ds.config.load import read_values
@@ -151,4 +155,9 @@ def load_run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunCon
     elif preset is not None and not any(text.startswith("dat.data") for text in options.set):
         name = source["dat"]["data"]["name"]
         raise UserError(f"--preset {preset} needs its images: add --data {name}:PATH.")
-    return load_config(source, overrides=options.set, defaults=defaults, imports=options.imports)
+    return load_config(
+        source,
+        overrides=options.set,
+        defaults=defaults if preset is None else None,
+        imports=options.imports,
+    )

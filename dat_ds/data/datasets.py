@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ class DataSplits:
         std: Per channel, pixel units, of the same data; at least one grey level (1/255).
         name: Name the splits were built by.
         class_names: Names in label order, or None where the data has none.
-        sides: Sides of the training images along the run, rising, where they change.
+        sides: Sides that training images may have along the run, rising, where they change.
         mixture: Composition of ``train`` where it has unlabelled images, else None.
         num_extra: Training images of ``dat.data.extra``, which are the last ones of ``train``.
     """
@@ -138,7 +137,7 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
         seed,
         size=(shape[1], shape[2]),
         policy=policy_of(dataset, shape, source.statistics),
-        side_in=functools.partial(dataset.side_in, full=shape[1]) if len(sides) > 1 else None,
+        side_in=functools.partial(dataset.side_in, full=shape[1]) if sides else None,
     )
     if dataset.mixes:
         augmented = Mixed(augmented, total, mixup=dataset.mixup, cutmix=dataset.cutmix, seed=seed)
@@ -219,10 +218,10 @@ def _remedy(shape: ImageShape, wanted: ImageShape) -> str:
 
 
 def _sides(dataset: DatasetMethod, shape: ImageShape) -> tuple[int, ...]:
-    """Sides of the training images along the run, rising; none where they do not change."""
+    """Sides that training images may have along the run; none where they do not change."""
     _, height, width = shape
-    start, epochs = dataset.progressive_from, dataset.progressive_epochs
-    if start is None or epochs is None:
+    start = dataset.progressive_from
+    if start is None:
         return ()
     if height != width or start >= height:
         wrong = "has to be below their side" if height == width else "is for square images"
@@ -230,7 +229,7 @@ def _sides(dataset: DatasetMethod, shape: ImageShape) -> tuple[int, ...]:
             f"dat.data.progressive_from={start} {wrong}, and the images have {height} x {width} "
             "pixels: write dat.data.img_size, such as 224, or remove it."
         )
-    return tuple(sorted({dataset.side_in(e, height) for e in range(math.ceil(epochs) + 1)}))
+    return (*range(start, height, dataset.progressive_step), height)
 
 
 def _training_part(

@@ -75,12 +75,9 @@ class DatasetMethod(Method):
     ] = "none"
     """Augmentation of the training images: what is cut out of them, and mirroring; ``idbh_weak``
     and ``idbh_strong`` are whole policies."""
-    rand_augment: str | None = option(
-        None,
-        "timm's string, such as 'rand-m9-mstd0.5-inc1'",
-        is_rand_augment,
-    )
-    """timm's RandAugment, after ``augment``. On 8-bit pixels: others are rounded to them."""
+    rand_augment: str | None = None
+    """timm's RandAugment by its string there, such as ``rand-m9-mstd0.5-inc1``, after ``augment``.
+    On 8-bit pixels: others are rounded to them."""
     trivial_augment: bool = False
     """torchvision's TrivialAugment (wide), after ``augment``; on 8-bit pixels likewise."""
     color_jitter: float = share(0.0)
@@ -172,6 +169,11 @@ class DatasetMethod(Method):
 
     def problems(self) -> Iterator[str]:
         """Keys that exclude or need one another; nothing to drop; shares that do not add up."""
+        if self.rand_augment is not None and not is_rand_augment(self.rand_augment):
+            yield (
+                f"rand_augment={self.rand_augment!r} is not valid: write timm's string, such as "
+                "'rand-m9-mstd0.5-inc1'."
+            )
         policies = [
             key
             for key in ("rand_augment", "trivial_augment", "color_jitter", "random_erasing")

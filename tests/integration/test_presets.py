@@ -180,6 +180,14 @@ def test_the_commands_list_and_print_presets(capsys: pytest.CaptureFixture[str])
     assert "trades_awp: valid." in capsys.readouterr().out
 
 
+def test_a_recipe_s_choices_do_not_reach_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    narrow = {"dat": {"model": {"name": "resnet18", "options": {"channels": [8] * 4}}}}
+    words = ["config", "--preset", "fast_at", "--data", "cifar10:x", "--print"]
+    assert main(words, defaults=narrow) == 0
+    model = json.loads(capsys.readouterr().out)["dat"]["model"]
+    assert model["options"] == {"zero_init_last": False}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ from torchvision import transforms
 
 from dat_ds.config import load_config
 from dat_ds.data import (
+    AUGMENTATIONS,
     Augmented,
+    DatasetMethod,
     DistributedLoader,
     SampleKey,
     TensorImages,
@@ -419,6 +421,10 @@ def test_other_channels_are_refused_by_key(options: dict[str, Any], words: str) 
     with pytest.raises(DataError, match=words):
         data_of(options, channels=4)
     assert data_of({"random_erasing": 0.5}, channels=4)[0][0].shape == (4, 16, 16)
+
+
+def test_the_config_takes_every_augmentation_there_is() -> None:
+    assert get_args(get_type_hints(DatasetMethod)["augment"]) == AUGMENTATIONS
 
 
 def test_a_policy_beside_idbh_is_a_programmer_s_mistake() -> None:
