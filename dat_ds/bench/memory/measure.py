@@ -7,6 +7,7 @@ on a GPU the most that torch's allocator has given out.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import math
@@ -23,7 +24,7 @@ from torch import nn
 
 from dat_ds.bench.memory.moments import ATTACK, START, STEP, UPDATE
 from dat_ds.bench.scaling.hosts import run_ranks
-from dat_ds.config import RunConfig, load_config
+from dat_ds.config import DatConfig, RunConfig, load_config
 
 STEPS = 2
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -128,22 +129,21 @@ def _measure_here(run: RunConfig) -> list[dict[str, Any]]:
 def _warm_up(run: RunConfig, splits: Any, ranks: Any) -> None:
     """A step of a tiny model, so that what libraries load does not count as the run's."""
     from dat_ds.assembly import build_model_of
-    from dat_ds.config import resolve_batch
     from dat_ds.engine.build import initialize
 
     build_model_of(run, splits, on_meta=True)
-    channels = splits.image_shape[0]
+    plain = DatConfig(data=run.dat.data, optimizer=run.dat.optimizer, schedule=run.dat.schedule)
     tiny = nn.Sequential(
-        nn.Conv2d(channels, 8, 3, stride=2, padding=1),
+        nn.Conv2d(splits.image_shape[0], 8, 3, stride=2, padding=1),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8, 8),
         nn.Linear(8, max(2, splits.num_classes)),
     )
-    engine, *_ = initialize(model=tiny, config=run, ranks=ranks)
-    _, accumulation = resolve_batch(run.deepspeed, ranks.count)
-    x, y = torch.rand(2, *splits.image_shape), torch.zeros(2, dtype=torch.int64)
-    engine.train_step([(x, y)] * accumulation)
+    plain_run = dataclasses.replace(run, dat=plain)
+    engine, *_ = initialize(model=tiny, config=plain_run, ranks=ranks)
+    x, y = torch.rand(1, *splits.image_shape), torch.zeros(1, dtype=torch.int64)
+    engine.train_step([(x, y)] * engine.accumulation)
     engine.close()
     del engine, tiny
     gc.collect()

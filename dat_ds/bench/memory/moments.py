@@ -165,7 +165,8 @@ def _kept(s: Setting, ledger: Ledger, moment: str) -> None:
         if s.ranks > 1:
             ledger.add(moment, "gathered parameters", s.width * small)
     else:
-        ledger.add(moment, "parameters", s.width * (s.parameters + s.frozen))
+        whole = s.parameters if s.stage == 0 else s.ranks * s.share
+        ledger.add(moment, "parameters", s.width * (whole + s.frozen))
     ledger.add(moment, "buffers", s.buffer_bytes)
     if s.has_masters:
         ledger.add(moment, "master weights", _FLOAT * s.share, on_host=optimizer_on_host)

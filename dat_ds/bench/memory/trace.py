@@ -222,6 +222,7 @@ class TracedModel:
             nonlocal done
             done += parameter.numel()
             parameter.grad = None
+            seen(live.now)
 
         live.watch(seen)
         self._model.train()
