@@ -134,11 +134,13 @@ class Identity:
                 f"--changed {unknown[0]}: the config has no such key or section. Write one such as "
                 "dat.schedule or optimizer.params.lr."
             )
-        if any(_is_in(name, [_GROUPS]) for name in changed):
+        tuned = [key for key in sorted(saved.keys() | now.keys()) if _is_in(key, [_GROUPS])]
+        tuned = [key for key in tuned if saved.get(key, _MISSING) != now.get(key, _MISSING)]
+        if any(_is_in(key, changed) for key in tuned):
             raise CheckpointError(
-                f"--changed {_GROUPS}: it decides which parameters have a state in the optimizer, "
-                "so a run goes on with that of its checkpoint. Start a new run from the weights: "
-                "dat.model.pretrained=RUN."
+                f"--changed: {tuned[0]} differs, which decides what parameters have a state in the "
+                "optimizer, so a run goes on with that of its checkpoint. Start a new run from its "
+                "weights: dat.model.pretrained=RUN."
             )
         found = [
             f"{key}: checkpoint {_shown(saved.get(key, _MISSING))}, "

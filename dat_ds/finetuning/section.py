@@ -84,7 +84,7 @@ class FinetuningConfig(Section):
     linear_probe: bool = False
     """Train the classifier alone."""
     parameters: list[ParameterRule] = field(default_factory=list)
-    """Rules by name."""
+    """A list of rules by name."""
     lora: LoraConfig | None = None
     """Adapters."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dat_ds.finetuning.lora import merged
 from tests.distributed import tiny
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import weights_of
@@ -177,6 +178,7 @@ def test_the_schedule_keeps_the_ratios(moves: dict[str, Any]) -> None:
 def trained_and_resumed(case: tuple[str, str, int, str, float]) -> dict[str, Any]:
     """A run with a checkpoint in its middle: what it holds, and what goes on from it."""
     from dat_ds.engine import hooks
+    from dat_ds.engine.unaveraged import unaveraged_weights
     from dat_ds.models.pretrained import read_weights
 
     kind, name, stage, precision, decay = case
@@ -193,7 +195,9 @@ def trained_and_resumed(case: tuple[str, str, int, str, float]) -> dict[str, Any
         masters = hooks.master_weights(engine.deepspeed)
         held = {piece[0] for weights in masters for piece in weights.pieces}
         averaged = 0 if engine.ema is None else sum(t.numel() for t in engine.ema.averages)
+        at_save = weights_of(engine)
         engine.save_checkpoint(folder, tag="here")
+        raw = unaveraged_weights(Path(folder) / "here")
         step(engine, 3)
         unbroken = weights_of(engine)
         sent = dict(engine.metrics["bytes_sent"])
@@ -231,6 +235,8 @@ def trained_and_resumed(case: tuple[str, str, int, str, float]) -> dict[str, Any
         "unbroken": unbroken,
         "logits": logits,
         "saved": saved,
+        "at_save": at_save,
+        "raw": raw,
         "averages": averages,
         "sent": sent,
     }
@@ -288,6 +294,10 @@ def test_the_saved_model_holds_merged_weights(
     run = frozen_runs[0][case]
     _, _, _, precision, decay = case
     plain = tiny.vit()
+    now = merged(run["at_save"], LORA["alpha"] / LORA["rank"])
+    for key, value in run["raw"].items():
+        tolerance = 1e-6 if precision == "float32" else 1e-2
+        torch.testing.assert_close(value, now[key], rtol=tolerance, atol=tolerance, msg=key)
     state = {k: v.float() for k, v in run["saved"].items()}
     assert state.keys() == plain.state_dict().keys()
     changed = [k for k, v in plain.state_dict().items() if not torch.equal(v, state[k])]

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from dat_ds.errors import ConfigError
+from dat_ds.integrations.hf.settings import CallbackArguments
 from tests.hf_tiny import PixelDicts, our_hooks, trainer_of, vit
 from tests.unit.hf_helpers import callback_of
 
@@ -110,3 +111,10 @@ def test_a_loss_computed_elsewhere_is_refused(tmp_path: Path, kind: Any, message
     with pytest.raises(ConfigError, match=message):
         trainer_of(model, tmp_path, [callback_of()], kind=kind).train()
     assert our_hooks(model) == []
+
+
+def test_fine_tuning_is_the_trainers_own_matter() -> None:
+    with pytest.raises(ConfigError, match=r"dat\.finetuning is not read under .*Trainer, which is"):
+        CallbackArguments(threat_model={"eps": 0.1}, attack="pgd").resolve(
+            {"finetuning": {"linear_probe": True}}
+        )

@@ -150,3 +150,24 @@ def test_one_other_label_among_the_samples_that_are_compared_is_found() -> None:
     assert difference(fingerprint(data), fingerprint(other)) == (
         "sample 29 and 0 more of 30 that were compared"
     )
+
+
+def test_fine_tuning_stays_as_it_was() -> None:
+    tuned = identity(dat={**BASE["dat"], "finetuning": {"layer_decay": 0.5}})
+    words = refusal(tuned, identity())
+    assert words is not None
+    assert "dat.finetuning.layer_decay: checkpoint None, this run 0.5" in words
+    for name in ("dat.finetuning.layer_decay", "dat.finetuning", "dat"):
+        words = refusal(tuned, identity(), name)
+        assert words is not None
+        assert words.startswith("--changed: dat.finetuning.layer_decay differs")
+    assert refusal(tuned, tuned, "dat.finetuning") is None
+
+
+def test_checkpoints_from_before_there_was_fine_tuning_trained_everything() -> None:
+    saved = state(identity())
+    del saved["config"]["dat"]["finetuning"]
+    identity().check(Path("step-00000005"), saved)
+    tuned = identity(dat={**BASE["dat"], "finetuning": {"linear_probe": True}})
+    with pytest.raises(CheckpointError, match="linear_probe: checkpoint False, this run True"):
+        tuned.check(Path("step-00000005"), saved)
