@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,13 +147,12 @@ class _UseCheck:
         self._handles = [network.register_forward_hook(self._check)]
         for name in names:
             layer = network.get_submodule(name)
-            self._handles.append(layer.register_forward_hook(self._seen(name)))
+            # No closure: a deep copy of the network has to check its own layers.
+            hook = functools.partial(self._see, name)
+            self._handles.append(layer.register_forward_hook(hook))
 
-    def _seen(self, name: str) -> Any:
-        def seen(_module: nn.Module, _given: Any, _output: Any) -> None:
-            self._unused.discard(name)
-
-        return seen
+    def _see(self, name: str, _module: nn.Module, _given: Any, _output: Any) -> None:
+        self._unused.discard(name)
 
     def _check(self, _module: nn.Module, _given: Any, _output: Any) -> None:
         for handle in self._handles:

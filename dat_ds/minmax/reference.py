@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dat_ds.casting import LayerCasts
 from dat_ds.errors import ConfigError
+from dat_ds.finetuning.lora import without_adapters
 from dat_ds.models.replicas import share_from_first_rank
 
 
@@ -42,7 +43,8 @@ def settle(reference: nn.Module, model: nn.Module, device: torch.device) -> None
             layers cast what they are given, as the model's do.
         device: Where the model runs.
     """
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    # Of before the model got adapters, if it has any.
+    dtypes = {without_adapters(name): tensor.dtype for name, tensor in _tensors(model)}
     for name, tensor in _tensors(reference):
         tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     reference.to(device)

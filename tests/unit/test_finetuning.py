@@ -24,6 +24,7 @@ from dat_ds.finetuning.layers import classifier_of, network_of, rates_by_depth
 from dat_ds.finetuning.lora import merged
 from dat_ds.finetuning.plan import prepare
 from dat_ds.method import parse_section
+from dat_ds.minmax.reference import frozen_copy, settle
 from dat_ds.models import build_model
 from dat_ds.optim import ParameterOptions, build_optimizer, split_groups
 from tests.distributed import tiny
@@ -450,3 +451,23 @@ def test_a_step_of_adamw_is_scaled_by_the_rate() -> None:
 
 def test_an_optimizer_by_itself_has_todays_groups() -> None:
     assert len(build_optimizer(tiny.vit(), {"name": "adamw"}).param_groups) == 2
+
+
+def test_a_reference_from_before_the_adapters_follows_the_models_dtypes() -> None:
+    model = tiny.vit()
+    reference = frozen_copy(model, "fare", remedy="")
+    prepare(model, finetuning(lora=LORA))
+    settle(reference, model.bfloat16(), torch.device("cpu"))
+    assert reference.state_dict().keys() == tiny.vit().state_dict().keys()
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+
+
+def test_a_compiled_network_passes_through_its_adapters() -> None:
+    model = tiny.vit().eval()
+    prepare(model, finetuning(lora=LORA))
+    x, _ = tiny.images(2)
+    expected = randomised(copy.deepcopy(model))(x)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    randomised(model)
+    torch.testing.assert_close(compiled(x), expected)
