@@ -22,7 +22,7 @@ from dat_ds.config import DatConfig, load_config
 from dat_ds.config.deepspeed.sections import SECTIONS
 from dat_ds.engine.deepspeed_part import check_deepspeed
 from dat_ds.errors import ConfigError, NumericsError, UserError, is_out_of_memory
-from dat_ds.length import Length
+from dat_ds.length import Length, OfEps
 from dat_ds.method import Section
 from tests.integration import tiny_run
 from tests.isolation import Outcome, isolated
@@ -48,11 +48,12 @@ def values_of(hint: Any) -> list[Any]:
     if origin is Literal:
         return list(get_args(hint))
     if origin is list:
-        items = values_of(get_args(hint)[0])
+        items = values_of(get_args(hint)[0]) or [{}, {"match": "("}, 1]  # sections
         return [[], items[:1], items[:2], items[-2:], items[:5], [items[1]] * 3]
     if origin is dict:
         return [{}, {"a": 1}, {"l2": 1e30}, {"l1": 1e-30, "l2": 0}]
     table = {bool: [False, True], int: INTEGERS, float: NUMBERS, str: TEXTS, Length: LENGTHS}
+    table[OfEps] = ["eps", "0 eps", "1e3 eps", "eps/1000000", "2 eps/3"]
     return table.get(hint, [])
 
 
