@@ -37,6 +37,8 @@ repository_url = "https://github.com/OWNER/dat_ds/blob/main"
 myst_heading_anchors = 6
 myst_links_external_new_tab = False
 
+highlight_language = "text"  # of blocks that name none
+
 html_theme = "furo"
 html_title = f"dat_ds {release}"
 html_show_copyright = False
@@ -55,7 +57,7 @@ napoleon_use_rtype = False
 # A role in a docstring that names something of ours has to find it; classes are also what every
 # annotation refers to, private ones among them.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:(class|obj)", r".*"), (r"py:.*", r"(?!dat_ds\.).*")]
+nitpick_ignore_regex = [(r"py:(class|mod|obj)", r".*"), (r"py:.*", r"(?!dat_ds\.).*")]
 
 linkcheck_anchors = False  # GitHub's pages make theirs with JavaScript
 linkcheck_ignore = [r"https://github\.com/OWNER/"]

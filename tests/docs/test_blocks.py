@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -20,10 +22,11 @@ TINY_CNN = '"name": "resnet18", "options": {"channels": [8, 8, 8, 8]}'
 SMALLER: dict[str, dict[str, str]] = {
     "tutorials/attack_notebook": {"[::5]": "[::30]", "seconds=5": "seconds=0.1"},
     "tutorials/image_folder": {
+        "digits = load_digits()": "digits = load_digits(n_class=2)",
         "zip(digits.images, digits.target)": "zip(digits.images[:100], digits.target[:100])",
         '"epochs": 6, "warmup_epochs": 1': '"max_steps": 2',
         '"name": "resnet18"': TINY_CNN,
-        "--num_examples 32": "--num_examples 2 --no_checks",
+        "standard --num_examples 32": "apgd-ce-2 square-9 --num_examples 2 --no_checks",
         " --report": "",
     },
     "tutorials/finetune_timm": {
@@ -33,7 +36,7 @@ SMALLER: dict[str, dict[str, str]] = {
         '"epochs": 10, "warmup_epochs": 1': '"max_steps": 1',
         '"train_micro_batch_size_per_gpu": 32': '"train_micro_batch_size_per_gpu": 2',
         '"ema": {"decay": 0.999}': '"ema": {"decay": 0.9}, "evaluation": {"num_examples": 2}',
-        "--num_examples 16": "--num_examples 1 --no_checks",
+        "standard --num_examples 16": "apgd-ce-2 --num_examples 1 --no_checks",
     },
     "howto/own_methods": {'"count": 64': '"count": 16', '"epochs": 2': '"max_steps": 2'},
     "tutorials/hf_trainer": {
@@ -41,7 +44,7 @@ SMALLER: dict[str, dict[str, str]] = {
         "num_train_epochs=8": "max_steps=2",
         "num_labels=10": "num_labels=2",
         '"num_examples": 100': '"num_examples": 4',
-        "--attacks standard --num_examples 32": "--attacks pgd-2 --num_examples 4 --no_checks",
+        "standard --num_examples 32": "apgd-ce-2 --num_examples 4 --no_checks",
     },
 }
 # Pages of one process, in order. Transformers' Trainer has one for itself: it looks at the
@@ -62,8 +65,9 @@ def run_shell(text: str) -> None:
         if file:
             Path(file).write_text(content, encoding="utf-8")
         elif words[:1] == ["dat-ds"]:
-            code = main(words[1:])
-            assert code == 0, f"{line}: exit code {code}"
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                code = main(words[1:])
+            assert code == 0, f"{line}: exit code {code}. {told.getvalue()}"
         else:
             assert words[:2] == ["pip", "install"], f"{line}: not a command that this test runs"
 
