@@ -278,7 +278,7 @@ def test_every_rank_ends_with_the_same_error(tmp_path: Path) -> None:
     outcomes = run_ranks(several_mistakes, 2, str(tmp_path))
     for rank in outcomes:
         (broken, few, model, fifo, nested) = rank
-        assert broken[0] == "DataError"
+        assert broken[0] == "DamagedImageError"
         assert "cat" in broken[1]
         assert ".png" in broken[1]
         assert few[0] == "DataError"
