@@ -7,7 +7,6 @@ on a GPU the most that torch's allocator has given out.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import json
 import math
@@ -24,7 +23,7 @@ from torch import nn
 
 from dat_ds.bench.memory.moments import ATTACK, START, STEP, UPDATE
 from dat_ds.bench.scaling.hosts import run_ranks
-from dat_ds.config import DatConfig, RunConfig, load_config
+from dat_ds.config import RunConfig, load_config
 
 STEPS = 2
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -132,7 +131,8 @@ def _warm_up(run: RunConfig, splits: Any, ranks: Any) -> None:
     from dat_ds.engine.build import initialize
 
     build_model_of(run, splits, on_meta=True)
-    plain = DatConfig(data=run.dat.data, optimizer=run.dat.optimizer, schedule=run.dat.schedule)
+    dat = {key: run.to_dict()["dat"][key] for key in ("data", "optimizer", "schedule")}
+    plain = load_config({**run.deepspeed, "dat": dat})
     tiny = nn.Sequential(
         nn.Conv2d(splits.image_shape[0], 8, 3, stride=2, padding=1),
         nn.AdaptiveAvgPool2d(1),
@@ -140,8 +140,7 @@ def _warm_up(run: RunConfig, splits: Any, ranks: Any) -> None:
         nn.Linear(8, 8),
         nn.Linear(8, max(2, splits.num_classes)),
     )
-    plain_run = dataclasses.replace(run, dat=plain)
-    engine, *_ = initialize(model=tiny, config=plain_run, ranks=ranks)
+    engine, *_ = initialize(model=tiny, config=plain, ranks=ranks)
     x, y = torch.rand(1, *splits.image_shape), torch.zeros(1, dtype=torch.int64)
     engine.train_step([(x, y)] * engine.accumulation)
     engine.close()
