@@ -88,7 +88,7 @@ def keep_attribute_text(
 ) -> None:
     """Keep napoleon from reading an attribute's text before a colon as its type."""
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def setup(app: Sphinx) -> None:
