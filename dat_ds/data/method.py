@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dat_ds.contracts import MOST_CLASSES
-from dat_ds.data.transforms import CROP_SHARE
+from dat_ds.data.transforms import CROP_SHARE, Augmentation
 from dat_ds.method import (
     Method,
     Trait,
@@ -64,15 +64,7 @@ class DatasetMethod(Method):
 
     kind: ClassVar[str] = "dataset"
 
-    augment: Literal[
-        "none",
-        "crop",
-        "crop_flip",
-        "resized_crop_flip",
-        "cropshift_flip",
-        "idbh_weak",
-        "idbh_strong",
-    ] = "none"
+    augment: Augmentation = "none"
     """Augmentation of the training images: what is cut out of them, and mirroring; ``idbh_weak``
     and ``idbh_strong`` are whole policies."""
     rand_augment: str | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from dat_ds.data.sampler import FixedShare, SampleKey, derive_seed, seeded_gener
 Sample = tuple[Tensor, int]
 T = TypeVar("T")
 
-AUGMENTATIONS = (
+Augmentation = Literal[
     "none",
     "crop",
     "crop_flip",
@@ -33,7 +33,8 @@ AUGMENTATIONS = (
     "cropshift_flip",
     "idbh_weak",
     "idbh_strong",
-)
+]
+AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
 CROP_SHARE = 224 / 256
 """He et al., CVPR 2016, arXiv 1512.03385: evaluate the central 224 of an image resized to 256."""
