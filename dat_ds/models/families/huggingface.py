@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dat_ds.errors import ModelError
@@ -107,7 +108,7 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
     """Build an image classifier, with its weights where there are any.
 
     A folder with a ``config.json`` and no weights gives a model with random weights; a log message
-    says so.
+    says so. With ``torch.device("meta")`` none are read.
 
     Args:
         source: Model to build.
@@ -121,7 +122,8 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
     """
     import transformers
 
-    has_weights = _check_location(source)
+    is_empty = torch.get_default_device().type == "meta"
+    has_weights = _check_location(source) and not is_empty
     config = _adapted_config(source)
     auto = transformers.AutoModelForImageClassification
     try:
@@ -133,7 +135,8 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
                 output_loading_info=True,
             )
         else:
-            logger.warning("%s has no weights: its config is built from scratch.", source.label)
+            if not is_empty:
+                logger.warning("%s has no weights: its config is built from scratch.", source.label)
             model, report = auto.from_config(config), {}
     except (OSError, TypeError, ValueError, ImportError) as error:
         # What comes of dividing a height and width as if they were one number.
