@@ -129,7 +129,13 @@ def test_the_peak_of_a_backward_is_that_of_activations_and_gradients_together() 
     assert memory_of(accumulated, None, passes, 0).device[UPDATE]["gradients"] == 400
 
 
-def test_a_gradient_average_needs_nothing_without_an_attack() -> None:
+@pytest.mark.parametrize(("stage", "expected"), [(0, P), (1, P), (2, P // N)])
+def test_the_attacks_of_later_micro_steps_find_gradients(stage: int, expected: int) -> None:
+    assert ledger(stage, accumulation=2).device[ATTACK]["gradients"] == 4 * expected
+    assert "gradients" not in ledger(stage).device[ATTACK]
+
+
+def test_natural_training_keeps_no_activations_of_an_attack() -> None:
     setting = Setting(trainable=(10,), stage=0, ranks=1, optimizer=ADAMW)
     assert "activations" not in memory_of(setting, None, NOTHING, 0).device[ATTACK]
 
@@ -205,6 +211,21 @@ def test_recomputation_and_shorter_floats_take_less(kind: str) -> None:
         assert short is not None
         assert checkpointed.peak < 0.7 * before.peak
         assert 0.4 * before.saved < short.saved < 0.6 * before.saved
+
+
+def test_a_hugging_face_model_is_traced_without_its_weights(tmp_path: Path) -> None:
+    import transformers
+
+    options = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vit = transformers.ViTConfig(**options, intermediate_size=48, image_size=32, patch_size=8)
+    model = transformers.ViTForImageClassification(vit)
+    model.save_pretrained(tmp_path)
+    run = load_config(config(dat={"model": {"name": f"hf:{tmp_path}"}}))
+    memory = StepMemory(run, "cpu")
+    classes = model.classifier.out_features
+    ten = sum(p.numel() for p in model.parameters()) + 25 * (10 - classes)
+    assert memory.num_parameters == ten
+    assert memory.passes(4)[1].saved > 0
 
 
 def test_a_model_that_looks_at_its_numbers_is_refused() -> None:

@@ -147,6 +147,7 @@ def memory_of(setting: Setting, attack: Passes | None, update: Passes, image_byt
         _kept(setting, ledger, moment)
         ledger.add(moment, "images", image_bytes)
     if attack is not None:
+        _accumulated(setting, ledger, ATTACK)
         _gathered(setting, ledger, ATTACK)
         _activations(ledger, ATTACK, attack, attack.peak)
     _update(setting, ledger, update)
@@ -188,6 +189,14 @@ def _kept(s: Setting, ledger: Ledger, moment: str) -> None:
             ledger.add(moment, "staging", largest, on_host=True)
             if s.accumulation > 1:
                 ledger.add(moment, "gradients", s.width * s.share, on_host=True)
+
+
+def _accumulated(s: Setting, ledger: Ledger, moment: str) -> None:
+    """Gradients of the micro-steps before, under ZeRO-0 to 2; those on the host are kept anyway."""
+    if s.accumulation == 1 or s.stage == 3 or s.offloads_optimizer:
+        return
+    held = s.share if s.stage == 2 else s.parameters
+    ledger.add(moment, "gradients", s.gradient_width * held)
 
 
 def _bucket(s: Setting) -> int:
@@ -235,9 +244,10 @@ def _update(s: Setting, ledger: Ledger, passes: Passes) -> None:
     if s.stage == 2:
         if not s.on_cpu:
             ledger.add(UPDATE, "bucket", s.width * s.reduce_bucket * (1 + s.overlaps))
-        if s.accumulation > 1 or s.parameters > s.reduce_bucket:
-            on_host = s.offloads_optimizer
-            ledger.add(UPDATE, "gradients", 0 if on_host else s.gradient_width * s.share)
+        if s.accumulation > 1:
+            _accumulated(s, ledger, UPDATE)
+        elif s.parameters > s.reduce_bucket and not s.offloads_optimizer:
+            ledger.add(UPDATE, "gradients", s.gradient_width * s.share)
 
 
 def _reduction(s: Setting, ledger: Ledger) -> None:

@@ -110,7 +110,7 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
     """Build an image classifier, with its weights where there are any.
 
     A folder with a ``config.json`` and no weights gives a model with random weights; a log message
-    says so.
+    says so. With ``torch.device("meta")`` none are read.
 
     Args:
         source: Model to build.
@@ -124,7 +124,8 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
     """
     import transformers
 
-    has_weights = _check_location(source)
+    is_empty = torch.get_default_device().type == "meta"
+    has_weights = _check_location(source) and not is_empty
     config = _adapted_config(source)
     auto = transformers.AutoModelForImageClassification
     try:
@@ -136,7 +137,8 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
                 output_loading_info=True,
             )
         else:
-            logger.warning("%s has no weights: its config is built from scratch.", source.label)
+            if not is_empty:
+                logger.warning("%s has no weights: its config is built from scratch.", source.label)
             model, report = auto.from_config(config), {}
     except (OSError, TypeError, ValueError, ImportError) as error:
         # What comes of dividing a height and width as if they were one number.
