@@ -21,7 +21,7 @@ from dat_ds.attacks.losses import FEATURE_LOSSES, INNER_LOSSES, LOSS_TRAITS, Inn
 from dat_ds.attacks.modes import attack_mode
 from dat_ds.attacks.noise import Generator, fresh_generator
 from dat_ds.attacks.passes.folding import folded_batch_norm
-from dat_ds.attacks.passes.precision import Precision, shorter_floats
+from dat_ds.attacks.passes.precision import Precision, fast_attention, shorter_floats
 from dat_ds.attacks.passes.quantized import FORMATS
 from dat_ds.attacks.passes.resolution import at_resolution
 from dat_ds.attacks.passes.tokens import dropped_tokens
@@ -232,6 +232,7 @@ class Attack(Method):
                 if self.precision == "auto":
                     raise ValueError("precision='auto' is chosen by who trains: name a precision.")
                 seen = stack.enter_context(shorter_floats(model, self.precision))
+                stack.enter_context(fast_attention(x.device))
                 if gradient is None:
                     gradient = InputGradient(retry_non_finite=self.precision == "fp16")
             if self.resolution is not None:

@@ -13,6 +13,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dat_ds.attacks import build_attack
 from dat_ds.errors import CheckpointError, ModelError
 from dat_ds.models import PixelModel, build_model, load, save_weights
 from tests.unit.model_helpers import HEADS, TINY_VIT, VIT, pixels, write_hf_vit
@@ -472,3 +473,25 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not be written"):
         save_weights(tmp_path / "file" / "best", {"a": torch.ones(1)}, {})
+
+
+@pytest.mark.parametrize("kind", ["none", "non_reentrant", "reentrant"])
+def test_an_attack_in_shorter_floats_passes_through_recomputed_activations(kind: Any) -> None:
+    x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    attack = {"steps": 2, "precision": "bf16", "threat_model": {"norm": "linf", "eps": "8/255"}}
+    found = []
+    for checkpointing in ("none", kind):
+        model = build_model(
+            "vit_tiny_patch16_224",
+            num_classes=3,
+            img_size=32,
+            patch_size=8,
+            depth=2,
+            embed_dim=16,
+            num_heads=2,
+            activation_checkpointing=checkpointing,
+            seed=0,
+        )
+        generator = torch.Generator().manual_seed(0)
+        found.append(build_attack(attack)(model, x, y, generator))
+    assert torch.equal(*found)

@@ -54,14 +54,18 @@ def shorter_floats(model: Model, precision: Precision) -> Iterator[Model]:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Autocast for ``precision``, with the attention that is fast in it.
+    """Autocast for ``precision``, with the attention that is fast in it."""
+    with torch.autocast(device.type, dtype=PRECISIONS[precision]), fast_attention(device):
+        yield
+
+
+def fast_attention(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The attention that is fast in shorter floats, also where a backward computes it again.
 
     On a CPU that is the plain one: the backward of torch's fused attention in bfloat16 takes four
     times as long there as in float32, the plain one's matrix products half as long.
     """
-    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, dtype=PRECISIONS[precision]), plain:
-        yield
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def product_speedup(device: torch.device, precision: Precision) -> float:
