@@ -41,7 +41,7 @@ SMALLER: dict[str, dict[str, str]] = {
     "howto/own_methods": {'"count": 64': '"count": 16', '"epochs": 2': '"max_steps": 2'},
     "tutorials/hf_trainer": {
         "digits = load_digits()": "digits = load_digits(n_class=2)",
-        "num_train_epochs=8": "max_steps=2",
+        "num_train_epochs=20": "max_steps=2",
         "num_labels=10": "num_labels=2",
         '"num_examples": 100': '"num_examples": 4',
         "standard --num_examples 32": "apgd-ce-2 --num_examples 4 --no_checks",
