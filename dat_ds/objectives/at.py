@@ -51,7 +51,7 @@ class AdversarialTraining(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Dat(AdversarialTraining):
-    """:class:`AdversarialTraining` with both terms (Zhang et al., UAI 2022, eq. 1, lambda 1)."""
+    """``at`` with both terms (Zhang et al., UAI 2022, eq. 1, lambda 1)."""
 
     name: ClassVar[str] = "dat"
     cost: ClassVar[str] = "`6 F`"

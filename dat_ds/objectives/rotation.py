@@ -19,7 +19,7 @@ from dat_ds.objectives.views import rotations
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation(AdversarialTraining):
-    """:class:`AdversarialTraining` on how far an image was turned.
+    """``at`` on how far an image was turned.
 
     Gidaris et al., ICLR 2018, arXiv 1803.07728, sec. 2: all four rotations of every image are
     in the batch. Adversarial as in Chen et al., CVPR 2020, arXiv 2003.12862.
