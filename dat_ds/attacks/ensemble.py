@@ -17,7 +17,7 @@ from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss, targeted_dlr, targeted_margin, towards
 from dat_ds.attacks.named import EvaluationAttack, parse_evaluation_attack, run_attack
 from dat_ds.attacks.noise import SampleGenerator
-from dat_ds.attacks.strong import MALT_GROUPS, STRONG, malt
+from dat_ds.attacks.strong import MALT_GROUPS, STRONG, STRONG_L1, malt
 from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
@@ -50,7 +50,7 @@ def _standard(threat: ThreatModel) -> tuple[str, ...]:
 
 ENSEMBLES: dict[str, Callable[[ThreatModel], tuple[str, ...]]] = {
     "standard": _standard,
-    "strong": lambda threat: STRONG,
+    "strong": lambda threat: STRONG_L1 if threat.norm == "l1" else STRONG,
 }
 """Names of the attacks of each ensemble, in order."""
 

@@ -22,7 +22,9 @@ from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
 STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-9", "apgd-pm-20-9", "apgd-square-2000")
-"""Attacks of the ensemble, in order."""
+"""Attacks of the ensemble, in order, in l-infinity and l2."""
+STRONG_L1 = ("apgd-cw-10", "malt-20", "apgd-ce-l1-100-3", "apgd-t-l1-50", "apgd-square-1500")
+"""The same in l1, where what helps is to begin in larger balls."""
 MALT_GROUPS = ((1, 1), (2, 3), (4, 9))
 """First and last target class of each stage of ``malt``, the nearest class being 1."""
 
