@@ -52,10 +52,10 @@ class ThreatModel:
         if not self.lower < self.upper:
             raise ValueError(f"lower={self.lower} must be below upper={self.upper}.")
         if not 0 <= self.eps < float("inf"):
-            raise ValueError(f"eps={self.eps} must be a finite number of at least 0.")
+            raise ValueError(f"eps={self.eps:g} must be a finite number of at least 0.")
         if self.norm == "linf" and self.eps > self.upper - self.lower:
             raise ValueError(
-                f"eps={self.eps} exceeds the pixel range [{self.lower}, {self.upper}]. "
+                f"eps={self.eps:g} exceeds the pixel range [{self.lower}, {self.upper}]. "
                 f"It looks like 0-255 units: write '{self.eps:g}/255'."
             )
 

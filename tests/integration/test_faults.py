@@ -226,7 +226,7 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     assert printed.count("dat-ds: error") == 1
     assert re.search(
         r"error: Rank 0 \(host \S+, process \d+\) has given no sign of life for 6 s "
-        r"\(dat.fault.timeout\); the last was in step [34], phase \w+; rank 1 is in step 4, phase "
+        r"\(dat.fault.timeout\); the last was in step \d, phase \w+; rank 1 is in step 4, phase "
         r"\w+. All ranks end with exit code 75; --resume auto goes on from \S+step-00000003\.",
         printed,
     ), printed
