@@ -43,7 +43,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             ours(threat_model={"eps": 8}),
-            "dat.threat_model.eps=8.0 exceeds the pixel range [0.0, 1.0]. It looks like "
+            "dat.threat_model.eps=8 exceeds the pixel range [0.0, 1.0]. It looks like "
             "0-255 units: write '8/255'.",
         ),
         (

@@ -104,7 +104,7 @@ def _measure_here(run: RunConfig) -> list[dict[str, Any]]:
             with meter.moment(UPDATE):
                 loss = engine(x, y)
                 engine.backward(loss)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             del loss
             with meter.moment(STEP if micro_step == accumulation - 1 else UPDATE):
                 engine.step()
