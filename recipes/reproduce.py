@@ -1,6 +1,6 @@
 """Published results on real data, trained and judged again.
 
-python recipes/reproduce.py mnist_fgsm --data npz:mnist.npz --output mnist_fgsm.json
+python recipes/reproduce.py mnist_cnn --data npz:mnist.npz --output mnist_cnn.json
 deepspeed --num_gpus 2 recipes/reproduce.py NAME --data NAME:PATH     # on several ranks
     --reference MODULE:CALLABLE --import MODULE       the published network, judged beside ours
 
@@ -20,10 +20,10 @@ from dat_ds.commands import carry_out
 CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
 
 REPRODUCTIONS = {
-    "mnist_fgsm": Reproduction(
+    "mnist_cnn": Reproduction(
         source="Wong et al., ICLR 2020, arXiv 2001.03994, table 2: MNIST, eps 0.3, 10 epochs",
         published={"clean": 0.985, "pgd-50-10": 0.888},
-        protocol="PGD-50-10 with step 0.01; here 2.5 eps / 50 = 0.015",
+        protocol="trained by FGSM, here by PGD-3; PGD-50-10 with step 0.01, here 2.5 eps / 50",
         attacks=("pgd-50-10",),
     ),
     "mnist_lenet5": Reproduction(

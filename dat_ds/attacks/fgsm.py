@@ -113,7 +113,8 @@ class FgsmRs(Attack):
     step_share: ClassVar[float] = 1.25
     card: ClassVar[str] = """\
 `x_0` uniform in the ball, `step_size = 1.25 eps`; otherwise as `fgsm`, and it collapses like it, if
-later.
+later. The start is clipped to the pixel range; the authors' code clips after the step alone, which
+leaves more of the noise where many pixels lie at an end of the range, as on MNIST.
 """
 
     step_size: Length | OfEps | None = step_length()

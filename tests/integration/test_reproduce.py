@@ -54,7 +54,7 @@ def test_the_recipe_trains_judges_and_writes_what_it_prints(tmp_path: Path) -> N
         "    torch.manual_seed(0)\n"
         "    return timm.create_model('mnist_cnn', in_chans=1).eval()\n"
     )
-    words = [sys.executable, str(RECIPES / "reproduce.py"), "mnist_fgsm", "--data", f"npz:{data}"]
+    words = [sys.executable, str(RECIPES / "reproduce.py"), "mnist_cnn", "--data", f"npz:{data}"]
     words += ["--seeds", "2", "--num_examples", "10", "--output", "out.json"]
     words += ["--reference", "published:network", "--import", "published"]
     path = os.pathsep.join([str(ROOT), str(RECIPES), str(tmp_path)])
@@ -74,7 +74,7 @@ def test_the_recipe_trains_judges_and_writes_what_it_prints(tmp_path: Path) -> N
     assert {"clean", "pgd-50-10", "standard"} <= set(runs[0])
     for run in runs:
         assert run["standard"] <= run["clean"]
-        folder = tmp_path / "runs/reproduce/mnist_fgsm/ours" / f"seed-{run['seed']}"
+        folder = tmp_path / "runs/reproduce/mnist_cnn/ours" / f"seed-{run['seed']}"
         made = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         assert run["clean"] == made["natural_acc"]
         assert run["steps"] == made["steps"] == 20  # 150 images in batches of 100, 10 epochs
