@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,12 +212,34 @@ def test_every_element_is_that_of_the_checkpoint(names_and_parts: Any) -> None:
             assert saved_scale == loaded_scale
 
 
-if __name__ == "__main__":  # the table
-    each = follow_route(FLOAT32)
+def draw(curves: dict[str, tuple[list[float], list[float]]], file: str) -> None:
+    """Both losses of each optimizer, step by step, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(curves), 3), layout="constrained")
+    for axis, (name, (straight, changed)) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        steps = range(1, len(straight) + 1)
+        axis.plot(steps, straight, color="0.7", linewidth=4, label="2 ranks, uninterrupted")
+        axis.plot(steps, changed, color="C0", label="on 2, 1, 3, 2 ranks")
+        for change in range(PART, len(straight), PART):
+            axis.axvline(change + 0.5, color="0.85", linestyle=":")
+        axis.set(title=name, xlabel="step")
+    figure.axes[0].set_ylabel("training loss")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":  # the table, and with a file name the curves
+    each, curves = follow_route(FLOAT32), {}
     for section in FLOAT32:
         straight = [loss for loss, _ in each[0][f"{section}, uninterrupted"]]
         changed = [loss for part in each for loss, _ in part[section]]
+        curves[section] = straight, changed
         worst = max(abs(a / b - 1) for a, b in zip(changed, straight, strict=True))
         print(f"{section}: largest relative difference of the loss {worst:.1e}")
         for step, pair in enumerate(zip(straight, changed, strict=True), 1):
             print(f"  step {step:2}: {pair[0]:.9f} {pair[1]:.9f}")
+    if len(sys.argv) > 1:
+        draw(curves, sys.argv[1])
