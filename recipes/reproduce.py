@@ -10,12 +10,12 @@ Runs stay in runs/reproduce/NAME; one that is there already is not trained again
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import networks  # noqa: F401  # names the networks of the configs
 
 from dat_ds.bench.tables.reproduction import Reference, Reproduction, reproduce
 from dat_ds.commands import carry_out
+from dat_ds.data.method import named_data
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
 
@@ -55,13 +55,11 @@ def run() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    name, _, path = chosen.data.partition(":")
-    data: dict[str, Any] = {"name": name, "path": path}
     table = reproduce(
         REPRODUCTIONS[chosen.name],
         CONFIGS / f"{chosen.name}.json",
         Path("runs/reproduce") / chosen.name,
-        data=data,
+        data=named_data(chosen.data),
         seeds=chosen.seeds,
         num_examples=chosen.num_examples,
         reference=chosen.reference and Reference(chosen.reference, chosen.imports),

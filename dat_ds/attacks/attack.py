@@ -176,17 +176,22 @@ class Attack(Method):
             objective_loss: Inner loss of the objective.
         """
         chosen: dict[str, Any] = {}
-        if "step_size" in self.known_keys():
-            size = getattr(self, "step_size", None)
-            if size is None or isinstance(size, OfEps):
-                share = self.default_step_share if size is None else size.share
-                chosen["step_size"] = eps.scaled(share)
+        if "step_size" in self.known_keys() and (share := self._share) is not None:
+            chosen["step_size"] = eps.scaled(share)
         if "loss" in self.known_keys() and getattr(self, "loss", None) is None:
             # The divergence is flat at the image itself.
             fits = objective_loss in self.losses and self.starts_at_random
             takes = fits or objective_loss in FEATURE_LOSSES
             chosen["loss"] = objective_loss if takes else "ce"
         return dataclasses.replace(self, **chosen)
+
+    @property
+    def _share(self) -> float | None:
+        """Its step size as a share of eps; None where it is a length."""
+        size = getattr(self, "step_size", None)
+        if size is None:
+            return self.default_step_share
+        return size.share if isinstance(size, OfEps) else None
 
     @property
     def default_step_share(self) -> float:
@@ -288,10 +293,9 @@ class Attack(Method):
     @property
     def step(self) -> float:
         """Length of a step in pixel units."""
-        size = getattr(self, "step_size", None)
-        if size is None or isinstance(size, OfEps):
-            return self.ball.eps * (self.default_step_share if size is None else size.share)
-        return float(size)
+        size: Any = getattr(self, "step_size", None)
+        share = self._share
+        return float(size) if share is None else self.ball.eps * share
 
     @property
     def num_views(self) -> int:

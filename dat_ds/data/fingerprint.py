@@ -52,15 +52,28 @@ def _spread(size: int) -> list[int]:
     return sorted({i * (size - 1) // max(1, count - 1) for i in range(count)})
 
 
-def difference(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:
-    """How two fingerprints differ, in words; None where nothing says that they do."""
+def difference(
+    saved: Mapping[str, Any] | None,
+    now: Mapping[str, Any] | None,
+    *,
+    before: str = "checkpoint",
+    after: str = "this run",
+) -> str | None:
+    """How two fingerprints differ, in words; None where nothing says that they do.
+
+    Args:
+        saved: The first.
+        now: The second.
+        before: What the first is called.
+        after: What the second is called.
+    """
     if saved is None or now is None:
         return None
     if saved["num_samples"] != now["num_samples"]:
-        return f"checkpoint {saved['num_samples']} samples, this run {now['num_samples']}"
+        return f"{before} {saved['num_samples']} samples, {after} {now['num_samples']}"
     if saved.get("parts") != now.get("parts"):
         words = [" + ".join(map(str, d.get("parts", [d["num_samples"]]))) for d in (saved, now)]
-        return f"checkpoint {words[0]} samples in parts, this run {words[1]}"
+        return f"{before} {words[0]} samples in parts, {after} {words[1]}"
     both = saved["samples"].keys() & now["samples"].keys()
     other = sorted((i for i in both if saved["samples"][i] != now["samples"][i]), key=int)
     if not other:

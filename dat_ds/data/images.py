@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +69,7 @@ class TensorImages(Dataset[Sample]):
         return TensorImages(self.images, labels, self.img_size)
 
 
-class StoredImages(Dataset[Sample]):
+class StoredImages(Dataset[Sample], ABC):
     """Encoded images, decoded on demand as RGB; a subclass says where they lie.
 
     Args:
@@ -88,17 +89,17 @@ class StoredImages(Dataset[Sample]):
         self.crop_share = crop_share
         self.image_shape: ImageShape = (3, img_size, img_size)
 
+    @abstractmethod
     def decode(self, index: int) -> Tensor:
         """Whole image, as :func:`~dat_ds.data.decoding.read_image` gives it.
 
         Raises:
             DamagedImageError: It cannot be read as pixels.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def file_of(self, index: int) -> str:
         """Where an image lies, in words."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Number of images."""
@@ -111,9 +112,20 @@ class StoredImages(Dataset[Sample]):
             DamagedImageError: It cannot be read as pixels.
         """
         image, y = self.raw(index)
+        return self.fitted(image, index), y
+
+    def fitted(self, image: Tensor, index: int) -> Tensor:
+        """A whole image as the evaluation image: float32 of the side ``img_size``, in [0, 1].
+
+        Args:
+            image: ``(C, H, W)``, as :meth:`decode` gives it.
+            index: Which it is, for messages.
+
+        Raises:
+            DamagedImageError: It is too long.
+        """
         self._check_ratio(index, *image.shape[1:])
-        x = resize_center_crop(image, self.img_size, self.crop_share)
-        return to_unit(x).clamp(0, 1), y
+        return to_unit(resize_center_crop(image, self.img_size, self.crop_share)).clamp(0, 1)
 
     def raw(self, index: int) -> Sample:
         """Whole image, of its own size, and its label.

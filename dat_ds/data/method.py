@@ -55,6 +55,12 @@ def is_rand_augment(text: str) -> bool:
     return name == "rand" and len(keys) == len(parts)
 
 
+def named_data(text: str) -> dict[str, str]:
+    """Keys of ``dat.data`` that ``"NAME"`` or ``"NAME:PATH"`` stands for, on command lines."""
+    name, colon, path = text.partition(":")
+    return {"name": name, **({"path": path} if colon else {})}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetMethod(Method):
     """A dataset and how it is loaded; images reach the model as pixels in [0, 1].

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dat_ds.data.decoding import read_image
+from dat_ds.data.images import FolderImages
 from dat_ds.data.readers.source import raise_all
-from dat_ds.data.transforms import resize_center_crop, resize_square, to_unit
+from dat_ds.data.transforms import resize_square, to_unit
 from dat_ds.data.unlabelled import IMAGE_SUFFIXES, image_files
 from dat_ds.errors import DataError, ModelError
 from dat_ds.evaluation.curves import name_of
@@ -136,8 +137,8 @@ def _as_trained(image: Tensor, file: str, source: Source) -> Tensor:
         raise DataError(f"IMAGE {file}: the model takes {channels} channels, not the 3 of a file.")
     share = source.crop_share
     if share is not None:
-        image = resize_center_crop(image, height, share)
-    elif tuple(image.shape[1:]) != (height, width):
+        return FolderImages([(file, 0)], height, "IMAGE", share).fitted(image, 0)
+    if tuple(image.shape[1:]) != (height, width):
         if height != width:
             found = f"{image.shape[1]} x {image.shape[2]}"
             raise DataError(

@@ -99,7 +99,7 @@ def label_run(
         ranks,
         batch_size=batch_size or run.dat.evaluation.batch_size,
         num_workers=run.dat.data.num_workers,
-        keeper=Journal(output, ranks.rank),
+        journal=Journal(output, ranks.rank),
     )
     about |= {"class_names": names[1] or None, "commit": commit(), **_quality(labels)}
     with ranks.together():

@@ -26,6 +26,7 @@ from dat_ds.config.load import apply_override
 from dat_ds.config.schema import ThreatModelConfig
 from dat_ds.data import DATASETS, DatasetMethod
 from dat_ds.data.images import Images
+from dat_ds.data.method import named_data
 from dat_ds.errors import ConfigError, DataError, ModelError
 from dat_ds.method import import_methods, parse_method, parse_section
 from dat_ds.models import MODELS, PixelModel, build_model, load
@@ -209,8 +210,7 @@ def dataset_of(
         return None
     values = dict(options)
     if data is not None:
-        name, colon, path = data.partition(":")
-        values |= {"name": name} | ({"path": path} if colon else {})
+        values |= named_data(data)
     if run is not None:
         values.setdefault("img_size", run.dat.data.img_size)
         chosen = DATASETS.methods.get(str(values["name"]))

@@ -12,6 +12,7 @@ from typing import Any
 from dat_ds.attacks.threat import NORMS
 from dat_ds.config import load_config
 from dat_ds.config.reference import meanings
+from dat_ds.data.method import named_data
 from dat_ds.errors import ConfigError
 from dat_ds.files import replace_text
 
@@ -51,7 +52,8 @@ def first_config(answers: Answers) -> dict[str, Any]:
     Raises:
         ConfigError: For answers that make none, with all problems.
     """
-    name, path = _dataset(answers.data)
+    named = _dataset(answers.data)
+    name = named["name"]
     problems = []
     if answers.norm not in NORMS:
         problems.append(f"--norm {answers.norm}: write one of {', '.join(NORMS)}.")
@@ -61,7 +63,7 @@ def first_config(answers: Answers) -> dict[str, Any]:
         raise ConfigError("\n".join(problems))
     size = "digits" if name == "digits" else "small" if name in _SMALL else "large"
     starts = answers.pretrained is not None or (answers.model or "").startswith("hf:")
-    data: dict[str, Any] = {"name": name, **({} if path is None else {"path": path})}
+    data: dict[str, Any] = dict(named)
     data["augment"] = {
         "digits": "crop",  # a mirrored digit is no digit
         "small": "crop_flip",
@@ -95,14 +97,13 @@ def first_config(answers: Answers) -> dict[str, Any]:
     return config
 
 
-def _dataset(text: str) -> tuple[str, str | None]:
-    """Name and path of the data that ``text`` stands for."""
+def _dataset(text: str) -> dict[str, str]:
+    """Name and path of the data that ``text`` stands for, as keys of ``dat.data``."""
     if os.path.isdir(text):
-        return "imagefolder", text
-    if text.endswith(".npz"):
-        return "npz", text
-    name, colon, path = text.partition(":")
-    return name, path if colon else None
+        return {"name": "imagefolder", "path": text}
+    if text.endswith(".npz") and not text.startswith("npz:"):
+        return {"name": "npz", "path": text}
+    return named_data(text)
 
 
 def _model(answers: Answers, size: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dat_ds.data import DATASETS
+from dat_ds.data.method import named_data
 from dat_ds.errors import ConfigError
 from dat_ds.method import did_you_mean
 
@@ -70,16 +71,17 @@ def with_data(values: Mapping[str, Any], data: str) -> dict[str, Any]:
         ConfigError: There is no dataset of that name, or it needs a path.
     """
     changed = copy.deepcopy(dict(values))
-    name, colon, path = data.partition(":")
+    named = named_data(data)
+    name = named["name"]
     if name not in DATASETS:
         raise ConfigError(
             f"--data {data}: there is no dataset {name!r}{did_you_mean(name, DATASETS)}. Valid: "
             f"{', '.join(DATASETS)}, followed by :PATH where it is read from files."
         )
-    if "path" in DATASETS[name].required and not path:
+    if "path" in DATASETS[name].required and not named.get("path"):
         raise ConfigError(f"--data {data}: {name!r} is read from files: write --data {name}:PATH.")
     section = changed.setdefault("dat", {}).setdefault("data", {})
-    section |= {"name": name} | ({"path": path} if colon else {})
+    section |= named
     return changed
 
 

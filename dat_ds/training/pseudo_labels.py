@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from dat_ds.data import evaluation_batches
 from dat_ds.data.fingerprint import difference, fingerprint
 from dat_ds.data.readers.npz import load_npz
 from dat_ds.errors import DataError
+from dat_ds.evaluation.samples import Journal
 from dat_ds.files import write_json, writing
 from dat_ds.models import load
 from dat_ds.ranks import Ranks
@@ -33,18 +34,6 @@ logger = logging.getLogger("dat_ds")
 LABELS, ABOUT = "labels.npz", "labels.json"
 
 Classifier = Callable[[Tensor], Tensor]
-
-
-class Keeper(Protocol):
-    """What keeps the labels of a batch, so that labelling can go on where it was broken off."""
-
-    def entries(self) -> list[dict[str, Any]]:
-        """Entries of all ranks."""
-        ...
-
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Keep one of this rank."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ def label_images(
     *,
     batch_size: int,
     num_workers: int = 0,
-    keeper: Keeper | None = None,
+    journal: Journal | None = None,
 ) -> PseudoLabels:
     """The likeliest class of each image, and its probability; a collective.
 
@@ -80,7 +69,7 @@ def label_images(
         ranks: The processes, which share the images.
         batch_size: Largest batch of a rank.
         num_workers: Processes of each rank that read images.
-        keeper: Keeps what is found; what it holds already is not computed again.
+        journal: Keeps what is found; what it holds already is not computed again.
 
     Returns:
         The labels of all images, on every rank.
@@ -89,7 +78,7 @@ def label_images(
         DataError: For an image that cannot be read, on all ranks.
     """
     size = len(cast(Any, images))
-    known = {} if keeper is None else _rows(keeper.entries())
+    known = {} if journal is None else _rows(journal.entries())
     left = [i for i in range(size) if i not in known]
     batches = evaluation_batches(
         Subset(images, left),
@@ -111,8 +100,8 @@ def label_images(
                 "confidence": best.values.float().tolist(),
                 "given": y.tolist(),
             }
-            if keeper is not None:
-                keeper.add(entry)
+            if journal is not None:
+                journal.add(entry)
             own.append(entry)
     for entries in cast("list[list[dict[str, Any]]]", ranks.gather(own)):
         known |= _rows(entries)
@@ -169,11 +158,11 @@ def read_labels(folder: Path, images: Dataset[Any]) -> PseudoLabels:
         raise DataError(
             f"{where}: cannot read {ABOUT} ({error}). Write the labels again with dat-ds label."
         ) from None
-    other = difference(saved, fingerprint(images))
+    other = difference(saved, fingerprint(images), before="labels for", after="this run has")
     if other is not None:
         raise DataError(
             f"{where} holds labels of other images than those of this run without a label "
-            f"({other.replace('checkpoint', 'labels for').replace('this run', 'this run has')}). "
+            f"({other}). "
             "Label these with dat-ds label, or name the data that were labelled."
         )
     classes, confidence = arrays.get("classes"), arrays.get("confidence")

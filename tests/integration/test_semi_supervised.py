@@ -130,8 +130,8 @@ def test_labelling_goes_on_where_it_was_broken_off(tmp_path: Path, labeller: Pat
     folder.mkdir()
     ranks = setup_ranks()
     with pytest.raises(KeyboardInterrupt):
-        label_images(images, counting, ranks, batch_size=10, keeper=Journal(folder, 0))
-    again = label_images(images, counting, ranks, batch_size=7, keeper=Journal(folder, 0))
+        label_images(images, counting, ranks, batch_size=10, journal=Journal(folder, 0))
+    again = label_images(images, counting, ranks, batch_size=7, journal=Journal(folder, 0))
     assert sum(seen[4:]) == 68 - 30
     whole = label_images(images, model, ranks, batch_size=68)
     assert torch.equal(again.classes, whole.classes)

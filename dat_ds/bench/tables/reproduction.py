@@ -132,7 +132,7 @@ def _judged(
         **{key: record[key] for key in _KEPT},
         "seconds": record["seconds"]["train"],
         CLEAN: record["natural_acc"],
-        **{name: record["robust_acc"][name] for name in record["robust_acc"]},
+        **record["robust_acc"],
         JUDGE: judged["robust_acc"]["all"],
     }
 
