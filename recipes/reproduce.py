@@ -2,6 +2,7 @@
 
 python recipes/reproduce.py mnist_cnn --data npz:mnist.npz --output mnist_cnn.json
 deepspeed --num_gpus 2 recipes/reproduce.py NAME --data NAME:PATH     # on several ranks
+    --variants NAME ...                               only these rows, such as those for 4 ranks
     --reference MODULE:CALLABLE --import MODULE       the published network, judged beside ours
 
 Runs stay in runs/reproduce/NAME; one that is there already is not trained again.
@@ -48,6 +49,7 @@ def run() -> int:
     )
     parser.add_argument("name", choices=REPRODUCTIONS)
     parser.add_argument("--data", metavar="NAME:PATH", required=True, help="the images")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--num_examples", type=int, default=1000, help="images for the ensemble")
     parser.add_argument("--reference", metavar="TARGET", help="the published network")
@@ -62,6 +64,7 @@ def run() -> int:
         data=named_data(chosen.data),
         seeds=chosen.seeds,
         num_examples=chosen.num_examples,
+        variants=chosen.variants,
         reference=chosen.reference and Reference(chosen.reference, chosen.imports),
         output=chosen.output,
     )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from dat_ds.data.samples import Batch, CollateFunction, Collator, refuse_unless_
 from dat_ds.data.transforms import fetch_sample, further_parts
 from dat_ds.errors import CheckpointError, DataError
 
+T = TypeVar("T")
 PlannedBatch = tuple[Tensor, Tensor, BatchPlan | None]
 """Images, labels, and their place in the global batch; None for batches that are not a loader's."""
 _GRACE_SECONDS = 20  # the deepspeed launcher waits 30 before it kills
@@ -412,13 +414,27 @@ def read_batches(
         worker_init_fn=_outlive_sigterm,
     )
     iterator = iter(loader)
+    # With workers the main process still spends milliseconds on taking over a batch's memory.
+    batches = one_ahead(iterator) if num_workers else iterator
     try:
-        for batch in iterator:
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
     finally:
-        del iterator  # ends the workers, even where a traceback keeps this frame alive
+        # Ends the workers, even where a traceback keeps this frame alive.
+        if isinstance(batches, Generator):
+            batches.close()
+        del batches, iterator
+
+
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """Take every item in a thread while the one before it is used."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
+        coming: Future[T | None] = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _as_it_is(batch: Any) -> Any:

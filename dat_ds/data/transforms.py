@@ -76,10 +76,9 @@ def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
     """
     height, width = image.shape[-2:]
     pad_h, pad_w = max(1, height // 8), max(1, width // 8)
-    padded = functional.pad(image, (pad_w, pad_w, pad_h, pad_h))
-    top = _random_int(2 * pad_h + 1, generator)
-    left = _random_int(2 * pad_w + 1, generator)
-    return padded[..., top : top + height, left : left + width]
+    down = pad_h - _random_int(2 * pad_h + 1, generator)
+    right = pad_w - _random_int(2 * pad_w + 1, generator)
+    return functional.pad(image, (right, -right, down, -down))
 
 
 def random_flip(image: Tensor, generator: torch.Generator) -> Tensor:

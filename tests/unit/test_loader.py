@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import time
 import traceback
 
 import numpy as np
@@ -17,6 +18,7 @@ from dat_ds.data import (
     build_data,
     evaluation_batches,
 )
+from dat_ds.data.loader import one_ahead
 from dat_ds.errors import CheckpointError, DataError
 
 
@@ -279,3 +281,20 @@ def test_an_error_of_the_program_itself_keeps_the_traceback_of_the_worker():
     with pytest.raises(KeyError, match="Original Traceback") as caught:
         list(loader)
     traceback.clear_frames(caught.tb)  # they hold on to the worker
+
+
+def test_a_batch_is_taken_while_the_one_before_it_is_used():
+    taken = []
+
+    def items():
+        for number in range(4):
+            taken.append(number)
+            yield number
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 10
+    while taken == [0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert taken == [0, 1]  # one and no more
+    assert list(ahead) == [1, 2, 3]

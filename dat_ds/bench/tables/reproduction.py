@@ -6,6 +6,7 @@ where it is at hand.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,9 @@ import torch
 
 from dat_ds.bench.records import write_record
 from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of
+from dat_ds.errors import ConfigError
 from dat_ds.judge.evaluate import Question, evaluate_target
 
-JUDGE = "standard"
-"""The ensemble that judges every model beside the attacks of the publication."""
 CLEAN = "clean"
 _KEPT = ("seed", "steps", "ranks", "config", "events")
 
@@ -35,6 +35,9 @@ class Reproduction:
         protocol: How the publication attacks, where it differs from the attack of that name.
         attacks: Evaluation attacks of the publication, on all test images.
         variants: What each run changes in the config that they share, by name.
+        labels_from: The variant whose model labels the unlabelled images of another, by the
+            latter's name. It stands earlier in ``variants``; seeds go together.
+        judge: The ensemble that judges every model beside those attacks.
     """
 
     source: str
@@ -42,6 +45,8 @@ class Reproduction:
     attacks: tuple[str, ...]
     protocol: str = ""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"ours": {}})
+    labels_from: Mapping[str, str] = field(default_factory=dict)
+    judge: str = "standard"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ def reproduce(
     data: Mapping[str, Any],
     seeds: int,
     num_examples: int,
+    variants: Sequence[str] = (),
     reference: Reference | None = None,
     output: Path | None = None,
 ) -> str:
@@ -73,9 +79,11 @@ def reproduce(
     Args:
         what: The result.
         config: The run that all variants change.
-        folder: For the runs; one that is there already is not trained again.
+        folder: For the runs; one that is there already is not trained again, on however many ranks
+            it was.
         data: Keys of ``dat.data`` that say where the images are.
         seeds: Number of seeds, from 0 on.
+        variants: Those to train and judge; none means all.
         num_examples: First test images that the ensemble attacks.
         reference: The published network, to be judged by the same attacks.
         output: JSON file; None writes nothing.
@@ -86,16 +94,31 @@ def reproduce(
     Raises:
         UserError: For mistakes in the config or the data, and where a run was stopped.
     """
+    chosen = list(variants or what.variants)
+    if unknown := [name for name in chosen if name not in what.variants]:
+        raise ConfigError(
+            f"--variants: {', '.join(unknown)} must be of {', '.join(what.variants)}."
+        )
+
+    def run_folder(variant: str, seed: int) -> Path:
+        return folder / _file_name(variant) / f"seed-{seed}"
+
+    def changes_of(variant: str, seed: int) -> dict[str, Any]:
+        labels = what.labels_from.get(variant)
+        extra = {} if labels is None else {"pseudo_labels": str(run_folder(labels, seed))}
+        return _changes(what, variant, seed, {**data, **extra})
+
     # Mistakes in a later variant are told before hours of training.
-    for variant in what.variants:
-        run_of(config, _changes(what, variant, 0, data))
+    for variant in chosen:
+        run_of(config, changes_of(variant, 0))
     measured: dict[str, list[dict[str, Any]]] = {}
-    for variant in what.variants:
+    for variant in chosen:
         measured[variant] = [
             _judged(
-                folder / variant.replace(" ", "_") / f"seed-{seed}",
+                run_folder(variant, seed),
                 config,
-                _changes(what, variant, seed, data),
+                changes_of(variant, seed),
+                what.judge,
                 num_examples,
             )
             for seed in range(seeds)
@@ -104,6 +127,7 @@ def reproduce(
         "source": what.source,
         "protocol": what.protocol,
         "published": dict(what.published),
+        "judge": what.judge,
         "num_examples": num_examples,
         "measured": measured,
     }
@@ -111,6 +135,10 @@ def reproduce(
         values["reference"] = _judge_reference(what, config, data, reference, num_examples, folder)
     write_record(None if output is None else str(output), values, torch.device("cpu"))
     return table_of(values)
+
+
+def _file_name(variant: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", variant)
 
 
 def _changes(
@@ -123,17 +151,19 @@ def _changes(
 
 
 def _judged(
-    folder: Path, config: Path, changes: Mapping[str, Any], num_examples: int
+    folder: Path, config: Path, changes: Mapping[str, Any], judge: str, num_examples: int
 ) -> dict[str, Any]:
     """What a run came to, under the attacks of the publication and the ensemble."""
     record = record_of(folder, config, changes)
-    judged = evaluate_target(Question(target=str(folder), num_examples=num_examples))
+    judged = evaluate_target(
+        Question(target=str(folder), attacks=[judge], num_examples=num_examples)
+    )
     return {
         **{key: record[key] for key in _KEPT},
         "seconds": record["seconds"]["train"],
         CLEAN: record["natural_acc"],
         **record["robust_acc"],
-        JUDGE: judged["robust_acc"]["all"],
+        judge: judged["robust_acc"]["all"],
     }
 
 
@@ -167,7 +197,7 @@ def _judge_reference(
     for name in what.attacks:
         found = ask([name], None)
         accuracies |= {CLEAN: found["natural_acc"], name: found["robust_acc"]["all"]}
-    return accuracies | {JUDGE: ask([JUDGE], num_examples)["robust_acc"]["all"]}
+    return accuracies | {what.judge: ask([what.judge], num_examples)["robust_acc"]["all"]}
 
 
 def table_of(values: Mapping[str, Any]) -> str:
@@ -180,15 +210,21 @@ def table_of(values: Mapping[str, Any]) -> str:
     rows = next(iter(measured.values()))[0]
     names = [key for key in rows if key not in (*_KEPT, "seconds")]
     columns = [
-        f"`{n}`, first {values['num_examples']} %" if n == JUDGE else f"{n} %" for n in names
+        f"`{n}`, first {values['num_examples']} %" if n == values["judge"] else f"{n} %"
+        for n in names
     ]
-    lines = [["published", *(_percent(values["published"].get(name)) for name in names), ""]]
+    lines = []
+    if values["published"]:
+        published = [_percent(values["published"].get(name)) for name in names]
+        lines.append(["published", *published, "", ""])
     if reference is not None:
-        lines.append(["published network, here", *(_percent(reference[n]) for n in names), ""])
+        lines.append(["published network, here", *(_percent(reference[n]) for n in names), "", ""])
     for variant, runs in measured.items():
         seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
-        lines.append([variant, *(_spread([run[name] for run in runs]) for name in names), seconds])
-    return markdown(["", *columns, "train s"], lines)
+        ranks = ", ".join(sorted({str(run["ranks"]) for run in runs}))
+        scores = [_spread([run[name] for run in runs]) for name in names]
+        lines.append([variant, *scores, ranks, seconds])
+    return markdown(["", *columns, "ranks", "train s"], lines)
 
 
 def _percent(value: float | None) -> str:
