@@ -9,8 +9,10 @@ Runs stay in runs/reproduce/NAME; one that is there already is not trained again
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import networks  # noqa: F401  # names the networks of the configs
 
@@ -19,6 +21,43 @@ from dat_ds.commands import carry_out
 from dat_ds.data.method import named_data
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
+
+SGD_RATE, LALR_RATE = 0.02, 0.002
+"""Learning rates of a batch of 32; larger ones are scaled by the batch, or by its square root."""
+LALR = {"name": "lamb", "preset": "paper", "weight_decay": 0.0001}
+FEW_NATURAL = "5,000 labelled images, no attack, 50 epochs"
+SELF_TRAINING = "the same and 45,000 that the first row's model labels, 10 epochs"
+
+
+def _few_labels(*, epochs: int, **dat: Any) -> dict[str, Any]:
+    """Training on the labelled images alone."""
+    schedule = {"epochs": epochs, "warmup_epochs": epochs / 10}
+    checkpoint = {"every_epochs": epochs}
+    return {"dat": {"schedule": schedule, "checkpoint": checkpoint, **dat}}
+
+
+def _dat_variants() -> dict[str, dict[str, Any]]:
+    """Attack, global batch, optimizer and codec of each row of DAT's table."""
+    variants: dict[str, dict[str, Any]] = {}
+    for attack, options in (("PGD", {}), ("FGSM", {"attack": {"name": "fgsm"}})):
+        for batch in (32, 256, 1024):
+            if attack == "FGSM" and batch == 256:
+                continue
+            larger = batch / 32
+            without = {"name": "sgd", "lr": SGD_RATE * larger, "weight_decay": 0.0005}
+            layerwise = {**LALR, "lr": LALR_RATE * math.sqrt(larger)}
+            for name, optimizer in (("without LALR", without), ("LALR", layerwise)):
+                dat = {**options, "optimizer": optimizer}
+                variants[f"{attack}, batch {batch}, {name}"] = {
+                    "train_batch_size": batch,
+                    "dat": dat,
+                }
+    for sides in ("single", "double"):
+        uncompressed = variants["PGD, batch 256, LALR"]
+        dat = {**uncompressed["dat"], "compression": {"name": "int8", "sides": sides}}
+        variants[f"PGD, batch 256, LALR, 8 bits {sides}-sided"] = {**uncompressed, "dat": dat}
+    return variants
+
 
 REPRODUCTIONS = {
     "mnist_cnn": Reproduction(
@@ -38,6 +77,26 @@ REPRODUCTIONS = {
         published={"clean": 0.6925, "pgd-100": 0.5482},
         protocol="a strong PGD, whose steps are not stated; here PGD-100",
         attacks=("pgd-100",),
+    ),
+    "dat_cifar10": Reproduction(
+        source="Zhang et al., UAI 2022, arXiv 2206.06257: large batches, LALR, 8 bits",
+        published={},
+        attacks=("pgd-20",),
+        variants=_dat_variants(),
+        judge="strong",
+    ),
+    "rst_cifar10": Reproduction(
+        source="Carmon et al., NeurIPS 2019, arXiv 1905.13736: robust self-training",
+        published={},
+        attacks=("pgd-20",),
+        variants={
+            FEW_NATURAL: _few_labels(epochs=50, attack={"name": "none"}),
+            "5,000 labelled images, 25 epochs": _few_labels(epochs=25),
+            "5,000 labelled images, 100 epochs": _few_labels(epochs=100),
+            SELF_TRAINING: {"dat": {"data": {"drop_unlabelled": False}}},
+        },
+        labels_from={SELF_TRAINING: FEW_NATURAL},
+        judge="strong",
     ),
 }
 

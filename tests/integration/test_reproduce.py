@@ -14,8 +14,9 @@ import pytest
 import timm
 import torch
 
-from dat_ds.bench.tables.reproduction import table_of
+from dat_ds.bench.tables.reproduction import Reproduction, reproduce, table_of
 from dat_ds.config import load_config
+from dat_ds.errors import ConfigError
 from tests.integration.tiny_run import ROOT
 from tests.settings import without_launcher
 
@@ -87,6 +88,43 @@ def test_the_recipe_trains_judges_and_writes_what_it_prints(tmp_path: Path) -> N
     assert f"| ours | {mean:.2f} +- " in table_of(record)
 
 
+def test_one_variant_labels_the_images_of_another_and_rows_come_one_by_one(tmp_path: Path) -> None:
+    short = {"schedule": {"epochs": 1, "warmup_epochs": 0}, "checkpoint": {"every_epochs": 1}}
+    few = {"labelled_fraction": 0.5, "drop_unlabelled": True}
+    what = Reproduction(
+        source="",
+        published={},
+        attacks=("pgd-2",),
+        variants={
+            "teacher": {"dat": {**short, "attack": {"name": "none"}, "data": few}},
+            "self-training, weighed": {"dat": {**short, "data": {"labelled_fraction": 0.5}}},
+        },
+        labels_from={"self-training, weighed": "teacher"},
+        judge="apgd-cw-10",
+    )
+    config = next(path for path in CONFIGS if path.stem == "mnist_cnn")
+    data = {"name": "npz", "path": str(tiny_mnist(tmp_path / "tiny.npz"))}
+
+    def rows(*variants: str) -> str:
+        return reproduce(
+            what, config, tmp_path / "runs", data=data, seeds=1, num_examples=10, variants=variants
+        )
+
+    with pytest.raises(ConfigError, match="--variants: pupil must be of teacher, self-training"):
+        rows("pupil")
+    first = rows("teacher").splitlines()
+    assert len(first) == 3  # header, rule, one row: nothing was published
+    folder = tmp_path / "runs" / "teacher" / "seed-0"
+    trained = (folder / "record.json").stat().st_mtime_ns
+    both = rows().splitlines()
+    assert both[:3] == first
+    assert both[3].startswith("| self-training, weighed |")
+    assert (folder / "record.json").stat().st_mtime_ns == trained  # not trained anew
+    made = json.loads((tmp_path / "runs/self_training_weighed/seed-0/record.json").read_text())
+    assert made["config"]["dat"]["data"]["pseudo_labels"] == str(folder)
+    assert "`apgd-cw-10`, first 10 %" in both[0]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_valid_and_belongs_to_a_reproduction(config: Path) -> None:
     sys.path.insert(0, str(RECIPES))
@@ -98,7 +136,8 @@ def test_every_config_is_valid_and_belongs_to_a_reproduction(config: Path) -> No
     values["dat"]["data"]["path"] = "FILE"
     run = load_config(values)
     assert timm.is_model(run.dat.model.name)
-    assert set(what.published) <= {"clean", "standard", *what.attacks}
+    assert set(what.published) <= {"clean", what.judge, *what.attacks}
+    assert set(what.labels_from) | set(what.labels_from.values()) <= set(what.variants)
     assert all(0 < value < 1 for value in what.published.values())
 
 
