@@ -21,7 +21,7 @@ from dat_ds.attacks.square import square
 from dat_ds.attacks.targets import likeliest_wrong
 from dat_ds.attacks.threat import ThreatModel
 
-STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-9", "apgd-pm-20-9", "apgd-square-2000")
+STRONG = ("apgd-cw-10", "malt-20", "apgd-cw-20-8", "apgd-pm-100-2", "apgd-square-2000")
 """Attacks of the ensemble, in order, in l-infinity and l2."""
 STRONG_L1 = ("apgd-cw-10", "malt-20", "apgd-ce-l1-100-3", "apgd-t-l1-50", "apgd-square-1500")
 """The same in l1, where what helps is to begin in larger balls."""
