@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 Augmentation = Literal[
     "none",
+    "flip",
     "crop",
     "crop_flip",
     "resized_crop_flip",
@@ -139,8 +140,8 @@ class Augmented(KeyedDataset[Sample]):
         dataset: Yields ``(x, y)`` with ``x`` float32 CHW in [0, 1]. If it (or the dataset under a
             ``Subset``) has a method ``raw(index) -> (image, y)``, ``resized_crop_flip`` cuts from
             that full-size image and not from the evaluation crop.
-        augment: One of ``AUGMENTATIONS``: ``"none"``, ``"crop"`` (digits: a mirrored digit is no
-            digit), ``"crop_flip"``, ``"resized_crop_flip"``, ``"cropshift_flip"``, or IDBH, whose
+        augment: One of ``AUGMENTATIONS``: ``"none"``, ``"flip"``, ``"crop"`` (digits: a mirrored
+            digit is no digit), ``"crop_flip"``, ``"resized_crop_flip"``, ``"cropshift_flip"``, or IDBH, whose
             images have 1 or 3 channels.
         seed: Any integer.
         size: ``(H, W)`` of the images out of ``resized_crop_flip``; None takes that of item 0.
@@ -201,7 +202,7 @@ class Augmented(KeyedDataset[Sample]):
             x = to_unit(random_resized_crop(image, size, generator)).clamp(0, 1)
             return random_flip(x, generator), y
         x, y = fetch_sample(self.dataset, key)
-        if self.augment != "none":
+        if self.augment not in ("none", "flip"):
             cut = random_crop if self.augment in ("crop", "crop_flip") else cropshift
             x = cut(x, generator)
         if self.augment not in ("none", "crop"):

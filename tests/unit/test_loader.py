@@ -59,6 +59,15 @@ def test_augmentation_changes_with_seed_and_epoch(augment):
     assert not torch.equal(images(0, 1), images(1, 0))
 
 
+def test_flip_mirrors_about_half_of_the_images_and_moves_none():
+    data = make_dataset(200, (3, 4, 6))
+    flipped = Augmented(data, "flip", seed=0)
+    mirrored = [torch.equal(flipped[i][0], data[i][0].flip(-1)) for i in range(200)]
+    kept = [torch.equal(flipped[i][0], data[i][0]) for i in range(200)]
+    assert all(one != other for one, other in zip(mirrored, kept, strict=True))
+    assert 70 < sum(mirrored) < 130
+
+
 def test_a_plain_index_means_epoch_zero():
     data = Augmented(make_dataset(3, (3, 16, 16)), "crop_flip", seed=0)
     assert torch.equal(data[2][0], data[SampleKey(0, 2)][0])
