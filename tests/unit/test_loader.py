@@ -93,7 +93,7 @@ def test_crop_is_a_zero_padded_shift_without_mirroring():
 
 
 def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="must be one of none, crop"):
+    with pytest.raises(ValueError, match="must be one of none, flip, crop"):
         Augmented(make_dataset(1), "mixup", seed=0)
 
 
