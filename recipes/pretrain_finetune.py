@@ -88,5 +88,5 @@ if __name__ == "__main__":
         clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
         print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
         records.append(record)
-    if options.output:
-        write_json(options.output, {"runs": records})
+        if options.output:
+            write_json(options.output, {"runs": records})
