@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,7 @@ def test_ranks_read_every_row_of_a_streamed_dataset_once_shuffled_anew(parquet_f
             loader.set_position(epoch, 0)
             parts.append(read_labels(loader))
         orders.append([batch for step in zip(*parts, strict=True) for batch in step])
-        assert sorted(sum(orders[-1], [])) == list(range(STREAMED))
+        assert sorted(i for batch in orders[-1] for i in batch) == list(range(STREAMED))
     assert orders[0] != orders[1]
     alone = streamed(parquet_files)
     assert orders == [read_labels(alone), read_labels(alone)]
@@ -223,6 +224,27 @@ def test_a_streamed_dataset_goes_on_where_it_stopped_and_reads_the_same_in_a_wor
     resumed = streamed(parquet_files, accumulation=3, in_worker=in_worker)
     resumed.load_state_dict(stopped.state_dict())
     assert read_labels(resumed) == epochs[1][6:]
+
+
+def test_undecoded_rows_of_a_streamed_dataset_are_left_to_collate(parquet_files):
+    """The block of docs/data.md, on small images that are no larger than what it crops."""
+    import datasets
+
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    block = page.split("\n## Streamed datasets of Hugging Face")[1].split("```python\n")[1]
+    block = block.split("\nconfig[")[0]
+    asked, small = (
+        'load_dataset("imagenet-1k", ',
+        f'load_dataset("parquet", data_files={parquet_files!r}, ',
+    )
+    assert asked in block
+    names: dict[str, Any] = {"torch": torch}
+    exec(block.replace(asked, small).replace("256), 224", "2), 2"), names)
+    loader = StreamLoader(names["rows"], micro_batch=3, collate_fn=names["collate"])
+    found = read_labels(loader)
+    assert len(found) == STREAMED // 3
+    assert sorted(i for batch in found for i in batch) == list(range(STREAMED))
+    assert isinstance(names["rows"], datasets.IterableDataset)
 
 
 def test_streaming_in_a_run_s_config_is_refused_with_what_to_write():

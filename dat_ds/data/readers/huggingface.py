@@ -109,7 +109,7 @@ class HuggingFace(StoredDataset):
                 "streaming=true: a run from a config reads images by index, for epochs, exact "
                 "resume and validation. Write false, or pass load_dataset(..., streaming=True)"
                 ".shuffle(seed=0, buffer_size=1000) to dat_ds.initialize as training_data, with "
-                "dat.schedule.max_steps (docs/data.md, Streaming)."
+                "dat.schedule.max_steps (docs/data.md, Streamed datasets of Hugging Face)."
             )
 
     def read(self, seed: int) -> Source:
