@@ -1,6 +1,6 @@
 """Few labels: robust accuracy with and without self-supervised pre-training, on the digits.
 
-python recipes/pretrain_finetune.py contrastive --labelled 0.04 --seeds 3 --output FILE.json
+python recipes/pretrain_finetune.py contrastive --labelled 0.04 --seeds 0 1 2 --output FILE.json
 
 Pre-trains on all training images without their labels, then trains by AT on the labelled part of
 them. ``from_scratch`` is AT from random weights; ``contrastive_defaults`` takes the published
@@ -77,16 +77,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("method", choices=PRETRAINING)
     parser.add_argument("--labelled", type=float, default=0.04)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="the runs are added to those of this file")
     options = parser.parse_args()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    records: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         with tempfile.TemporaryDirectory() as temporary:
             record = pretrained_then_at(options.method, options.labelled, seed, Path(temporary))
         clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
         print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
-        records.append(record)
         if options.output:
-            write_json(options.output, {"runs": records})
+            known = json.loads(options.output.read_text()) if options.output.exists() else {}
+            runs = [*known.get("runs", []), record]
+            write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})
