@@ -1,12 +1,14 @@
 """Few labels: robust accuracy with and without self-supervised pre-training, on the digits.
 
-python recipes/pretrain_finetune.py contrastive --labelled 0.04 --seeds 1
+python recipes/pretrain_finetune.py contrastive --labelled 0.04 --seeds 0 1 2 --output FILE.json
 
 Pre-trains on all training images without their labels, then trains by AT on the labelled part of
-them, and for comparison on that part from random weights.
+them. ``from_scratch`` is AT from random weights; ``contrastive_defaults`` takes the published
+temperature and crops, which are for larger images and batches, and the full eps from the start.
 """
 
 import argparse
+import json
 import logging
 import math
 import tempfile
@@ -18,7 +20,17 @@ from dat_ds.files import write_json
 from dat_ds.training.run import train
 
 IMAGES, BATCH, STEPS = 1438, 64, 400
-OPTIONS = {"contrastive": {"flip": 0.0}, "rotation": {}}  # a mirrored digit is no digit
+PGD = {"steps": 3, "step_size": "1/16"}
+CONTRASTIVE = {"name": "contrastive", "flip": 0.0}  # a mirrored digit is no digit
+PRETRAINING: dict[str, dict[str, Any]] = {
+    "from_scratch": {},
+    "rotation": {"objective": {"name": "rotation"}},
+    "contrastive": {
+        "objective": CONTRASTIVE | {"temperature": 0.1, "crop_area": 0.6},
+        "attack": PGD | {"eps_warmup": 0.5},
+    },
+    "contrastive_defaults": {"objective": CONTRASTIVE},
+}
 
 
 def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str, Any]:
@@ -33,7 +45,7 @@ def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str,
             "drop_unlabelled": labelled < 1,
         },
         "threat_model": {"eps": "2/16"},
-        "attack": {"steps": 3, "step_size": "1/16"},
+        "attack": PGD,
         "schedule": {"epochs": epochs, "warmup_epochs": epochs / 4},
         "checkpoint": {"every_epochs": epochs},
         "evaluation": {"pictures": 0},
@@ -50,29 +62,31 @@ def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str,
     return record
 
 
-def compare(objective: str, labelled: float, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Records of AT on few labels: after pre-training, and from random weights."""
-    run(folder / "pretrained", seed, objective={"name": objective, **OPTIONS[objective]})
-    model = {"pretrained": str(folder / "pretrained")}
-    finetuned = run(folder / "finetuned", seed, labelled, model=model)
-    return [finetuned, run(folder / "from_scratch", seed, labelled)]
+def pretrained_then_at(method: str, labelled: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Record of AT on few labels, and how the pre-training before it went."""
+    if method == "from_scratch":
+        return run(folder, seed, labelled)
+    run(folder / "pretrained", seed, **PRETRAINING[method])
+    rows = (folder / "pretrained" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    record = run(folder / "at", seed, labelled, model={"pretrained": str(folder / "pretrained")})
+    config = json.loads((folder / "pretrained" / "config.json").read_text(encoding="utf-8"))
+    return record | {"pretraining": {"last_metrics": json.loads(rows[-1]), "config": config}}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("objective", choices=OPTIONS)
+    parser.add_argument("method", choices=PRETRAINING)
     parser.add_argument("--labelled", type=float, default=0.04)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="the runs are added to those of this file")
     options = parser.parse_args()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    records: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         with tempfile.TemporaryDirectory() as temporary:
-            pair = compare(options.objective, options.labelled, seed, Path(temporary))
-        for name, record in zip((f"{options.objective}, then at", "at"), pair, strict=True):
-            clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
-            print(f"seed {seed}, {name}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
-        records += pair
-    if options.output:
-        write_json(options.output, {"runs": records})
+            record = pretrained_then_at(options.method, options.labelled, seed, Path(temporary))
+        clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
+        print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
+        if options.output:
+            known = json.loads(options.output.read_text()) if options.output.exists() else {}
+            runs = [*known.get("runs", []), record]
+            write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from torch.utils.data import _utils as torch_utils
 
 from dat_ds.data.loader import Loader, read_batches
 from dat_ds.data.sampler import BatchPlan, seeded_generator
@@ -151,7 +153,8 @@ class _Share(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[list[Batch] | DataError]:
         try:
-            yield from self._read()
+            with _as_outside_of_workers():
+                yield from self._read()
         except DataError as error:
             yield error
 
@@ -184,3 +187,18 @@ class _Share(IterableDataset[Any]):
                 self.collator(own[slot], range(first, first + self.micro_batch))
                 for slot, first in firsts.items()
             ]
+
+
+@contextlib.contextmanager
+def _as_outside_of_workers() -> Iterator[None]:
+    """Inside, torch does not say that this process is a worker.
+
+    Streams of Hugging Face's library share out their files by worker, and the only one, which
+    reads all of them, would get another order than the training process.
+    """
+    worker = torch_utils.worker
+    before, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = before

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dat_ds.bench.preset_cost import cost_of, cost_table
 from dat_ds.cli.main import main
 from dat_ds.config import load_config
 from dat_ds.models import build_model
@@ -254,3 +255,80 @@ def test_a_preset_trains_from_the_command_line_on_images_that_fit(tmp_path: Path
     record = json.loads((tmp_path / "run" / "record.json").read_text(encoding="utf-8"))
     assert record["steps"] == STEPS
     assert record["config"]["dat"]["attack"]["name"] == "n_fgsm"
+
+
+# --- costs
+
+
+def convolution(side: int, inputs: int, outputs: int, kernel: int = 3) -> int:
+    """Floating-point operations of a convolution, by the side of what comes out."""
+    return 2 * side**2 * kernel**2 * inputs * outputs
+
+
+def test_operations_hours_and_memory_are_those_of_a_computation_by_hand() -> None:
+    # ResNet-18 for 32 pixels: stem, then four stages of four convolutions and a shortcut.
+    stem = convolution(32, 3, 64)
+    forward = stem + 4 * convolution(32, 64, 64) + 2 * 512 * 10
+    for side, width in ((16, 128), (8, 256), (4, 512)):
+        forward += convolution(side, width // 2, width) + 3 * convolution(side, width, width)
+        forward += convolution(side, width // 2, width, kernel=1)
+    update = 3 * forward - stem  # no gradient at the pixels
+    # One step of FGSM on every image, then an update, in bfloat16.
+    images, cost = 15 * 0.98 * 50_000, cost_of("fast_at")
+    assert cost.operations == pytest.approx(images * (2 * forward + update), rel=1e-9)
+    hours = cost.operations / (0.2 * 312e12) / 3600
+    assert cost.gpu_hours == pytest.approx(hours, rel=1e-9)
+    assert (cost.gpus, cost.micro_batch) == (1, 128)
+    # Weights, gradients and momentum in float32, and activations of 128 images in 16 bits: the
+    # outputs of convolutions, BatchNorms and ReLUs, some of them shared.
+    states = 3 * 4 * 11_173_962
+    outputs = 128 * (5 * 64 * 32**2 + 5 * (128 * 16**2 + 256 * 8**2 + 512 * 4**2))
+    assert states + 2 * outputs < cost.memory_gib * 2**30 < states + 3 * 4 * outputs
+
+
+def test_operations_count_natural_images_and_perturbed_weights() -> None:
+    fast, trades = cost_of("fast_at"), cost_of("trades_awp")
+    of_an_image = fast.operations / (15 * 0.98 * 50_000)
+    stem = convolution(32, 3, 64)
+    forward = (of_an_image + stem) / 5
+    # PGD-10 on the divergence from a forward of its own; two images in an outer forward, which
+    # AWP takes twice after 5 % of the run.
+    expected = (11 + 10) * forward + 2 * (3 * forward - stem) * 1.95
+    images = 200 * 0.98 * 50_000
+    assert trades.operations == pytest.approx(images * expected, rel=1e-9)
+    # float32: convolutions in TF32, the classifier's few products not.
+    assert trades.gpu_hours == pytest.approx(trades.operations / (0.2 * 156e12) / 3600, rel=1e-3)
+
+
+def test_the_command_prints_costs_and_what_they_assume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets", "fast_at", "--cost", "--gpu", "h100", "--utilisation", "0.4"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("fast_at"))
+    assert row.split()[1:5] == ["1", "x", "128", "0.4"]
+    for words in ("no GPU run has confirmed", "0.4 of the peak of one H100 (989 TFLOP/s"):
+        assert words in printed
+
+
+def test_the_page_shows_the_costs_that_the_command_prints() -> None:
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    shown = page.split("\n## What a preset takes")[1].split("\n## ")[0]
+    assert [name for name in PRESETS if f"\n{name} " in shown] == list(PRESETS)
+    (row,) = [line for line in cost_table(["fast_at"]).splitlines() if line.startswith("fast_at")]
+    (line,) = [line for line in shown.splitlines() if line.startswith("fast_at ")]
+    assert line.split() == row.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "a100"], "--gpu belongs to the costs of presets: write --cost."),
+        (["--cost", "--gpu", "a10"], "--gpu a10: its speed is not known (did you mean 'a100'?)"),
+        (["--cost", "--utilisation", "2"], "--utilisation 2: write a number in (0, 1]"),
+        (["fast_act", "--cost"], "'fast_act' is no preset (did you mean 'fast_at'?)"),
+    ],
+)
+def test_a_cost_that_cannot_be_computed_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["presets", *arguments]) == 2
+    assert words in capsys.readouterr().err

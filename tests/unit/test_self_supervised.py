@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -104,6 +105,28 @@ def test_nt_xent_of_equal_and_of_zero_features_is_finite(dtype):
 
 
 # ---- objectives
+
+
+def test_contrastive_and_its_gradient_are_those_of_the_usual_two_halves_on_digits():
+    """First views, then second ones, and cross-entropy with the other view as the class."""
+    torch.manual_seed(0)
+    x = torch.tensor(load_digits().images[:16, None] / 16, dtype=torch.float32)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8)).double()
+    objective = build_objective({"name": "contrastive", "temperature": 0.1, "natural_weight": 0.5})
+    views, y = objective.inputs(x, counted(16), generator=SampleGenerator(0, 0))
+    natural = views.double()
+    adversarial = (natural + 0.1 * torch.randn_like(natural).sign()).clamp(0, 1)
+
+    def two_halves(images: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([model(images[0::2]), model(images[1::2])]), dim=1)
+        similarity = (z @ z.T / 0.1).fill_diagonal_(float("-inf"))
+        return F.cross_entropy(similarity, torch.arange(32).roll(16))
+
+    ours = objective(model(adversarial), y, model(natural))["loss"]
+    theirs = two_halves(adversarial) + 0.5 * two_halves(natural)
+    assert_close(ours, theirs, **FLOAT64)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, theirs)]
+    assert_close(*gradients, **FLOAT64)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.3])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -159,3 +161,98 @@ def test_a_run_on_a_stream_needs_its_length_and_at_most_one_worker():
     values["dat"] = {"data": {"num_workers": 1}, "schedule": {"max_steps": 3}}
     loader = build_loader(Stream(8), load_config(values).dat, ranks, 2, 1)
     assert labels(loader) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+# ---- streamed datasets of Hugging Face
+
+STREAMED = 36  # a multiple of micro-batches of 2 on 1, 2 and 3 ranks
+
+
+@pytest.fixture(scope="module")
+def parquet_files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three files of images whose pixels are their labels; the pattern that names them."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("streamed")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for number in range(3):
+        own = list(range(number, STREAMED, 3))
+        pixels = [np.full((2, 2, 3), i, dtype=np.uint8) for i in own]
+        rows = {"image": pixels, "label": own}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{number}.parquet")
+    return str(folder / "*.parquet")
+
+
+def streamed(files: str, **options: Any) -> StreamLoader:
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return StreamLoader(rows.shuffle(seed=0, buffer_size=8), micro_batch=2, **options)
+
+
+def read_labels(loader: StreamLoader) -> list[list[int]]:
+    found = []
+    for x, y in loader:
+        assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
+        found.append(y.tolist())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_read_every_row_of_a_streamed_dataset_once_shuffled_anew(parquet_files, ranks):
+    orders = []
+    for epoch in (0, 1):
+        parts = []
+        for rank in range(ranks):
+            loader = streamed(parquet_files, rank=rank, ranks=ranks)
+            loader.set_position(epoch, 0)
+            parts.append(read_labels(loader))
+        orders.append([batch for step in zip(*parts, strict=True) for batch in step])
+        assert sorted(i for batch in orders[-1] for i in batch) == list(range(STREAMED))
+    assert orders[0] != orders[1]
+    alone = streamed(parquet_files)
+    assert orders == [read_labels(alone), read_labels(alone)]
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_a_streamed_dataset_goes_on_where_it_stopped_and_reads_the_same_in_a_worker(
+    parquet_files, in_worker
+):
+    whole = streamed(parquet_files)
+    epochs = [read_labels(whole), read_labels(whole)]
+    stopped = streamed(parquet_files, ranks=3, rank=1)
+    stopped.set_position(1, 2)
+    resumed = streamed(parquet_files, accumulation=3, in_worker=in_worker)
+    resumed.load_state_dict(stopped.state_dict())
+    assert read_labels(resumed) == epochs[1][6:]
+
+
+def test_undecoded_rows_of_a_streamed_dataset_are_left_to_collate(parquet_files):
+    """The block of docs/data.md, on small images that are no larger than what it crops."""
+    import datasets
+
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    block = page.split("\n## Streamed datasets of Hugging Face")[1].split("```python\n")[1]
+    block = block.split("\nconfig[")[0]
+    asked, small = (
+        'load_dataset("imagenet-1k", ',
+        f'load_dataset("parquet", data_files={parquet_files!r}, ',
+    )
+    assert asked in block
+    names: dict[str, Any] = {"torch": torch}
+    exec(block.replace(asked, small).replace("256), 224", "2), 2"), names)
+    loader = StreamLoader(names["rows"], micro_batch=3, collate_fn=names["collate"])
+    found = read_labels(loader)
+    assert len(found) == STREAMED // 3
+    assert sorted(i for batch in found for i in batch) == list(range(STREAMED))
+    assert isinstance(names["rows"], datasets.IterableDataset)
+
+
+def test_streaming_in_a_run_s_config_is_refused_with_what_to_write():
+    values = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "dat": {"data": {"name": "huggingface", "path": "x", "streaming": True}},
+    }
+    words = r"dat\.data\.streaming=true: .* Write false, or pass load_dataset\(\.\.\., streaming"
+    with pytest.raises(ConfigError, match=words):
+        load_config(values)

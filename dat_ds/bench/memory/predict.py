@@ -161,6 +161,11 @@ class StepMemory:
         self.notes = _notes(run)
 
     @property
+    def model(self) -> TracedModel:
+        """The model, on tensors without elements."""
+        return self._model
+
+    @property
     def num_parameters(self) -> int:
         """Of the model."""
         return sum(self._model.trainable) + sum(self._model.frozen)
@@ -212,9 +217,7 @@ class StepMemory:
         attack, update = self.passes(micro_batch)
         return memory_of(setting, attack, update, self._image_bytes(micro_batch))
 
-    # ---- internals
-
-    def _outer_images(self, micro_batch: int) -> int:
+    def outer_images(self, micro_batch: int) -> int:
         """Images of the outer forward."""
         objective, attack = self._run.dat.objective, self._attack
         images = micro_batch * objective.num_views
@@ -229,6 +232,8 @@ class StepMemory:
         count = images * sum(map(int, kinds))
         return max(count, 2) if self._model.has_batch_norm else count
 
+    # ---- internals
+
     def _attacked_images(self, micro_batch: int) -> int:
         """Images that are attacked as one batch; 0 in natural training."""
         if self._attack is None:
@@ -241,7 +246,7 @@ class StepMemory:
         return attack_of(self._run.dat, self._run.dat.objective)
 
     def _image_bytes(self, micro_batch: int) -> int:
-        images = max(self._attacked_images(micro_batch), self._outer_images(micro_batch))
+        images = max(self._attacked_images(micro_batch), self.outer_images(micro_batch))
         return _COPIES * images * 4 * math.prod(self._shape)
 
     def _largest(self, setting: Setting, micro_batch: int, limit: float) -> int:
@@ -272,7 +277,7 @@ class StepMemory:
         """Those of the attack (None in natural training) and of the update."""
         attacked = self._attacked_images(micro_batch)
         attack = self._model.attack(attacked) if attacked else None
-        return attack, self._model.update(self._outer_images(micro_batch))
+        return attack, self._model.update(self.outer_images(micro_batch))
 
 
 def _section(run: RunConfig, name: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Memory of a model's forwards and backwards, found on tensors without elements.
+"""Memory and operations of a model's passes, found on tensors without elements.
 
 The model runs on fake tensors, which have shapes and dtypes and nothing else: every operation is
 dispatched as it would be, and none computes. What is alive at each moment is summed up by storage.
@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from dat_ds.attacks.passes.precision import PRECISIONS, autocast
 from dat_ds.errors import ModelError
@@ -121,6 +123,32 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of an image, a multiplication and an addition counted as two.
+
+    Attributes:
+        convolutions: Those of convolutions.
+        products: Those of matrix products, attention's among them.
+    """
+
+    convolutions: float
+    products: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.convolutions + self.products
+
+    def __add__(self, other: Operations) -> Operations:
+        """Both passes."""
+        return Operations(self.convolutions + other.convolutions, self.products + other.products)
+
+    def __mul__(self, times: float) -> Operations:
+        """So many passes."""
+        return Operations(times * self.convolutions, times * self.products)
+
+
+@dataclass(frozen=True)
 class Precisions:
     """How the passes of an update and of an attack run.
 
@@ -186,7 +214,52 @@ class TracedModel:
         """One step of an attack: a forward with frozen parameters, and its backward to pixels."""
         return self._traced("attack", images, self._run_attack)
 
+    def forward_operations(self) -> Operations:
+        """Operations of a forward alone."""
+
+        def run(live: LiveBytes, timeline: dict[int, int], images: int) -> int:
+            with torch.no_grad(), self._autocast():
+                self._model(torch.empty(images, *self._shape))
+            return 0
+
+        return self._operations(run)
+
+    def update_operations(self) -> Operations:
+        """Operations of :meth:`update`."""
+        return self._operations(self._run_update)
+
+    def attack_operations(self) -> Operations:
+        """Operations of :meth:`attack`."""
+        return self._operations(self._run_attack)
+
     # ---- internals
+
+    def _operations(self, run: Callable[[LiveBytes, dict[int, int], int], int]) -> Operations:
+        """Operations of a pass, of one of two images: BatchNorm refuses one alone."""
+        images = 2
+        counter = FlopCounterMode(display=False)
+        # It knows no fused attention of CPUs, which is taken apart into products here.
+        products = sdpa_kernel(SDPBackend.MATH)
+        with self._traceable(), self._mode, products, torch.enable_grad(), counter:
+            run(LiveBytes(), {}, images)
+        counts = counter.get_flop_counts()["Global"]
+        convolutions = sum(n for op, n in counts.items() if "convolution" in str(op))
+        total = counter.get_total_flops()
+        return Operations(convolutions / images, (total - convolutions) / images)
+
+    @contextlib.contextmanager
+    def _traceable(self) -> Iterator[None]:
+        """Leaves random numbers as they are; raises a ModelError for a model that needs data."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        except _NEEDS_DATA as error:
+            words = str(error).strip() or type(error).__name__
+            raise ModelError(
+                f"{type(self._model).__name__} cannot be traced without data, since what it "
+                f"computes decides what it computes next ({words.splitlines()[0]}): measure it "
+                "instead, by a run on the device."
+            ) from error
 
     def _traced(
         self, name: str, images: int, run: Callable[[LiveBytes, dict[int, int], int], int]
@@ -195,16 +268,8 @@ class TracedModel:
             live = LiveBytes()
             timeline: dict[int, int] = {}
             live.leave_out(self._tensors())
-            try:
-                with torch.random.fork_rng(devices=[]), self._mode, torch.enable_grad(), live:
-                    saved = run(live, timeline, images)
-            except _NEEDS_DATA as error:
-                words = str(error).strip() or type(error).__name__
-                raise ModelError(
-                    f"{type(self._model).__name__} cannot be traced without data, since what it "
-                    f"computes decides what it computes next ({words.splitlines()[0]}): measure it "
-                    "instead, by a run on the device."
-                ) from error
+            with self._traceable(), self._mode, torch.enable_grad(), live:
+                saved = run(live, timeline, images)
             self._known[name, images] = Passes(saved, tuple(sorted(timeline.items())))
         return self._known[name, images]
 

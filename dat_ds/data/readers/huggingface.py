@@ -98,6 +98,19 @@ class HuggingFace(StoredDataset):
     of the data."""
     download: bool = False
     """Whether files may be fetched from the hub; else they have to be on this machine."""
+    streaming: bool = False
+    """Refused: a run reads by index. Streams are given from Python, to ``dat_ds.initialize``."""
+
+    def problems(self) -> Iterator[str]:
+        """Streaming, which a run from a config has no use for."""
+        yield from super().problems()
+        if self.streaming:
+            yield (
+                "streaming=true: a run from a config reads images by index, for epochs, exact "
+                "resume and validation. Write false, or pass load_dataset(..., streaming=True)"
+                ".shuffle(seed=0, buffer_size=1000) to dat_ds.initialize as training_data, with "
+                "dat.schedule.max_steps (docs/data.md, Streamed datasets of Hugging Face)."
+            )
 
     def read(self, seed: int) -> Source:
         """Both splits."""
