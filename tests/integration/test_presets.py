@@ -60,7 +60,7 @@ def shrunk(name: str, output: Path) -> dict[str, Any]:
         "pictures": 0,
     }
     dat["checkpoint"] = {"every_epochs": 1000}
-    dat["logging"] = {"every_steps": STEPS, "progress": False, "tensorboard": False}
+    dat["logging"] = {"every_steps": STEPS, "progress": False, "trackers": []}
     dat["output_dir"] = str(output)
     values["train_batch_size"] = BATCH
     if "train_micro_batch_size_per_gpu" in values:
