@@ -21,6 +21,8 @@ def check_trackers(
         here: Whether the run is to be carried out on this machine.
     """
     for name in names:
+        if name == "tensorboard" and name in config:
+            continue  # DeepSpeed's section takes its place
         others = json.dumps([other for other in names if other != name])
         at = f"dat.logging.trackers names {name!r}"
         if here and not is_installed(name):
