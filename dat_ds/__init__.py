@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dat_ds.engine import AdversarialEngine, initialize
     from dat_ds.method import import_methods
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdversarialEngine",
     "RunConfig",

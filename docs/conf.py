@@ -4,12 +4,14 @@ sphinx-build -W --keep-going -b html docs build/html        # the site
 sphinx-build -W --keep-going -b linkcheck docs build/links  # external links; needs a network
 """
 
+import re
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
@@ -30,8 +32,10 @@ extensions = [
 ]
 exclude_patterns = ["_extensions"]
 
-# Links to files that are no pages lead here: the only place that names the repository.
-repository_url = "https://github.com/OWNER/dat_ds/blob/main"
+# Links to files that are no pages lead there.
+_project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+_repository = _project["project"]["urls"]["Repository"]
+repository_url = f"{_repository}/blob/main"
 
 # The pages are read on GitHub as well: its anchors, its tables, its alerts.
 myst_heading_anchors = 6
@@ -60,7 +64,7 @@ nitpicky = True
 nitpick_ignore_regex = [(r"py:(class|mod|obj)", r".*"), (r"py:.*", r"(?!dat_ds\.).*")]
 
 linkcheck_anchors = False  # GitHub's pages make theirs with JavaScript
-linkcheck_ignore = [r"https://github\.com/OWNER/"]
+linkcheck_ignore = [re.escape(_repository)]
 
 
 def reachable(url: str) -> bool:

@@ -43,7 +43,9 @@ def prepared_engine(run: RunConfig) -> tuple[AdversarialEngine, nn.Module, Tenso
 
 def for_timing(run: RunConfig, ranks: Ranks) -> RunConfig:
     """The run on this device, without monitors, which would be a part of what is measured."""
-    run = dataclasses.replace(run, deepspeed=without_monitors(run.deepspeed))
+    logs = dataclasses.replace(run.dat.logging, trackers=[])
+    dat = dataclasses.replace(run.dat, logging=logs)
+    run = dataclasses.replace(run, dat=dat, deepspeed=without_monitors(run.deepspeed))
     return adapt_to_device(run, ranks.device.type)
 
 

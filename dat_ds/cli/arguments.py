@@ -35,32 +35,24 @@ def add_command(
     return parser
 
 
-def add_config(
-    parser: argparse.ArgumentParser, *, required: bool = True, presets: bool = False
-) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The run's JSON, and what goes over it.
 
     Args:
         parser: The command.
         required: Whether it cannot do without.
-        presets: Whether a preset may take its place.
     """
-    source: Any = parser
-    if presets:
-        source = parser.add_mutually_exclusive_group(required=required)
-        source.add_argument(
-            "--preset", metavar="NAME", help="a published recipe in its place; see dat-ds presets"
-        )
-        parser.add_argument(
-            "--data",
-            metavar="NAME[:PATH]",
-            help="the images, such as cifar10:DIR or imagefolder:DIR; default those of the config",
-        )
+    source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument(
-        "--deepspeed_config",
-        required=required and not presets,
-        metavar="FILE",
-        help="the run's JSON",
+        "--preset",
+        metavar="NAME",
+        help="a published recipe or a starting point in its place; see dat-ds presets",
+    )
+    source.add_argument("--deepspeed_config", metavar="FILE", help="the run's JSON")
+    parser.add_argument(
+        "--data",
+        metavar="NAME[:PATH]",
+        help="the images, such as cifar10:DIR or imagefolder:DIR; default those of the config",
     )
     # The deepspeed launcher adds these two to every script.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -139,25 +131,26 @@ def load_run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunCon
 
     Args:
         options: What was typed.
-        defaults: Values for keys that a file leaves out; a preset is complete, and takes none.
+        defaults: Values for keys that a file or starting point leaves out; a published recipe is
+            complete, and takes none.
 
     Raises:
         UserError: With all problems found.
     """
     from dat_ds.config import load_config
     from dat_ds.config.load import read_values
-    from dat_ds.presets import read_preset, with_data
+    from dat_ds.presets import PRESETS, read_preset, with_data
 
     preset, data = getattr(options, "preset", None), getattr(options, "data", None)
     source = options.deepspeed_config if preset is None else read_preset(preset)
     if data is not None:
         source = with_data(read_values(source), data)
-    elif preset is not None and not any(text.startswith("dat.data") for text in options.set):
+    elif preset in PRESETS and not any(text.startswith("dat.data") for text in options.set):
         name = source["dat"]["data"]["name"]
         raise UserError(f"--preset {preset} needs its images: add --data {name}:PATH.")
     return load_config(
         source,
         overrides=options.set,
-        defaults=defaults if preset is None else None,
+        defaults=None if preset in PRESETS else defaults,
         imports=options.imports,
     )

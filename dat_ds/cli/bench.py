@@ -198,9 +198,9 @@ def _bench_scaling(options: argparse.Namespace, defaults: Mapping[str, Any]) -> 
     if options.merge:
         print(merge_scaling(options.merge, **files))
         return 0
-    if options.deepspeed_config is None:
+    if options.deepspeed_config is None and options.preset is None:
         raise UserError(
-            "Name a run: --deepspeed_config ds_configs/zero0.json; or files to --merge."
+            "Name a run: --deepspeed_config FILE, or --preset zero0; or files to --merge."
         )
     plan = Plan(
         ranks=None if options.ranks is None else tuple(options.ranks),
@@ -252,8 +252,8 @@ def _bench_memory(options: argparse.Namespace, defaults: Mapping[str, Any]) -> i
 
 def _bench_predict(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     if options.memory:
-        if options.deepspeed_config is None:
-            raise UserError("--memory needs a run: --deepspeed_config ds_configs/zero3.json.")
+        if options.deepspeed_config is None and options.preset is None:
+            raise UserError("--memory needs a run: --deepspeed_config FILE, or --preset zero3.")
         return _bench_memory(options, defaults)
     if not options.scaling:
         raise UserError(

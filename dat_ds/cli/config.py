@@ -14,7 +14,7 @@ from dat_ds.errors import UserError
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "config", _config, "check a config and show the resolved run")
-    add_config(parser, required=False, presets=True)
+    add_config(parser, required=False)
     parser.add_argument("--print", action="store_true", help="print the resolved run as JSON")
     parser.add_argument(
         "--reference", action="store_true", help="print all keys as markdown (docs/config.md)"
@@ -33,8 +33,8 @@ def _config(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     named = options.preset or options.deepspeed_config
     if named is None:
         raise UserError(
-            "Name a config: dat-ds config --deepspeed_config ds_configs/zero2.json, or --preset "
-            "fast_at"
+            "Name a config: dat-ds config --deepspeed_config FILE, or --preset zero2. dat-ds "
+            "presets lists what there is."
         )
     run = load_run(options, defaults)
     from dat_ds.engine.deepspeed_part import check_deepspeed

@@ -66,6 +66,8 @@ def main(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dat-ds", description=dat_ds.__doc__)
+    # deepspeed --no_python puts it before the command.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=dat_ds.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (

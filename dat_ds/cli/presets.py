@@ -10,14 +10,19 @@ from dat_ds.cli.arguments import add_command
 from dat_ds.errors import ConfigError
 
 _DESCRIPTION = """\
-List the published recipes that --preset takes, or print one. What each should reach, and all that
-it deviates in from its source: docs/presets.md."""
+List what --preset takes, or print one's JSON: published recipes (what each should reach, and all
+that it deviates in from its source: docs/presets.md), and small runs on the embedded digits to
+start from."""
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "presets", _presets, "list published recipes", description=_DESCRIPTION
+        commands,
+        "presets",
+        _presets,
+        "list published recipes and starting points",
+        description=_DESCRIPTION,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one's JSON")
     parser.add_argument(

@@ -12,7 +12,7 @@ from dat_ds.cli.arguments import add_command, add_config, load_run
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "train", _train, "train a run and write its record")
-    add_config(parser, presets=True)
+    add_config(parser)
     parser.add_argument(
         "--resume",
         default="none",
@@ -31,10 +31,10 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     run = load_run(options, defaults)
-    from dat_ds.presets import check_fits
+    from dat_ds.presets import PRESETS, check_fits
     from dat_ds.training.run import train
 
-    if options.preset is not None:
+    if options.preset in PRESETS:
         check_fits(run)
 
     record = train(run, resume=options.resume, changed=options.changed)

@@ -1,11 +1,12 @@
-"""Configs that version 0.1 wrote beside its checkpoints and records.
+"""Former keys, and configs that version 0.1 wrote beside its checkpoints and records.
 
-It wrote every key of a section, also those that the chosen method does not take: as null, or with
-the default of the methods that do.
+Version 0.1 wrote every key of a section, also those that the chosen method does not take: as null,
+or with the default of the methods that do.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,3 +47,29 @@ def without_foreign_keys(ours: Any) -> Any:
                 k: value for k, value in section.items() if k in taken or not table.takers(k)
             }
     return cleaned
+
+
+_LOGGING_OF_0_1 = {"every_steps", "progress", "tensorboard"}  # of which it wrote all
+
+
+def without_former_keys(ours: Any, problems: list[str]) -> Any:
+    """A ``"dat"`` section without keys that others have replaced.
+
+    Args:
+        ours: The section.
+        problems: Receives one message per key, with what to write; what 0.1 wrote of a whole
+            section is translated.
+    """
+    logs = ours.get("logging") if isinstance(ours, Mapping) else None
+    if not isinstance(logs, Mapping) or "tensorboard" not in logs:
+        return ours
+    trackers = ["tensorboard"] if logs["tensorboard"] else []
+    translated = {key: value for key, value in logs.items() if key != "tensorboard"}
+    if set(logs) == _LOGGING_OF_0_1:
+        translated["trackers"] = trackers
+    else:
+        problems.append(
+            f"dat.logging.tensorboard={json.dumps(logs['tensorboard'])} is dat.logging.trackers="
+            f"{json.dumps(trackers)} now: write that."
+        )
+    return {**ours, "logging": translated}

@@ -11,9 +11,10 @@ from typing import Any
 from dat_ds.config.deepspeed.logs import log_notes
 from dat_ds.config.deepspeed.optimizer import notes_on
 from dat_ds.config.deepspeed.resolve import resolve_deepspeed
-from dat_ds.config.former import without_foreign_keys
+from dat_ds.config.former import without_foreign_keys, without_former_keys
 from dat_ds.config.rules import check_run, cost_notes, resolve_dat, step_notes
 from dat_ds.config.schema import DatConfig, RunConfig
+from dat_ds.config.trackers import check_trackers
 from dat_ds.errors import ConfigError
 from dat_ds.files import open_regular
 from dat_ds.method import import_methods, parse_section
@@ -80,11 +81,12 @@ def load_config(
         if isinstance(model, dict) and "name" not in model:
             ours["model"] = {**DIGITS_MODEL, **model}
     problems: list[str] = []
-    ours = without_foreign_keys(ours)
+    ours = without_former_keys(without_foreign_keys(ours), problems)
     dat = resolve_dat(parse_section(DatConfig, ours, "dat", problems), problems)
     deepspeed = resolve_deepspeed(
         values, dat, problems, client_optimizer=client_optimizer, here=here
     )
+    check_trackers(dat.logging.trackers, deepspeed, problems, here=here)
     accumulation = deepspeed.get("gradient_accumulation_steps")
     check_run(dat, deepspeed, problems, accumulation=accumulation)
     if problems:

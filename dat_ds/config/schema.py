@@ -245,6 +245,14 @@ class FaultConfig(Section):
     """Exit code of a run that a signal has stopped, after its checkpoint was written."""
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Valid in ``dat.logging.trackers``; each is the name of its package and of its module."""
+
+
+def _are_trackers(names: list[str]) -> bool:
+    return set(names) <= set(TRACKERS) and len(set(names)) == len(names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section):
     """Output of a run while it trains."""
@@ -253,8 +261,13 @@ class LoggingConfig(Section):
     """Optimizer steps between two lines of metrics."""
     progress: bool = True
     """Show a progress bar on a terminal."""
-    tensorboard: bool = True
-    """Write TensorBoard files."""
+    trackers: list[str] = option(
+        ["tensorboard"], f"a list of {', '.join(map(repr, TRACKERS))}, each once", _are_trackers
+    )
+    """What metrics and pictures are sent to: TensorBoard's files in the run's folder, Weights &
+    Biases, trackio. ``[]`` for none. In a loop of your own the latter two alone."""
+    project: str = option("dat_ds", "a text", bool)
+    """Project in Weights & Biases and trackio."""
 
 
 @dataclass(frozen=True, kw_only=True)

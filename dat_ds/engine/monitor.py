@@ -1,14 +1,17 @@
-"""TensorBoard and other monitors, through DeepSpeed's."""
+"""Metrics and pictures of a run, sent to ``dat.logging.trackers`` and DeepSpeed's monitors."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.csv_monitor import csvMonitor
@@ -16,6 +19,7 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 
 from dat_ds.config import RunConfig, enabled_monitors
+from dat_ds.engine.trackers import Tracker, WrittenSteps, start_tracker
 from dat_ds.errors import ConfigError
 from dat_ds.ranks import Ranks
 
@@ -29,15 +33,47 @@ _KINDS = {
 }
 
 
-class Monitor:
-    """Writes named scalars to every monitor that a run config enables, on the main rank.
+class _DeepSpeedMonitor:
+    """A monitor of DeepSpeed's as a tracker; it takes no pictures."""
 
-    The monitors are kept out of DeepSpeed's engine, which would wait for the device in every step
+    def __init__(self, key: str, section: Mapping[str, Any], global_batch: int) -> None:
+        config = getattr(get_monitor_config({key: dict(section)}), key)
+        if key == "comet":  # which is told steps where it counts samples
+            config.samples_log_interval = -(-config.samples_log_interval // global_batch)
+        self._key = key
+        # A run that the caller began, and will end.
+        self._is_joined = key == "wandb" and importlib.import_module("wandb").run is not None
+        self._monitor = _KINDS[key](config)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """As the protocol says."""
+        _check_folder(self._monitor)
+        self._monitor.write_events([(name, value, step) for name, value in values.items()])
+
+    def picture(self, step: int, name: str, file: Path) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """As the protocol says."""
+        if self._key == "tensorboard":
+            self._monitor.summary_writer.close()
+        elif self._key == "comet":
+            self._monitor.experiment.end()
+        elif self._key == "wandb" and not self._is_joined:
+            importlib.import_module("wandb").finish()
+
+
+class Monitor:
+    """Writes named scalars to every tracker and monitor of a run config, on the main rank.
+
+    DeepSpeed's monitors are kept out of its engine, which would wait for the device in every step
     to write its loss. The engine owns this one. It writes every ``dat.logging.every_steps`` steps,
     until a training loop takes over.
 
     Args:
-        run: Its DeepSpeed sections ``tensorboard``, ``wandb``, ``csv_monitor`` and ``comet`` apply.
+        run: ``dat.logging.trackers`` and its DeepSpeed sections ``tensorboard``, ``wandb``,
+            ``csv_monitor`` and ``comet`` apply. TensorBoard's files as a tracker need the folder of
+            a training run.
         ranks: The processes of the run; all of them make one.
         global_batch: Images of an optimizer step.
 
@@ -46,13 +82,20 @@ class Monitor:
     """
 
     def __init__(self, run: RunConfig, ranks: Ranks, *, global_batch: int) -> None:
-        self._run, self._ranks, self._global_batch = run, ranks, global_batch
-        self._monitors: dict[str, Any] = {}
+        self._run, self._ranks = run, ranks
+        self._trackers: dict[str, Tracker] = {}
         self._failed: set[str] = set()
-        self._joined_wandb = False  # a run that the caller began, and will end
+        self._written = WrittenSteps(None)
         sections = enabled_monitors(run.deepspeed)
-        self._writes_steps = bool(sections)
-        self._start(sections)
+        self._services = [n for n in run.dat.logging.trackers if n != "tensorboard"]
+        self._writes_steps = bool(sections or self._services)
+        self._start(
+            {
+                key: functools.partial(_DeepSpeedMonitor, key, section, global_batch)
+                for key, section in sections.items()
+            },
+            "{}.enabled=true",
+        )
 
     def is_due(self, step: int, total_steps: int | None) -> bool:
         """Whether the engine is to write the metrics of ``step``, alike on every rank.
@@ -69,25 +112,33 @@ class Monitor:
 
         Args:
             output: Folder of the run. TensorBoard's files go into ``tensorboard`` there where
-                ``dat.logging.tensorboard`` asks for them and the run names no other place.
+                ``dat.logging.trackers`` asks for them and the run names no other place.
+
+        Raises:
+            ConfigError: On all ranks, where a tracker cannot be started.
         """
         self._writes_steps = False
-        if self._run.dat.logging.tensorboard and "tensorboard" not in self._run.deepspeed:
-            section = {"enabled": True, "output_path": str(output), "job_name": "tensorboard"}
-            self._start({"tensorboard": section})
+        if self._ranks.is_main:
+            self._written = WrittenSteps(output)
+        self._start_trackers(output)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the numbers among ``values`` at ``step``.
+        """Write the numbers among ``values`` at ``step``; a collective the first time.
 
-        A monitor that cannot be written to ends no run: the log says so once.
+        What a tracker has from before a resume is not written again. One that cannot be written
+        to ends no run: the log says so once.
+
+        Raises:
+            ConfigError: On all ranks, where a tracker cannot be started, the first time.
         """
-        events = [
-            (name, value, step) for name, value in values.items() if isinstance(value, (int, float))
-        ]
-        for key, monitor in self._monitors.items():
-            with self._told_once(key, step):
-                _check_folder(monitor)
-                monitor.write_events(events)
+        if self._writes_steps and self._services:  # a loop of the caller's own
+            self._start_trackers(None)
+        numbers = {name: v for name, v in values.items() if isinstance(v, (int, float))}
+        self._send(step, numbers, lambda tracker, new: tracker.write(step, new))
+
+    def picture(self, step: int, name: str, file: Path) -> None:
+        """Show a PNG file at ``step``, once, in every tracker that takes pictures."""
+        self._send(step, {name: file}, lambda tracker, _: tracker.picture(step, name, file))
 
     def close(self, step: int) -> None:
         """End what was started, so that a service has everything before the process ends.
@@ -95,15 +146,20 @@ class Monitor:
         Args:
             step: Optimizer steps done.
         """
-        for key, monitor in self._monitors.items():
+        for key, tracker in self._trackers.items():
             with self._told_once(key, step):
-                if key == "tensorboard":
-                    monitor.summary_writer.close()
-                elif key == "comet":
-                    monitor.experiment.end()
-                elif key == "wandb" and not self._joined_wandb:
-                    importlib.import_module("wandb").finish()
-        self._monitors.clear()
+                tracker.close()
+        self._trackers.clear()
+
+    def _send(
+        self, step: int, values: Mapping[str, Any], send: Callable[[Tracker, dict[str, Any]], None]
+    ) -> None:
+        for key, tracker in self._trackers.items():
+            new = self._written.missing(key, step, values)
+            if new:
+                with self._told_once(key, step):
+                    send(tracker, new)
+                    self._written.mark(key, step, new)
 
     @contextlib.contextmanager
     def _told_once(self, key: str, step: int) -> Iterator[None]:
@@ -120,27 +176,80 @@ class Monitor:
                     _shown(error),
                 )
 
-    def _start(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
-        if not sections:
+    def _start_trackers(self, output: Path | None) -> None:
+        """Start ``dat.logging.trackers``; a collective."""
+        names = self._services
+        self._services = []
+        logs = self._run.dat.logging
+        has_files = "tensorboard" in logs.trackers and "tensorboard" not in self._run.deepspeed
+        if output is not None and has_files:
+            names = ["tensorboard", *names]
+        run_id = self._written.run_id
+        self._start(
+            {
+                name: functools.partial(start_tracker, name, self._run, output, run_id)
+                for name in names
+            },
+            "dat.logging.trackers names {!r}",
+        )
+
+    def _start(self, makers: Mapping[str, Callable[[], Tracker]], asked: str) -> None:
+        """Start trackers on the main rank; a collective.
+
+        Args:
+            makers: By name.
+            asked: What asked for one of a name, for the message where it cannot be started.
+        """
+        if not makers:
             return
         with self._ranks.together():
             if self._ranks.is_main:
-                for key, section in sections.items():
-                    self._monitors[key] = self._started(key, section)
+                for name, make in makers.items():
+                    try:
+                        self._trackers[name] = make()
+                    except Exception as error:  # whatever a service raises
+                        raise ConfigError(
+                            f"{asked.format(name)}, but it cannot be started: {_shown(error)}. "
+                            f"Mend that, or {_without(name, asked)}."
+                        ) from None
 
-    def _started(self, key: str, section: Mapping[str, Any]) -> Any:
-        config = getattr(get_monitor_config({key: dict(section)}), key)
-        if key == "comet":  # which is told steps where it counts samples
-            config.samples_log_interval = -(-config.samples_log_interval // self._global_batch)
-        try:
-            if key == "wandb":
-                self._joined_wandb = importlib.import_module("wandb").run is not None
-            return _KINDS[key](config)
-        except Exception as error:  # whatever a service raises
-            raise ConfigError(
-                f"{key}.enabled=true, but it cannot be started: {_shown(error)}. "
-                f"Mend that, or write {key}.enabled=false."
-            ) from None
+
+def report_outcome(
+    run: RunConfig,
+    output: Path,
+    *,
+    step: int,
+    accuracies: Mapping[str, float | None],
+    picture: Path | None,
+) -> None:
+    """Tell the trackers of a run that has ended what it came to, once; on one rank.
+
+    Args:
+        run: Its config.
+        output: Its folder.
+        step: Optimizer steps done.
+        accuracies: On the test images, by name, in [0, 1]; None is left out.
+        picture: A PNG file of examples, where there is one.
+    """
+    # DeepSpeed's monitors have ended with its engine; a section may turn TensorBoard's files off.
+    off: dict[str, Any] = {"tensorboard": {}} if "tensorboard" in run.deepspeed else {}
+    alone = Ranks(rank=0, count=1, device=torch.device("cpu"), cpu_group=None)
+    monitor = Monitor(dataclasses.replace(run, deepspeed=off), alone, global_batch=1)
+    try:
+        monitor.take_over(output)
+    except ConfigError as error:  # after all of the training
+        logger.warning("The outcome reaches no tracker: %s", error)
+        return
+    monitor.write(step, {f"test/{name}": value for name, value in accuracies.items()})
+    if picture is not None:
+        monitor.picture(step, "examples", picture)
+    monitor.close(step)
+
+
+def _without(name: str, asked: str) -> str:
+    if "enabled" in asked:
+        return f"write {name}.enabled=false"
+    return "leave it out"
 
 
 def _check_folder(monitor: Any) -> None:

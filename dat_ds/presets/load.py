@@ -1,10 +1,10 @@
-"""The presets by name, and a preset as values of a run config."""
+"""The presets and starting points by name, and one of them as values of a run config."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from types import MappingProxyType
 from typing import Any
@@ -36,9 +36,30 @@ PRESETS: Mapping[str, str] = MappingProxyType(
 )
 """Where each preset is from, by name; what it deviates in is in docs/presets.md."""
 
+STARTING_POINTS: Mapping[str, str] = MappingProxyType(
+    {
+        "zero0": "ZeRO-0: every rank holds everything",
+        "zero1": "ZeRO-1: optimizer states are sharded",
+        "zero2": "ZeRO-2: gradients too",
+        "zero3": "ZeRO-3: parameters too",
+        "zero3_offload": "ZeRO-3, parameters and optimizer states in the host's memory",
+        "zero2_bf16": "ZeRO-2, bf16",
+        "zero2_fp16": "ZeRO-2, fp16",
+        "zero2_autocast": "ZeRO-2, torch_autocast",
+        "zero2_int8": "ZeRO-2, gradients sent as int8",
+        "lamb": "LAMB",
+        "lars": "LARS",
+        "muon": "Muon",
+        "onebit_adam": "1-bit Adam",
+        "onebit_lamb": "1-bit LAMB",
+        "zero_one_adam": "0/1 Adam",
+    }
+)
+"""Small complete runs on the embedded digits, to start one's own from, and what each shows."""
+
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset as values of a run config.
+    """A preset or starting point as values of a run config.
 
     Raises:
         ConfigError: There is none of that name.
@@ -47,16 +68,20 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def text_of(name: str) -> str:
-    """The JSON of a preset.
+    """The JSON of a preset or starting point.
 
     Raises:
         ConfigError: There is none of that name.
     """
-    if name not in PRESETS:
+    names = [*PRESETS, *STARTING_POINTS]
+    if name not in names:
         raise ConfigError(
-            f"{name!r} is no preset{did_you_mean(name, PRESETS)}. Valid: {', '.join(PRESETS)}."
+            f"{name!r} is no preset{did_you_mean(name, names)}. Valid: {', '.join(names)}."
         )
-    return (resources.files(__package__) / f"{name}.json").read_text(encoding="utf-8")
+    folder = resources.files(__package__)
+    if name in STARTING_POINTS:
+        folder = folder / "starting"
+    return (folder / f"{name}.json").read_text(encoding="utf-8")
 
 
 def with_data(values: Mapping[str, Any], data: str) -> dict[str, Any]:
@@ -86,7 +111,7 @@ def with_data(values: Mapping[str, Any], data: str) -> dict[str, Any]:
 
 
 def table() -> str:
-    """The presets as a table of plain text: name, data, model, attack, objective, source."""
+    """The presets as a table of plain text, with their sources, and the starting points below."""
     rows = [("preset", "data", "model", "attack", "objective", "source")]
     for name, source in PRESETS.items():
         dat = read_preset(name)["dat"]
@@ -102,6 +127,11 @@ def table() -> str:
                 source,
             )
         )
+    starting = [("starting point", "what it shows"), *STARTING_POINTS.items()]
+    return f"{_aligned(rows)}\n\n{_aligned(starting)}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])

@@ -15,7 +15,7 @@ from dat_ds.ranks import Ranks
 logger = logging.getLogger("dat_ds")
 
 _TEMPORARY = re.compile(
-    r"(config|record)\.json\.partial|metrics\.jsonl\.partial|"
+    r"(config|record|trackers)\.json\.partial|metrics\.jsonl\.partial|"
     r"\.model\.(safetensors|json)\.(partial|\d+\.tmp)"  # the latter of 0.1
 )
 

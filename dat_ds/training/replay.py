@@ -129,7 +129,7 @@ def _alone(fault: Reproducer, imports: Sequence[str]) -> RunConfig:
         dat.pop(section, None)
     dat["schedule"] = {"name": "constant", "max_steps": fault.total_steps}
     dat["engine"] = {**dat["engine"], "compile": "none", "cuda_graphs": False}
-    dat["logging"] = {"tensorboard": False}
+    dat["logging"] = {"trackers": []}
     values |= {
         "train_micro_batch_size_per_gpu": fault.micro_batch,
         "gradient_accumulation_steps": len(fault.batches),

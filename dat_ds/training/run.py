@@ -28,6 +28,7 @@ from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE
 from dat_ds.engine.deepspeed_part import check_deepspeed
 from dat_ds.engine.launch import setup_ranks
+from dat_ds.engine.monitor import report_outcome
 from dat_ds.errors import CheckpointError, DataError
 from dat_ds.evaluation import (
     Record,
@@ -144,10 +145,18 @@ def _train_in(
         twin = _train_one(natural_twin_of(run), ranks, twin_output, twin_resume, stop)
         if twin is None:
             return None
+    picture = None
     with ranks.together():
         if ranks.is_main:
-            _draw(run, output, ranks.device, twin is not None)
+            picture = _draw(run, output, ranks.device, twin is not None)
     if ranks.is_main:
+        report_outcome(
+            run,
+            output,
+            step=record["steps"],
+            accuracies={"natural_acc": record["natural_acc"], **record["robust_acc"]},
+            picture=picture,
+        )
         logger.info("%s", describe(record, twin))
         logger.info("Record: %s", output / "record.json")
     return record
@@ -314,16 +323,17 @@ def _share_in_words(fraction: float | None) -> str:
     return "" if fraction is None else f", {fraction:.0%} of every batch"
 
 
-def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> None:
+def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) -> Path | None:
+    """Draw examples; the file, where the data can be shown."""
     count = run.dat.evaluation.pictures
     objective = run.dat.objective
     if count == 0 or not objective.classifies:
-        return
+        return None
     splits = build_data_of(run)
     channels = splits.image_shape[0]
     if channels not in (1, 3):
         logger.info("No picture: images have %d channels.", channels)
-        return
+        return None
     labels: Tensor = splits.test.labels  # type: ignore[attr-defined]  # every reader's test part
     shown = Subset(splits.test, of_several_classes(labels, count))
     x, y = default_collate([shown[i] for i in range(len(shown))])
@@ -339,3 +349,4 @@ def _draw(run: RunConfig, output: Path, device: torch.device, has_twin: bool) ->
     path = output / "examples.png"
     draw_examples(models, x, y, threat_of(run.dat), attack, path, class_names=class_names)
     logger.info("Picture: %s", path)
+    return path

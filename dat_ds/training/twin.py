@@ -8,7 +8,7 @@ from typing import Any
 
 from dat_ds.attacks import NoAttack
 from dat_ds.config import MONITORS, RunConfig, enabled_monitors, without_monitors
-from dat_ds.config.schema import WeightPerturbationConfig
+from dat_ds.config.schema import LoggingConfig, WeightPerturbationConfig
 from dat_ds.data import DatasetMethod
 from dat_ds.objectives import AdversarialTraining
 
@@ -26,6 +26,7 @@ def natural_twin_of(run: RunConfig) -> RunConfig:
         data=_labelled_only(run.dat.data),
         weight_perturbation=WeightPerturbationConfig(),
         evaluation=dataclasses.replace(run.dat.evaluation, natural_twin=False),
+        logging=_files_only(run.dat.logging),
     )
     return dataclasses.replace(run, dat=dat, deepspeed=_with_own_files(run.deepspeed), notes=())
 
@@ -40,6 +41,12 @@ def _with_own_files(config: Mapping[str, Any]) -> dict[str, Any]:
     if "tensorboard" in config:
         own.setdefault("tensorboard", config["tensorboard"])  # off is off for both
     return own
+
+
+def _files_only(logs: LoggingConfig) -> LoggingConfig:
+    """The same with trackers that write into the run's folder alone."""
+    files = [name for name in logs.trackers if name == "tensorboard"]
+    return dataclasses.replace(logs, trackers=files)
 
 
 def _labelled_only(data: DatasetMethod) -> DatasetMethod:

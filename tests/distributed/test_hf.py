@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dat_ds.errors import ConfigError
@@ -51,6 +52,7 @@ def deepspeed_config(stage: int, **sections: Any) -> dict[str, Any]:
         "zero_optimization": {
             "stage": stage,
             "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
         },
         "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
         "zero_allow_untested_optimizer": True,
@@ -103,6 +105,36 @@ def train_with_callback(
     )
     trainer.train(resume_from_checkpoint=resume_from)
     return whole_weights(trainer.model), trainer
+
+
+def best_model_at_the_end(folder: str, stage: Any) -> tuple[int, int, int]:
+    """How many tensors of the model at the end differ from the best and the last checkpoint's."""
+    scores = iter(range(0, -100, -1))
+    _, trainer = train_with_callback(
+        folder,
+        stage,
+        "at",
+        1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        trainer_options={"compute_metrics": lambda prediction: {"score": next(scores)}},
+    )
+    trainer.save_model(f"{folder}/end")
+    torch.distributed.barrier()
+    best, last, end = (
+        load_file(f"{folder}/{name}/model.safetensors")
+        for name in ("checkpoint-1", f"checkpoint-{STEPS}", "end")
+    )
+    differing = [
+        sum(not torch.equal(end[name], tensor) for name, tensor in file.items())
+        for file in (best, last)
+    ]
+    return len(end), *differing
 
 
 def train_with_engine(stage: int, objective: str, accumulation: int) -> dict[str, Tensor]:
@@ -230,6 +262,8 @@ def every_case(folder: str) -> dict[Any, Any]:
             where, stage, "trades", 1, resume_from=f"{where}/checkpoint-3", **saving
         )
         found["resumed", stage] = whole, again
+        found["best", stage] = best_model_at_the_end(str(Path(folder) / f"best{stage}"), stage)
+    found["best", "ddp"] = best_model_at_the_end(str(Path(folder) / "bestddp"), "ddp")
     allow_fp16()
     for half in HALF:
         found[half] = train_in_half(folder, *half)
@@ -278,6 +312,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     whole, again = outcomes[0]["resumed", stage]
     assert all(torch.equal(again[k], w) for k, w in whole.items())
+
+
+@pytest.mark.parametrize("stage", ["ddp", *RESUMED])
+def test_every_tensor_is_the_best_checkpoints(outcomes: list[dict[Any, Any]], stage: Any) -> None:
+    for found in outcomes:
+        count, from_best, from_last = found["best", stage]
+        assert from_best == 0
+        assert from_last > count / 2
 
 
 def test_zero_3_gathers_parameters_once_for_all_passes_of_an_attack(

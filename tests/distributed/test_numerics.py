@@ -57,7 +57,7 @@ def trainer(folder: Path, stage: int, fault: str, **sections: Any) -> Any:
     dat = {
         "schedule": {"epochs": 2, "warmup_epochs": 0},
         "checkpoint": {"every_steps": 2},
-        "logging": {"every_steps": 3, "progress": False, "tensorboard": False},
+        "logging": {"every_steps": 3, "progress": False, "trackers": []},
         **sections.pop("dat", {}),
     }
     config = tiny.config(stage, train_micro_batch_size_per_gpu=BATCH, dat=dat, **sections)

@@ -97,7 +97,7 @@ def test_the_messages_on_the_page_are_the_ones_that_users_get(
     heading: str, mistakes: list[Callable[[], Any]], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dat_ds.config.deepspeed.sections._is_installed", lambda module: False)
+    monkeypatch.setattr("dat_ds.config.deepspeed.sections.is_installed", lambda module: False)
     messages = listed(heading)
     assert len(messages) == len(mistakes)
     for message, mistake in zip(messages, mistakes, strict=True):

@@ -45,7 +45,7 @@ def values_of(output: Path, stage: int, *, asynchronous: bool) -> dict[str, Any]
     values["dat"]["schedule"] = {"epochs": 1}
     values["dat"]["checkpoint"] = {"every_steps": 2, "asynchronous": asynchronous}
     values["dat"]["evaluation"] |= {"pictures": 0, "attacks": ["pgd-2"]}
-    values["dat"]["logging"]["tensorboard"] = False
+    values["dat"]["logging"]["trackers"] = []
     values["zero_optimization"] = {"stage": stage}
     return values
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import errno
+import importlib.util
+import json
 import logging
 import shutil
 import sys
@@ -120,7 +122,8 @@ def test_a_training_run_writes_each_row_once_and_its_twin_elsewhere(tmp_path: Pa
             assert written.get(f"train_{name}", []) == expected
         assert [step for step, _ in written["validation_natural_acc"]] == [STEPS]
         # As ever, unless the config says otherwise.
-        assert tensorboard_rows(tmp_path / run / "tensorboard").keys() == written.keys()
+        shown = tensorboard_rows(tmp_path / run / "tensorboard").keys()
+        assert {name for name in shown if not name.startswith("test_")} == written.keys()
 
 
 def test_a_folder_that_vanishes_is_told_once_and_ends_nothing(
@@ -290,3 +293,145 @@ def test_one_rank_writes_what_all_measured(tmp_path: Path) -> None:
     losses, _ = run_ranks(_two_ranks, 2, str(tmp_path))
     assert csv_rows(tmp_path / "csv")["train_loss"] == list(zip(DUE, losses, strict=True))
     assert len(list((tmp_path / "tb").iterdir())) == 1
+
+
+# ---- dat.logging.trackers
+
+
+class FakeService(types.ModuleType):
+    """The part of wandb's and trackio's interface that is called, as one who keeps every call."""
+
+    Image = staticmethod(lambda file: ("image", file))
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, str, Any]] = []
+        self.run: object = None
+
+    def init(self, **options: Any) -> None:
+        self.started.append(options)
+        self.run = object()
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        assert self.run is not None
+        self.logged += [(step, name, value) for name, value in data.items()]
+
+    def finish(self) -> None:
+        self.run = None
+
+    def steps_of(self, name: str) -> list[int]:
+        return [step for step, logged, _ in self.logged if logged == name]
+
+
+@pytest.fixture
+def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeService]:
+    """Packages of both names, installed."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    found = {}
+    for name in ("wandb", "trackio"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text("")
+        found[name] = FakeService(name)
+        found[name].__spec__ = importlib.util.find_spec(name)
+        monkeypatch.setitem(sys.modules, name, found[name])
+    return found
+
+
+def tracked(folder: Path, **dat: Any) -> dict[str, Any]:
+    names = ["tensorboard", "wandb", "trackio"]
+    return tiny_run.config(
+        folder,
+        schedule={"epochs": 1, "max_steps": STEPS},
+        logging={"every_steps": 1, "trackers": names, "project": "robust"},
+        **dat,
+    )
+
+
+def test_trackers_get_each_row_of_the_metrics_and_the_pictures_once(
+    tmp_path: Path, services: dict[str, FakeService]
+) -> None:
+    values = tracked(tmp_path / "run")
+    values["dat"]["evaluation"] |= {"natural_twin": True, "pictures": 2}
+    path = tiny_run.write(tmp_path / "config.json", values)
+    assert main(["train", "--deepspeed_config", str(path)]) == 0
+    rows = tiny_run.rows(tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "trackers.json").read_text())
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    for name, service in services.items():
+        assert [(s, v) for s, n, v in service.logged if n == "train/loss"] == [
+            (row["step"], row["loss"]) for row in rows
+        ]
+        assert (STEPS, "test/natural_acc", record["natural_acc"]) in service.logged
+        picture = ("image", str(tmp_path / "run" / "examples.png"))
+        assert [e for e in service.logged if e[1] == "examples"] == [(STEPS, "examples", picture)]
+        # Of the run alone, not of its twin; the second time for the outcome.
+        assert [options["resume"] for options in service.started] == ["allow", "allow"]
+        assert {options["project"] for options in service.started} == {"robust"}
+        assert service.started[0]["config"]["dat"]["logging"]["project"] == "robust"
+        assert service.run is None, f"{name} was not finished"
+    assert {options["id"] for options in services["wandb"].started} == {state["id"]}
+    names = {options["name"] for options in services["trackio"].started}
+    assert names == {f"run-{state['id'][:8]}"}
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.step for e in events.Images("examples")] == [STEPS]
+    assert [e.step for e in events.Scalars("train/loss")] == [row["step"] for row in rows]
+    # Nothing is told twice of a run that had ended.
+    before = {name: list(service.logged) for name, service in services.items()}
+    assert main(["train", "--deepspeed_config", str(path), "--resume", "auto"]) == 0
+    assert {name: service.logged for name, service in services.items()} == before
+
+
+def test_a_resumed_run_goes_on_in_the_same_tracker_run_without_steps_twice(
+    tmp_path: Path, services: dict[str, FakeService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tracked(tmp_path / "run", checkpoint={"every_steps": 2})
+    values["dat"]["schedule"] = {"name": "constant", "epochs": 3, "max_steps": 6}
+    path = tiny_run.write(tmp_path / "config.json", values)
+    real = FakeService.log
+
+    def dies(self: FakeService, data: dict[str, Any], step: int) -> None:
+        real(self, data, step)
+        if step == 5 and self.__name__ == "trackio":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeService, "log", dies)
+    assert main(["train", "--deepspeed_config", str(path)]) != 0
+    for service in services.values():
+        service.run = None  # with its process
+    monkeypatch.setattr(FakeService, "log", real)
+    assert main(["train", "--deepspeed_config", str(path), "--resume", "auto"]) == 0
+    # Steps 5 and 6 are trained again after the checkpoint of step 4; wandb has 5 already.
+    assert services["wandb"].steps_of("train/loss") == list(range(1, 7))
+    assert len({options["id"] for options in services["wandb"].started}) == 1
+    assert len({options["name"] for options in services["trackio"].started}) == 1
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 7))
+
+
+def test_a_loop_of_ones_own_tells_services(services: dict[str, FakeService]) -> None:
+    dat = {
+        "logging": {"every_steps": EVERY, "trackers": ["tensorboard", "wandb"]},
+        "schedule": {"name": "constant", "max_steps": STEPS},
+    }
+    engine, *_ = dat_ds.initialize(model=tiny.cnn(), config=tiny.config(0, dat=dat))
+    train(engine, three_lines=True)
+    engine.close()
+    assert services["wandb"].steps_of("train/loss") == DUE
+    assert services["wandb"].run is None
+    assert services["trackio"].started == []
+
+
+def test_a_tracker_that_does_not_start_is_one_line(
+    services: dict[str, FakeService], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\nCall wandb.login")
+
+    services["wandb"].init = refuse
+    path = tiny_run.write(tmp_path / "config.json", tracked(tmp_path / "run"))
+    assert main(["train", "--deepspeed_config", str(path)]) == 2
+    assert (
+        "dat.logging.trackers names 'wandb', but it cannot be started: api_key not configured "
+        "(no-tty). Call wandb.login. Mend that, or leave it out."
+    ) in capsys.readouterr().err

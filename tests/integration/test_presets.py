@@ -15,7 +15,7 @@ from dat_ds.bench.preset_cost import cost_of, cost_table
 from dat_ds.cli.main import main
 from dat_ds.config import load_config
 from dat_ds.models import build_model
-from dat_ds.presets import PRESETS, read_preset, table, with_data
+from dat_ds.presets import PRESETS, STARTING_POINTS, read_preset, table, with_data
 from dat_ds.training.run import train
 from tests.integration import tiny_run
 
@@ -61,7 +61,7 @@ def shrunk(name: str, output: Path) -> dict[str, Any]:
         "pictures": 0,
     }
     dat["checkpoint"] = {"every_epochs": 1000}
-    dat["logging"] = {"every_steps": STEPS, "progress": False, "tensorboard": False}
+    dat["logging"] = {"every_steps": STEPS, "progress": False, "trackers": []}
     dat["output_dir"] = str(output)
     values["train_batch_size"] = BATCH
     if "train_micro_batch_size_per_gpu" in values:
@@ -130,8 +130,23 @@ def test_the_model_of_a_preset_takes_its_images(name: str) -> None:
 
 def test_an_installed_package_has_them() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"dat_ds.presets" = ["*.json"]' in text
+    assert '"dat_ds.presets" = ["*.json", "starting/*.json"]' in text
     assert (ROOT / "ds_configs" / "presets").resolve() == ROOT / "dat_ds" / "presets"
+    starting = ROOT / "dat_ds" / "presets" / "starting"
+    assert {path.stem for path in starting.glob("*.json")} == set(STARTING_POINTS)
+    for name in STARTING_POINTS:
+        assert (ROOT / "ds_configs" / f"{name}.json").resolve() == starting / f"{name}.json"
+
+
+@pytest.mark.parametrize("name", STARTING_POINTS)
+def test_a_starting_point_by_name_is_its_file(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "--preset", name, "--print"]) == 0
+    by_name = capsys.readouterr().out
+    file = str(ROOT / "ds_configs" / f"{name}.json")
+    assert main(["config", "--deepspeed_config", file, "--print"]) == 0
+    assert capsys.readouterr().out == by_name
 
 
 # --- training
@@ -168,7 +183,7 @@ def test_the_second_stage_goes_on_from_the_first(tmp_path: Path) -> None:
 def test_the_commands_list_and_print_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     assert capsys.readouterr().out == table() + "\n"
-    assert len(table().splitlines()) == len(PRESETS) + 1
+    assert len(table().splitlines()) == len(PRESETS) + 1 + 1 + len(STARTING_POINTS) + 1
     assert main(["presets", "fast_at"]) == 0
     assert json.loads(capsys.readouterr().out) == read_preset("fast_at")
     words = ["config", "--preset", "trades_awp", "--data", "cifar10:x", "--set", "dat.seed=7"]

@@ -251,7 +251,7 @@ def test_nothing_is_noted_where_nothing_is_hidden(keys):
 
 
 def test_the_natural_twin_writes_into_folders_of_its_own(monkeypatch):
-    monkeypatch.setattr("dat_ds.config.deepspeed.sections._is_installed", lambda module: True)
+    monkeypatch.setattr("dat_ds.config.deepspeed.sections.is_installed", lambda module: True)
     config = {
         "csv_monitor": {"enabled": True, "job_name": "job"},
         "tensorboard": {"enabled": False},

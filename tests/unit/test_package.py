@@ -116,3 +116,14 @@ def test_every_public_name_is_there():
 def test_an_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'dat_ds' has no attribute 'initialise'"):
         _ = dat_ds.initialise
+
+
+def test_the_version_is_one() -> None:
+    root = Path(dat_ds.__file__).parents[1]
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {dat_ds.__version__}\n" in citation
+    changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{dat_ds.__version__}]" in changes
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'version = { attr = "dat_ds.__version__" }' in project
+    assert '\nversion = "' not in project

@@ -41,7 +41,7 @@ class Report(Section):
         Args:
             path: Its key in the config.
         """
-        if self.package is not None and not _is_installed(self.package[1]):
+        if self.package is not None and not is_installed(self.package[1]):
             yield (
                 f"{path}.enabled=true, but the package {self.package[1]!r} is not installed: "
                 f"pip install {shlex.quote(self.package[0])}, or write {path}.enabled=false."
@@ -138,7 +138,7 @@ def without_monitors(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in MONITORS}
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     """Whether a package can be imported; a mere folder of its name, such as wandb's, is none."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None

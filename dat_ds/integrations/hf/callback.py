@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dat_ds.attacks import Attack, ThreatModel, misfits
 from dat_ds.casting import LayerCasts
 from dat_ds.config import MONITORS, check_num_classes, check_sections
 from dat_ds.errors import ConfigError
 from dat_ds.integrations.hf import internals
+from dat_ds.integrations.hf.card import Evaluated, add_robustness, robustness
 from dat_ds.integrations.hf.evaluation import ClassLabels, robust_metrics
 from dat_ds.integrations.hf.forward import AdversarialForward, PixelView
 from dat_ds.integrations.hf.pixels import Float32Collator, PixelScale, pixels_of
 from dat_ds.integrations.hf.settings import CallbackArguments, Section, Settings
+from dat_ds.integrations.hf.weights import restore
 from dat_ds.minmax import Moment, frozen_copy, settle
 from dat_ds.models import load
 from dat_ds.objectives import Objective
@@ -103,6 +105,9 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         self._reference: nn.Module | None = None
         self._forward: AdversarialForward | None = None
         self._micro_step = 0
+        self._images: dict[str, int] = {}  # attacked in an evaluation, by its prefix
+        # Where the best checkpoint was put into the model: its step, and the logs until then.
+        self._best: tuple[int, int] | None = None
 
     # ---- the Trainer's events
 
@@ -119,10 +124,14 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         assert model is not None
         self._settings = None  # of an earlier Trainer
         settings, _ = self._prepare(args, model, processing_class)
+        trainer = internals.calling_trainer()
+        if trainer is None:
+            return
+        self._reach(trainer)
         if settings.objective.head == "classes":
             config: Any = model.config
             wrapper = functools.partial(ClassLabels, num_classes=int(config.num_labels))
-            internals.wrap_evaluation_collators(wrapper)
+            internals.wrap_evaluation_collators(trainer, wrapper)
 
     def on_train_begin(
         self,
@@ -138,6 +147,13 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         """Get ready for the first step."""
         assert model is not None
         settings, pixels = self._prepare(args, model, processing_class)
+        self._best = None
+        trainer = internals.calling_trainer()
+        if trainer is not None and self._reach(trainer) and state.global_step:
+            raise ConfigError(
+                "The Trainer has resumed before this callback could see that every tensor is read: "
+                "hand the callback to Trainer(callbacks=[...]) instead of add_callback."
+            )
         device = next(model.parameters()).device
         helper = None
         helper_model = getattr(settings.dat.objective, "helper_model", None)
@@ -239,8 +255,13 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         if prefix is not None:
             settings, pixels = self._prepare(args, model, processing_class)
             if settings.dat.evaluation.attacks:
-                metrics = self._robust_metrics(args, settings, pixels, model, eval_dataloader)
+                is_first = prefix not in self._images
+                metrics = self._robust_metrics(
+                    args, settings, pixels, model, eval_dataloader, is_first
+                )
                 self._add(state, logs, {f"{prefix}_{k}": v for k, v in metrics.items()})
+                count = len(eval_dataloader.dataset)
+                self._images[prefix] = min(count, settings.dat.evaluation.num_examples or count)
         elif "loss" in logs and self._forward is not None:
             self._add(state, logs, self._forward.take_means())
 
@@ -264,6 +285,41 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         assert self._settings is not None
         return self._settings
 
+    def _reach(self, trainer: Trainer) -> bool:
+        """Mend how a Trainer restores checkpoints, and add to its model card; once each.
+
+        Returns:
+            Whether it had not been done before.
+        """
+        add_robustness(trainer, lambda: self._card(trainer.state))
+        return internals.mend_checkpoint_loads(
+            trainer, restore, lambda: self._take_best(trainer.state)
+        )
+
+    def _take_best(self, state: TrainerState) -> None:
+        self._best = state.best_global_step, len(state.log_history)
+
+    def _card(self, state: TrainerState) -> str:
+        """What the model card tells of the weights that are in the model."""
+        step, since = self._best or (state.global_step, len(state.log_history))
+        found: dict[str, Evaluated] = {}
+        for place, logs in enumerate(state.log_history):
+            prefix = internals.evaluation_prefix(logs)
+            if prefix is not None and (
+                self._best is None or place >= since or logs["step"] == step
+            ):
+                metrics = {
+                    key.removeprefix(f"{prefix}_"): value
+                    for key, value in logs.items()
+                    if key.startswith((f"{prefix}_natural_", f"{prefix}_robust_"))
+                }
+                if metrics:
+                    at = step if place >= since else logs["step"]
+                    found[prefix] = Evaluated(
+                        step=at, num_examples=self._images.get(prefix), metrics=metrics
+                    )
+        return robustness(self.settings, found, step)
+
     def _arm(self, args: TrainingArguments, state: TrainerState) -> None:
         slot = self._micro_step * args.world_size + args.process_index
         self.forward.arm(
@@ -283,6 +339,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
         pixels: PixelScale,
         model: nn.Module,
         loader: Any,
+        is_first: bool,
     ) -> dict[str, float]:
         device = next(model.parameters()).device
         return robust_metrics(
@@ -294,6 +351,7 @@ class AdversarialTrainingCallback(TrainerCallback):  # type: ignore[misc]  # unt
             reference=self._original(settings, pixels, device),
             batch_size=settings.evaluation_batch or args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
+            is_first=is_first,
         )
 
     def _original(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from dat_ds.integrations.hf.forward import PixelView
 from dat_ds.integrations.hf.pixels import PixelScale
 from dat_ds.integrations.hf.settings import Settings
 from dat_ds.ranks import Ranks
+
+logger = logging.getLogger("dat_ds")
 
 
 class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -47,6 +50,29 @@ class _PixelDataset(Dataset[tuple[Tensor, Tensor]]):
         label = batch["labels"][0] if "labels" in batch else torch.zeros((), dtype=torch.int64)
         pixels = self._pixels.to_pixels(values)[0]
         return pixels.clamp_(self._threat.lower, self._threat.upper), label
+
+    def differs_when_read_again(self) -> bool:
+        """Whether one of the first samples has other values the second time, as a random crop has.
+
+        The first eight are read: a flip of every second image goes unseen once in 256.
+        """
+        for index in range(min(_PROBED, len(self))):
+            first, second = (
+                self._collate([self._samples[index]])["pixel_values"] for _ in range(2)
+            )
+            if first.shape != second.shape or not torch.equal(first, second):
+                return True
+        return False
+
+
+_PROBED = 8
+_RANDOM_TRANSFORM = (
+    "eval_dataset gives other pixels each time a sample is read: its transform is random. Robust "
+    "evaluation reads the images a second time, so its natural accuracy is that of other images "
+    "than compute_metrics saw, and no two evaluations measure the same. Give eval_dataset a "
+    "transform without randomness, such as resize and center crop in "
+    "eval_dataset.set_transform(...)."
+)
 
 
 class ClassLabels:
@@ -87,6 +113,7 @@ def robust_metrics(
     reference: Any,
     batch_size: int,
     num_workers: int,
+    is_first: bool = False,
 ) -> dict[str, float]:
     """Attack the model on a Trainer's evaluation data; a collective.
 
@@ -99,6 +126,7 @@ def robust_metrics(
         reference: Outputs of the model as it was at the start; None where no objective asks.
         batch_size: Images per forward and rank, where the settings leave it open.
         num_workers: Worker processes that read the images.
+        is_first: Whether to look for a random transform, and warn of it.
 
     Returns:
         ``natural_accuracy``; ``robust_accuracy`` of images that withstand every attack, and of each
@@ -115,6 +143,8 @@ def robust_metrics(
             "map-style dataset, or evaluation={'attacks': []}."
         )
     data = _PixelDataset(loader, pixels, settings)
+    if is_first and ranks.is_main and data.differs_when_read_again():
+        logger.warning(_RANDOM_TRANSFORM)
     with casting_at_layers(module):
         record = evaluate(
             PixelView(module, pixels, settings.objective.head),

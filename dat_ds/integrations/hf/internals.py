@@ -5,12 +5,15 @@ Written against transformers 5.24 and accelerate 1.15.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 
@@ -27,16 +30,81 @@ def come_first(callback: TrainerCallback) -> None:
     handler.callbacks.insert(0, callback)
 
 
-def wrap_evaluation_collators(wrapper: Callable[[Any], Any]) -> None:
+def calling_trainer() -> Trainer | None:
+    """The Trainer that is telling a callback of an event, which names only its parts."""
+    return _caller(Trainer)
+
+
+def mend_checkpoint_loads(
+    trainer: Trainer,
+    restore: Callable[[PreTrainedModel, str | Path], None],
+    after_best: Callable[[], None],
+) -> bool:
+    """Have a Trainer restore every tensor, of the best checkpoint and of one that it resumes from.
+
+    DeepSpeed's checkpoints hold the model's own names, and adapters are peft's to load: both are
+    left to the Trainer.
+
+    Args:
+        trainer: Any.
+        restore: Loads a checkpoint's folder into a model; called where the Trainer's own load
+            missed tensors.
+        after_best: Called when the best checkpoint is in the model.
+
+    Returns:
+        Whether this call did it; False where an earlier one has.
+    """
+    if hasattr(trainer._load_best_model, "is_whole"):
+        return False
+    load_best, load_from = trainer._load_best_model, trainer._load_from_checkpoint
+
+    @functools.wraps(load_best)
+    def load_best_model() -> None:
+        with _mended(trainer, trainer.model, trainer.state.best_model_checkpoint, restore):
+            load_best()
+        after_best()
+
+    @functools.wraps(load_from)
+    def load_from_checkpoint(resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        module = trainer.model if model is None else model
+        with _mended(trainer, module, resume_from_checkpoint, restore):
+            load_from(resume_from_checkpoint, model)
+
+    load_best_model.is_whole = True  # type: ignore[attr-defined]
+    trainer._load_best_model, trainer._load_from_checkpoint = load_best_model, load_from_checkpoint
+    return True
+
+
+@contextlib.contextmanager
+def _mended(
+    trainer: Trainer,
+    model: nn.Module,
+    folder: str | Path,
+    restore: Callable[[PreTrainedModel, str | Path], None],
+) -> Iterator[None]:
+    """Carry out the Trainer's load, and ``restore`` where it missed tensors."""
+    is_adapter = getattr(model, "_hf_peft_config_loaded", False)
+    if not isinstance(model, PreTrainedModel) or is_adapter:
+        yield
+        return
+    found: list[Any] = []
+    # In the place of its warnings, which would tell of what is mended right after.
+    trainer._issue_warnings_after_load = found.append
+    try:
+        yield
+    finally:
+        del trainer._issue_warnings_after_load
+    if any(each.missing_keys or each.unexpected_keys for each in found):
+        restore(model, folder)
+
+
+def wrap_evaluation_collators(trainer: Trainer, wrapper: Callable[[Any], Any]) -> None:
     """Put ``wrapper`` around the collators of what a Trainer that is being made evaluates on.
 
-    No event comes before an evaluation's first forward. The Trainer is known only as the one that
-    is telling its callbacks of its end of ``__init__``.
+    No event comes before an evaluation's first forward.
     """
-    trainer = _caller(Trainer)
-    if trainer is not None:
-        for name in ("get_eval_dataloader", "get_test_dataloader"):
-            setattr(trainer, name, _wrapping(getattr(trainer, name), wrapper))
+    for name in ("get_eval_dataloader", "get_test_dataloader"):
+        setattr(trainer, name, _wrapping(getattr(trainer, name), wrapper))
 
 
 def _caller(kind: type[Any]) -> Any:
