@@ -13,16 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import dat_ds
-from dat_ds.files import write_json
-from dat_ds.training.run import train
-
 IMAGES, BATCH, STEPS = 1438, 64, 400
 OPTIONS = {"contrastive": {"flip": 0.0}, "rotation": {}}  # a mirrored digit is no digit
 
 
 def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str, Any]:
     """Train on a part of the digits for ``STEPS`` steps, and return the record."""
+    import dat_ds
+    from dat_ds.training.run import train
+
     epochs = STEPS / math.ceil(labelled * IMAGES / BATCH)
     sections = {
         "data": {
@@ -59,11 +58,15 @@ def compare(objective: str, labelled: float, seed: int, folder: Path) -> list[di
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("objective", choices=OPTIONS)
-    parser.add_argument("--labelled", type=float, default=0.04)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("objective", choices=OPTIONS, help="objective of the pre-training")
+    parser.add_argument(
+        "--labelled", type=float, default=0.04, metavar="FRACTION", help="images with a label"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the records as JSON")
     options = parser.parse_args()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     records: list[dict[str, Any]] = []
@@ -75,4 +78,6 @@ if __name__ == "__main__":
             print(f"seed {seed}, {name}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
         records += pair
     if options.output:
+        from dat_ds.files import write_json
+
         write_json(options.output, {"runs": records})
