@@ -68,9 +68,8 @@ def apgd(
         x: Original images, float32.
         y: Class indices ``(B,)`` int64; probabilities ``(B, K)`` for losses that take them.
         threat: Allowed perturbations.
-        steps: Gradient steps of a run, at least 1; 100 as in AutoAttack. 2 is the training attack of
-            Singh et al.,
-            NeurIPS 2023, arXiv 2303.01870.
+        steps: Gradient steps of a run, at least 1; 100 as in AutoAttack. 2 is the training
+            attack of Singh et al., NeurIPS 2023, arXiv 2303.01870.
         loss: Inner loss to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` but ``"kl"``, a
             callable ``(logits, y) -> (B,)``, or ``"dlr-targeted"``, which runs towards each of the
             likeliest wrong classes.
