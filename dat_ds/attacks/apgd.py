@@ -293,4 +293,4 @@ evaluation.
     num_targets: int = at_least(1, 9)
     """With the loss ``dlr-targeted``: wrong classes to try."""
     random_start: bool = True
-    """Start from a draw from the ball."""
+    """Start at a random point of the ball."""

@@ -118,7 +118,7 @@ def by_shell(text: str) -> str:
     if code:
         return error.getvalue().split(_PROGRAM)[-1]
     topic = text.split("zoo:")[1].split()[0]
-    wanted = {"softmax": "probabilities", "dropout": "eval_mode"}[topic]
+    wanted = {"softmax": "probabilities", "dropout": "training_mode"}[topic]
     doubts = [line for line in out.getvalue().splitlines() if line.startswith("Doubtful, ")]
     return "\n".join(line for line in doubts if line.startswith(f"Doubtful, {wanted}"))
 
