@@ -268,9 +268,15 @@ class Method(Section):
 
 def name_of(method: type[Method]) -> str:
     """Value of ``name`` that selects a method: its name, or ``MODULE:CLASS`` from outside."""
-    if method.__module__.split(".")[0] == __name__.split(".")[0]:
-        return method.name
-    return f"{method.__module__}:{method.__qualname__}"
+    if is_from_outside(method):
+        return f"{method.__module__}:{method.__qualname__}"
+    return method.name
+
+
+def is_from_outside(item: Any) -> bool:
+    """Whether a class or a function is defined outside this package."""
+    module = str(getattr(item, "__module__", ""))
+    return module.split(".")[0] != __name__.split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -327,6 +333,13 @@ class Table(Mapping[str, type[M]]):
         for attribute in qualname.split("."):
             found = getattr(found, attribute, None)
         if isinstance(found, type) and issubclass(found, self.base):
+            if inspect.get_annotations(found) and "__dataclass_params__" not in vars(found):
+                # Its fields would keep the defaults of the class above it, in silence.
+                problems.append(
+                    f"{path}.name={name!r}: the class declares fields, which count only under "
+                    "@dataclass(frozen=True, kw_only=True). Decorate it."
+                )
+                return None
             return found
         problems.append(
             f"{path}.name={name!r}: {module} has no {self.base.__name__} by the name of "

@@ -3,25 +3,25 @@
 python recipes/attack_independently.py RUN RUN/natural_twin
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-import foolbox
-import torch
-from torch.utils.data import default_collate
-
-from dat_ds import load_config, models
-from dat_ds.assembly import build_data_of
-
 STEPS, RESTARTS = 100, 5
-ATTACKS = {
-    "linf": foolbox.attacks.LinfProjectedGradientDescentAttack,
-    "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
-}
 
 
 def attack(folder: Path) -> str:
     """One line on what a run's best model withstands on its whole test set."""
+    import foolbox
+    import torch
+    from torch.utils.data import default_collate
+
+    from dat_ds import load_config, models
+    from dat_ds.assembly import build_data_of
+
+    attacks = {
+        "linf": foolbox.attacks.LinfProjectedGradientDescentAttack,
+        "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
+    }
     run = load_config(folder / "config.json", here=False)
     test, threat = build_data_of(run).test, run.dat.threat_model
     x, y = default_collate([test[i] for i in range(len(test))])
@@ -30,7 +30,7 @@ def attack(folder: Path) -> str:
     natural = correct.double().mean()
     torch.manual_seed(0)
     # An image is robust if it is classified correctly and withstands every restart.
-    steps = ATTACKS[threat.norm](steps=STEPS)
+    steps = attacks[threat.norm](steps=STEPS)
     for _ in range(RESTARTS):
         _, _, fooled = steps(model, x, y, epsilons=float(threat.eps))
         correct &= ~fooled
@@ -41,7 +41,9 @@ def attack(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    for path in sys.argv[1:]:
-        print(attack(Path(path)))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    for path in parser.parse_args().runs:
+        print(attack(path))

@@ -10,15 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from dat_ds.bench.tables.speedup import attack_table, scaling_table
-from dat_ds.commands import carry_out
-
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=10, help="timed rounds of each (>= 5)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2], help="numbers of ranks")
     parser.add_argument("--mbit", type=float, nargs="*", default=[], help="link speeds, in Mbit/s")
@@ -31,6 +30,8 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> int:
     """Measure both parts, and print their tables."""
+    from dat_ds.bench.tables.speedup import attack_table, scaling_table
+
     options.output.mkdir(parents=True, exist_ok=True)
     if options.only != "scaling":
         print(attack_table(CONFIGS, options.output, repetitions=options.repetitions))
@@ -41,4 +42,6 @@ def measure(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
+    from dat_ds.commands import carry_out
+
     sys.exit(carry_out(lambda: measure(options)))

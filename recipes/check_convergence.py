@@ -5,11 +5,13 @@ python recipes/check_convergence.py --output convergence.json --plot convergence
 
 import argparse
 
-from dat_ds.bench.convergence import check_convergence
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", metavar="FILE", help="write every step as JSON")
     parser.add_argument("--plot", metavar="FILE", help="write the curves as PNG")
     options = parser.parse_args()
+    from dat_ds.bench.convergence import check_convergence
+
     print(check_convergence(options.output, options.plot))

@@ -6,23 +6,26 @@ python recipes/compare_attacks.py FILE.py   # whose network() returns (model, x,
 Libraries: pip install foolbox pyautoattack && pip install --no-deps torchattacks
 """
 
+import argparse
 import runpy
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.utils.data import default_collate
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from dat_ds import load_config, models
-from dat_ds.assembly import build_data_of
-from dat_ds.attacks import ThreatModel
-from dat_ds.bench.attack_strength import apgd_table, pgd_table
-from dat_ds.config import threat_of
+    from dat_ds.attacks import ThreatModel
 
 
-def network_of(path: Path) -> tuple[Any, Tensor, Tensor, ThreatModel]:
+def network_of(path: Path) -> "tuple[Any, Tensor, Tensor, ThreatModel]":
     """Model, images, labels and threat model of a finished run, or of a file's ``network()``."""
+    from torch.utils.data import default_collate
+
+    from dat_ds import load_config, models
+    from dat_ds.assembly import build_data_of
+    from dat_ds.attacks import ThreatModel
+    from dat_ds.config import threat_of
+
     if path.is_file():
         model, x, y, norm, eps = runpy.run_path(str(path))["network"]()
         return model, x, y, ThreatModel(norm, eps)
@@ -32,11 +35,20 @@ def network_of(path: Path) -> tuple[Any, Tensor, Tensor, ThreatModel]:
     return models.load(path), x, y, threat_of(run.dat)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    model, x, y, threat = network_of(Path(sys.argv[1]))
+def compare(path: Path) -> None:
+    """Attack a network by every library, and print the tables."""
+    from dat_ds.bench.attack_strength import apgd_table, pgd_table
+
+    model, x, y, threat = network_of(path)
     print(f"PGD-10, {threat.norm} eps {threat.eps:.4g}, {len(x)} images, 20 random starts\n")
     print(pgd_table(model, x, y, threat, steps=10, starts=20))
     print("\nAPGD-100, one random start: robust accuracy in %, seconds\n")
     print(apgd_table(model, x, y, threat, steps=100))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", type=Path, metavar="RUN|FILE.py", help="what is attacked")
+    compare(parser.parse_args().network)

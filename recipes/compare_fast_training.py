@@ -10,19 +10,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from dat_ds.bench.tables.fast_training import compare_fast_training
-from dat_ds.commands import carry_out
-
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
-def compare() -> int:
-    """Train and judge the rows of the command line, and print their table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", help="rows of the table; none for all")
     parser.add_argument("--epochs", type=float, help="length of the runs")
     parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON")
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def compare(chosen: argparse.Namespace) -> int:
+    """Train and evaluate the rows, and print their table."""
+    from dat_ds.bench.tables.fast_training import compare_fast_training
+
     folder = Path("runs/compare_fast_training")
     words = {"epochs": chosen.epochs, "output": chosen.output}
     print(compare_fast_training(CONFIG, folder, chosen.rows, **words))
@@ -30,4 +35,7 @@ def compare() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(carry_out(compare))
+    options = parse()
+    from dat_ds.commands import carry_out
+
+    sys.exit(carry_out(lambda: compare(options)))

@@ -5,20 +5,32 @@ python recipes/compare_methods.py pgd trades      # some of them
 A row's run stays in runs/compare_methods/ROW; a row that is there already is not trained again.
 """
 
+import argparse
 import sys
 from pathlib import Path
-
-from dat_ds.bench.tables.methods import compare_methods
-from dat_ds.commands import carry_out
 
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
-def compare() -> int:
-    """Train and judge the rows of the command line, and print their table."""
-    print(compare_methods(CONFIG, Path("runs/compare_methods"), sys.argv[1:]))
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", help="rows of the table; none for all")
+    return parser.parse_args()
+
+
+def compare(rows: list[str]) -> int:
+    """Train and evaluate the rows, and print their table."""
+    from dat_ds.bench.tables.methods import compare_methods
+
+    print(compare_methods(CONFIG, Path("runs/compare_methods"), rows))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(carry_out(compare))
+    options = parse()
+    from dat_ds.commands import carry_out
+
+    sys.exit(carry_out(lambda: compare(options.rows)))

@@ -6,33 +6,27 @@ Takes any CLIP folder or hub id; without one, a tiny encoder of random weights s
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
 
-from dat_ds.commands import without_settled_warnings
-from dat_ds.integrations.hf import AdversarialTrainingCallback
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's own
 STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-class Images(Dataset[dict[str, Any]]):
+class Images:
     """Images without labels: those of a folder's subfolders, or random ones."""
 
     def __init__(self, folder: str | None, size: int) -> None:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+
+        self.normalized = v2.Normalize(MEAN, STD)
         steps = [v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        steps += [v2.ToDtype(torch.float32, scale=True), self.normalized]
         self.folder = None if folder is None else ImageFolder(folder, v2.Compose(steps))
         self.size = size
 
@@ -44,12 +38,14 @@ class Images(Dataset[dict[str, Any]]):
             return {"pixel_values": self.folder[index][0]}
         generator = torch.Generator().manual_seed(index)
         x = torch.rand(3, self.size, self.size, generator=generator)
-        return {"pixel_values": v2.functional.normalize(x, MEAN, STD)}
+        return {"pixel_values": self.normalized(x)}
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="CLIP model; default: a tiny one of random weights")
     parser.add_argument("--images", help="folder of folders of image files")
     parser.add_argument("--eps", default="4/255", help="l-infinity radius")
@@ -57,8 +53,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_encoder(name: str | None) -> CLIPVisionModelWithProjection:
+def build_encoder(name: str | None) -> "CLIPVisionModelWithProjection":
     """The encoder of a folder or hub id, or a tiny one of random weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     if name is not None:
         return CLIPVisionModelWithProjection.from_pretrained(name)
     config = CLIPVisionConfig(
@@ -75,6 +73,10 @@ def build_encoder(name: str | None) -> CLIPVisionModelWithProjection:
 
 def finetune(options: argparse.Namespace) -> None:
     """Fine-tune the encoder, and tell how far attacks move its features before and after."""
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    from dat_ds.integrations.hf import AdversarialTrainingCallback
+
     set_seed(0)
     model = build_encoder(options.model)
     data = Images(options.images, model.config.image_size)
@@ -102,5 +104,8 @@ def finetune(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    options = parse()
+    from dat_ds.commands import without_settled_warnings
+
     with without_settled_warnings():
-        finetune(parse())
+        finetune(options)

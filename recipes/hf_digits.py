@@ -4,20 +4,15 @@ With ZeRO-2, or 3, on two ranks: deepspeed --num_accelerators 2 recipes/hf_digit
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
-
-from dat_ds.commands import without_settled_warnings
-from dat_ds.data import build_data
-from dat_ds.integrations.hf import AdversarialTrainingCallback
+if TYPE_CHECKING:
+    from transformers import TrainingArguments, ViTForImageClassification
 
 ATTACKS = {"naturally": "none", "adversarially": {"name": "pgd", "steps": 5, "step_size": "1/16"}}
 
 
-class Normalized(Dataset[dict[str, Any]]):
+class Normalized:
     """Samples as an image processor gives them to the Trainer."""
 
     def __init__(self, data: Any) -> None:
@@ -31,8 +26,11 @@ class Normalized(Dataset[dict[str, Any]]):
         return {"pixel_values": (x - 0.5) / 0.5, "labels": y}
 
 
-def arguments_of(options: argparse.Namespace) -> TrainingArguments:
+def arguments_of(options: argparse.Namespace) -> "TrainingArguments":
     """Of the Trainer: plain, or under DeepSpeed."""
+    import torch
+    from transformers import TrainingArguments
+
     deepspeed = {
         "zero_optimization": {"stage": options.zero},
         "zero_allow_untested_optimizer": True,
@@ -53,8 +51,10 @@ def arguments_of(options: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def tiny_vit() -> ViTForImageClassification:
+def tiny_vit() -> "ViTForImageClassification":
     """A vision transformer for the digits of 8 x 8 pixels."""
+    from transformers import ViTConfig, ViTForImageClassification
+
     config = ViTConfig(
         image_size=8,
         patch_size=4,
@@ -71,6 +71,11 @@ def tiny_vit() -> ViTForImageClassification:
 
 def train(how: str, attack: Any, options: argparse.Namespace) -> None:
     """Train a model and tell its accuracies."""
+    from transformers import Trainer, set_seed
+
+    from dat_ds.data import build_data
+    from dat_ds.integrations.hf import AdversarialTrainingCallback
+
     set_seed(0)
     # First the arguments: under ZeRO-3 they are what shards a model as it is built.
     arguments = arguments_of(options)
@@ -94,15 +99,19 @@ def train(how: str, attack: Any, options: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--zero", type=int, help="ZeRO stage, under DeepSpeed")
-    parser.add_argument("--epochs", type=float, default=20)
-    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    parser.add_argument("--epochs", type=float, default=20, help="length of each training")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     options = parse()
+    from dat_ds.commands import without_settled_warnings
+
     with without_settled_warnings():
         for how, attack in ATTACKS.items():
             train(how, attack, options)

@@ -6,6 +6,7 @@ They are entries of timm's registry, so that configs, checkpoints and exports na
 other network; inputs are what the model's normalisation makes of pixels.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -115,3 +116,9 @@ def lenet5(pretrained: bool = False, **options: Any) -> nn.Module:
 def resnet2b(pretrained: bool = False, **options: Any) -> nn.Module:
     """:class:`ResNet2B`."""
     return _build(ResNet2B, **options)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()

@@ -15,10 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import dat_ds
-from dat_ds.files import write_json
-from dat_ds.training.run import train
-
 IMAGES, BATCH, STEPS = 1438, 64, 400
 PGD = {"steps": 3, "step_size": "1/16"}
 CONTRASTIVE = {"name": "contrastive", "flip": 0.0}  # a mirrored digit is no digit
@@ -35,6 +31,9 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 
 def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str, Any]:
     """Train on a part of the digits for ``STEPS`` steps, and return the record."""
+    import dat_ds
+    from dat_ds.training.run import train
+
     epochs = STEPS / math.ceil(labelled * IMAGES / BATCH)
     sections = {
         "data": {
@@ -74,11 +73,17 @@ def pretrained_then_at(method: str, labelled: float, seed: int, folder: Path) ->
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("method", choices=PRETRAINING)
-    parser.add_argument("--labelled", type=float, default=0.04)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--output", type=Path, help="the runs are added to those of this file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("method", choices=PRETRAINING, help="how the model is pre-trained")
+    parser.add_argument(
+        "--labelled", type=float, default=0.04, metavar="FRACTION", help="images with a label"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the runs are added to those of this file"
+    )
     options = parser.parse_args()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     for seed in options.seeds:
@@ -87,6 +92,8 @@ if __name__ == "__main__":
         clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
         print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
         if options.output:
+            from dat_ds.files import write_json
+
             known = json.loads(options.output.read_text()) if options.output.exists() else {}
             runs = [*known.get("runs", []), record]
             write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})

@@ -14,12 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import networks  # noqa: F401  # names the networks of the configs
-
-from dat_ds.bench.tables.reproduction import Reference, Reproduction, reproduce
-from dat_ds.commands import carry_out
-from dat_ds.data.method import named_data
-
 CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
 
 SGD_RATE, LALR_RATE = 0.02, 0.002
@@ -59,65 +53,82 @@ def _dat_variants() -> dict[str, dict[str, Any]]:
     return variants
 
 
-REPRODUCTIONS = {
-    "mnist_cnn": Reproduction(
-        source="Wong et al., ICLR 2020, arXiv 2001.03994, table 2: MNIST, eps 0.3, 10 epochs",
-        published={"clean": 0.985, "pgd-50-10": 0.888},
-        protocol="trained by FGSM, here by PGD-3; PGD-50-10 with step 0.01, here 2.5 eps / 50",
-        attacks=("pgd-50-10",),
-    ),
-    "mnist_lenet5": Reproduction(
-        source="advertorch (Ding et al. 2019, arXiv 1902.07623), LeNet5 trained by PGD, eps 0.3",
-        published={"clean": 0.9864, "pgd-40": 0.9326},
-        protocol="PGD-40, step 0.01, no random start; here 2.5 eps / 40 from a random start",
-        attacks=("pgd-40",),
-    ),
-    "cifar10_resnet2b": Reproduction(
-        source="alpha-beta-CROWN (Wang et al., NeurIPS 2021, arXiv 2103.06624), ResNet-2B, 2/255",
-        published={"clean": 0.6925, "pgd-100": 0.5482},
-        protocol="a strong PGD, whose steps are not stated; here PGD-100",
-        attacks=("pgd-100",),
-    ),
-    "dat_cifar10": Reproduction(
-        source="Zhang et al., UAI 2022, arXiv 2206.06257: large batches, LALR, 8 bits",
-        published={},
-        attacks=("pgd-20",),
-        variants=_dat_variants(),
-        judge="strong",
-    ),
-    "rst_cifar10": Reproduction(
-        source="Carmon et al., NeurIPS 2019, arXiv 1905.13736: robust self-training",
-        published={},
-        attacks=("pgd-20",),
-        variants={
+REPRODUCTIONS: dict[str, dict[str, Any]] = {
+    "mnist_cnn": {
+        "source": "Wong et al., ICLR 2020, arXiv 2001.03994, table 2: MNIST, eps 0.3, 10 epochs",
+        "published": {"clean": 0.985, "pgd-50-10": 0.888},
+        "protocol": "trained by FGSM, here by PGD-3; PGD-50-10 with step 0.01, here 2.5 eps / 50",
+        "attacks": ("pgd-50-10",),
+    },
+    "mnist_lenet5": {
+        "source": "advertorch (Ding et al. 2019, arXiv 1902.07623), LeNet5 trained by PGD, eps 0.3",
+        "published": {"clean": 0.9864, "pgd-40": 0.9326},
+        "protocol": "PGD-40, step 0.01, no random start; here 2.5 eps / 40 from a random start",
+        "attacks": ("pgd-40",),
+    },
+    "cifar10_resnet2b": {
+        "source": "alpha-beta-CROWN (Wang et al., NeurIPS 2021, arXiv 2103.06624), ResNet-2B, "
+        "2/255",
+        "published": {"clean": 0.6925, "pgd-100": 0.5482},
+        "protocol": "a strong PGD, whose steps are not stated; here PGD-100",
+        "attacks": ("pgd-100",),
+    },
+    "dat_cifar10": {
+        "source": "Zhang et al., UAI 2022, arXiv 2206.06257: large batches, LALR, 8 bits",
+        "published": {},
+        "attacks": ("pgd-20",),
+        "variants": _dat_variants(),
+        "judge": "strong",
+    },
+    "rst_cifar10": {
+        "source": "Carmon et al., NeurIPS 2019, arXiv 1905.13736: robust self-training",
+        "published": {},
+        "attacks": ("pgd-20",),
+        "variants": {
             FEW_NATURAL: _few_labels(epochs=50, attack={"name": "none"}),
             "5,000 labelled images, 25 epochs": _few_labels(epochs=25),
             "5,000 labelled images, 100 epochs": _few_labels(epochs=100),
             SELF_TRAINING: {"dat": {"data": {"drop_unlabelled": False}}},
         },
-        labels_from={SELF_TRAINING: FEW_NATURAL},
-        judge="strong",
-    ),
+        "labels_from": {SELF_TRAINING: FEW_NATURAL},
+        "judge": "strong",
+    },
 }
 
 
-def run() -> int:
-    """Train, judge and compare what the command line names."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=REPRODUCTIONS)
+    parser.add_argument("name", choices=REPRODUCTIONS, help="the result that is reproduced")
     parser.add_argument("--data", metavar="NAME:PATH", required=True, help="the images")
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--num_examples", type=int, default=1000, help="images for the ensemble")
     parser.add_argument("--reference", metavar="TARGET", help="the published network")
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="with --reference MODULE:CALLABLE",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Train, evaluate and compare what the command line names."""
+    import networks  # noqa: F401  # names the networks of the configs
+
+    from dat_ds.bench.tables.reproduction import Reference, Reproduction, reproduce
+    from dat_ds.data.method import named_data
+
     table = reproduce(
-        REPRODUCTIONS[chosen.name],
+        Reproduction(**REPRODUCTIONS[chosen.name]),
         CONFIGS / f"{chosen.name}.json",
         Path("runs/reproduce") / chosen.name,
         data=named_data(chosen.data),
@@ -132,4 +143,7 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(carry_out(run))
+    options = parse()
+    from dat_ds.commands import carry_out
+
+    sys.exit(carry_out(lambda: run(options)))

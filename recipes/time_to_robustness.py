@@ -11,9 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from dat_ds.bench.time_to_robustness import TASKS, describe_entry, leaderboard, measure_entry
-from dat_ds.errors import UserError
-
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 
@@ -23,11 +20,15 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", choices=TASKS)
+    what.add_argument("--task", choices=["digits", "cifar10"], help="the task that is measured")
     what.add_argument("--leaderboard", nargs="*", type=Path, metavar="FILE", help="entries")
     parser.add_argument("--deepspeed_config", type=Path, metavar="FILE", help="default: the task's")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config; repeatable",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on; an entry: >= 3")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the entry as JSON")
@@ -36,6 +37,8 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> str:
     """Make an entry, and say what it reaches."""
+    from dat_ds.bench.time_to_robustness import describe_entry, measure_entry
+
     config = options.deepspeed_config or CONFIGS / f"time_to_robustness_{options.task}.json"
     entry = measure_entry(
         config,
@@ -49,6 +52,9 @@ def measure(options: argparse.Namespace) -> str:
 
 if __name__ == "__main__":
     options = parse()
+    from dat_ds.bench.time_to_robustness import leaderboard
+    from dat_ds.errors import UserError
+
     try:
         print(leaderboard(options.leaderboard) if options.task is None else measure(options))
     except UserError as error:

@@ -15,4 +15,4 @@ MODEL = {
 }
 
 if __name__ == "__main__":
-    run_script(["train"], defaults={"dat": {"model": MODEL}})
+    run_script(["train"], defaults={"dat": {"model": MODEL}}, description=__doc__)

@@ -9,4 +9,4 @@ and other data, set any key: --set dat.model.name=vit_base_patch16_224 --set dat
 from dat_ds.cli.main import run_script
 
 if __name__ == "__main__":
-    run_script(["train"])
+    run_script(["train"], description=__doc__)

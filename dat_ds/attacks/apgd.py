@@ -46,7 +46,7 @@ def apgd(
     y: Tensor,
     *,
     threat: ThreatModel,
-    steps: int,
+    steps: int = 100,
     loss: str | InnerLoss = "ce",
     restarts: int = 1,
     num_targets: int = 9,
@@ -68,8 +68,8 @@ def apgd(
         x: Original images, float32.
         y: Class indices ``(B,)`` int64; probabilities ``(B, K)`` for losses that take them.
         threat: Allowed perturbations.
-        steps: Gradient steps of a run, at least 1; 2 is the training attack of Singh et al.,
-            NeurIPS 2023, arXiv 2303.01870.
+        steps: Gradient steps of a run, at least 1; 100 as in AutoAttack. 2 is the training
+            attack of Singh et al., NeurIPS 2023, arXiv 2303.01870.
         loss: Inner loss to maximise: a name of :data:`dat_ds.attacks.INNER_LOSSES` but ``"kl"``, a
             callable ``(logits, y) -> (B,)``, or ``"dlr-targeted"``, which runs towards each of the
             likeliest wrong classes.
@@ -293,4 +293,4 @@ evaluation.
     num_targets: int = at_least(1, 9)
     """With the loss ``dlr-targeted``: wrong classes to try."""
     random_start: bool = True
-    """Start from a draw from the ball."""
+    """Start at a random point of the ball."""

@@ -35,6 +35,8 @@ from dat_ds.method import (
     at_least,
     did_you_mean,
     fraction,
+    is_from_outside,
+    name_of,
     option,
     positive_share,
 )
@@ -128,6 +130,12 @@ class Attack(Method):
         return self.always_random or bool(getattr(self, "random_start", False))
 
     @property
+    def is_own(self) -> bool:
+        """Whether code outside this package makes its images, which are then checked."""
+        makers = (type(self).perturb, type(self).function)
+        return any(is_from_outside(maker) for maker in makers if maker is not None)
+
+    @property
     def is_single_step(self) -> bool:
         """Whether it takes one gradient."""
         return getattr(self, "steps", 1) == 1
@@ -138,6 +146,8 @@ class Attack(Method):
         if not self.starts_at_random:
             start = " without a random start" if "random_start" in self.known_keys() else ""
             yield Trait.STARTS_AT_THE_IMAGE, f"{self.chosen_at(path)}{start}"
+        if self.is_own and Trait.ASKS_THE_HOST not in self.traits:
+            yield Trait.ASKS_THE_HOST, self.chosen_at(path)  # its result is checked
         if not self.tells_start:
             yield Trait.TELLS_NO_START, self.chosen_at(path)
         loss = getattr(self, "loss", None)
@@ -242,7 +252,37 @@ class Attack(Method):
                     gradient = InputGradient(retry_non_finite=self.precision == "fp16")
             if self.resolution is not None:
                 seen = at_resolution(seen, self.resolution)
+            if self.is_own:
+                return self._perturb_by_own_code(seen, x, y, generator, gradient, **carried)
             return self.perturb(seen, x, y, generator, gradient, **carried)
+
+    def _perturb_by_own_code(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        generator: Generator | None,
+        gradient: InputGradient | None,
+        **carried: Tensor,
+    ) -> Tensor:
+        """:meth:`perturb` of a class outside this package: nothing is None, the result is checked.
+
+        Raises:
+            ConfigError: For a result that is no image in the ball.
+        """
+        source = fresh_generator(x.device) if generator is None else generator
+        counting = InputGradient() if gradient is None else gradient
+        loss = self.inner_loss or getattr(self, "loss", None) or "ce"
+        with admitted(model, x, y, threat=self.ball, loss=loss, model_mode=self.model_mode) as (
+            model,
+            x,
+            y,
+        ):
+            # A copy: its images may be written into.
+            x_adv = self.perturb(model, x.clone(), y, source, counting, **carried)
+        return check_result(
+            x_adv, x, self.ball, by=f"The attack {name_of(type(self))!r}", views=self.num_views
+        )
 
     def perturb(
         self,

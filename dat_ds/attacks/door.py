@@ -6,9 +6,11 @@ Shapes: ``B`` images; images ``(B, C, H, W)``.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from dat_ds.attacks.ascent import REFERENCE_LOSSES
@@ -65,7 +67,12 @@ def admitted(
     Raises:
         DataError: For images out of the pixel range, and labels that are none.
         ModelError: For outputs that are no logits, and an image that the model cannot take.
+        ConfigError: For a threat model that is none.
     """
+    if not isinstance(threat, ThreatModel):
+        raise ConfigError(
+            f"threat={threat!r} is no threat model: write ThreatModel('linf', '8/255')."
+        )
     if _checked.get():
         with attack_mode(model, model_mode):
             yield model, x.detach(), y
@@ -80,32 +87,57 @@ def admitted(
         yield GatedModel(model, gate), x, y
 
 
-def check_result(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+def check_result(
+    x_adv: Tensor, x: Tensor, threat: ThreatModel, *, by: str = "Your attack", views: int = 1
+) -> Tensor:
     """What an attack of the user's own returned, detached; waits for the device.
 
     Args:
         x_adv: Its adversarial images.
         x: The originals ``(B, C, H, W)``.
         threat: What it was allowed.
+        by: Who returned them, for messages.
+        views: Adversarial images per original, those of one view after the other.
 
     Raises:
-        ConfigError: If they are not images inside the threat model.
+        ConfigError: If they are not images inside the threat model, with the first that is not,
+            its distance, and what to do.
     """
-    if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
-        found = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-        raise ConfigError(f"Your attack returned {found} for images of shape {tuple(x.shape)}.")
+    wanted = (views * len(x), *x.shape[1:])
+    if not isinstance(x_adv, Tensor) or x_adv.shape != wanted or not x_adv.is_floating_point():
+        found = type(x_adv).__name__
+        if isinstance(x_adv, Tensor):
+            found = f"{x_adv.dtype} of shape {tuple(x_adv.shape)}"
+        raise ConfigError(
+            f"{by} returned {found} for images of shape {tuple(x.shape)}: return adversarial "
+            f"images, floating point, of shape {wanted}."
+        )
     x_adv = as_images(x_adv)
     if not len(x):
         return x_adv
-    slack = _BALL_SLACK * (threat.upper - threat.lower)
-    lengths = threat.distance(x_adv.double(), x.double())
-    inside = lengths <= threat.eps * (1 + _BALL_SLACK) + slack  # false for NaN
-    if not bool(inside.all()):
-        row = int((~inside).int().argmax())
+    span = threat.upper - threat.lower
+    low, high = (bound.double() for bound in x_adv.flatten(1).aminmax(dim=1))  # NaN for NaN
+    excess = torch.maximum(threat.lower - low, high - threat.upper)
+    distance = threat.distance(x_adv.double(), x.double().repeat(views, *[1] * (x.ndim - 1)))
+    reach = threat.eps * (1 + _BALL_SLACK) + _BALL_SLACK * span
+    right = (excess <= _BALL_SLACK * span) & (distance <= reach)  # false for NaN
+    if bool(right.all()):
+        return x_adv
+    row = int((~right).int().argmax())
+    image = f"image {row} of the batch"
+    remedy = "End it with threat.project(x_adv, x) (in a class: self.ball.project)."
+    if not math.isfinite(float(distance[row])):
         raise ConfigError(
-            f"Your attack left the ball: image {row} of the batch lies {float(lengths[row]):.6g} "
-            f"from its original in {threat.norm}, with eps={threat.eps:.6g}. End it with "
-            "threat.project(x_adv, x)."
+            f"{by} returned NaN or infinite pixels in {image}: look for a division by zero or a "
+            "logarithm of zero, such as the norm of a gradient that is zero."
         )
-    check_images(x_adv, threat.lower, threat.upper, _BALL_SLACK)
-    return x_adv
+    if not float(distance[row]) <= reach:
+        raise ConfigError(
+            f"{by} left the ball: {image} lies {float(distance[row]):.6g} from its original in "
+            f"{threat.norm}, with eps={threat.eps:.6g}. {remedy}"
+        )
+    raise ConfigError(
+        f"{by} left the pixel range [{threat.lower:g}, {threat.upper:g}]: {image} spans "
+        f"[{float(low[row]):.6g}, {float(high[row]):.6g}], {float(excess[row]):.6g} outside. "
+        f"{remedy}"
+    )

@@ -35,7 +35,7 @@ def fab(
     y: Tensor,
     *,
     threat: ThreatModel,
-    steps: int,
+    steps: int = 100,
     restarts: int = 1,
     targets: int | Tensor | None = None,
     random_start: bool = False,
@@ -55,7 +55,7 @@ def fab(
         x: Original images, float32.
         y: Class indices ``(B,)`` int64, or probabilities ``(B, K)``, of which the largest counts.
         threat: Allowed perturbations. The search itself looks beyond ``eps``.
-        steps: Steps of a run, at least 1.
+        steps: Steps of a run, at least 1; AutoAttack has 100.
         restarts: Independent runs. The first starts from ``x``, further ones from a random image at
             most half as far from it as ``eps`` and as the nearest image so far.
         targets: None: each step goes to the class whose linearised boundary is nearest. A number:

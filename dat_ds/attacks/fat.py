@@ -106,9 +106,9 @@ a step. Cheaper and kinder to clean accuracy; weaker under strong attacks at sma
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps / 4."""
+    """Length of a step. Default: ``eps/4``."""
     random_start: bool = True
-    """Start from a draw from the ball."""
+    """Start at a random point of the ball."""
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     extra_steps: int = at_least(0, 0)

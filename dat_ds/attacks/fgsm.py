@@ -84,9 +84,9 @@ that and is on by default for it.
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps, and 1.25 eps from a random start."""
+    """Length of the step. Default: eps, and 1.25 eps from a random start."""
     random_start: bool = False
-    """Start from a draw from the ball."""
+    """Start at a random point of the ball."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     targeted: bool = option(False, is_key=False)
@@ -118,7 +118,7 @@ leaves more of the noise where many pixels lie at an end of the range, as on MNI
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: 1.25 eps."""
+    """Length of the step. Default: 1.25 eps."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     targeted: bool = option(False, is_key=False)

@@ -133,9 +133,9 @@ which would have to follow images from rank to rank. The objective `pgi` is its 
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps."""
+    """Length of the step. Default: eps."""
     loss: str | None = None
-    """What is maximised. Default: ``ce``."""
+    """Loss that is maximised. Default: ``ce``."""
 
     def strategy(self) -> Strategy:
         """The perturbation that goes on from batch to batch."""

@@ -125,13 +125,13 @@ leave the guide out in every other batch and raise its weight along the run; her
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps."""
+    """Length of the step. Default: eps."""
     noise_scale: float = at_least(0, 0.5)
     """Magnitude of the noise in units of eps."""
     guide: Guide = "l2"
     """Distance from the clean outputs that is maximised beside the loss."""
     guide_weight: float = at_least(0, 10.0)
-    """Its weight."""
+    """Weight of that distance."""
     loss: str | None = None
-    """What is maximised beside it. Default: ``ce``."""
+    """Loss that is maximised together with that distance. Default: ``ce``."""
     losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr")

@@ -69,9 +69,9 @@ Transfers better between models than PGD; on the model itself it is rarely stron
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps / 4."""
+    """Length of a step. Default: ``eps/4``."""
     random_start: bool = False
-    """Start from a draw from the ball."""
+    """Start at a random point of the ball."""
     restarts: int = at_least(1, 1, traits={Trait.LOOKS_AT_CLASSES: lambda v: v > 1})
     """Independent runs; the worst image of each sample is kept, a misclassified one first."""
     targeted: bool = option(False, is_key=False)

@@ -126,9 +126,9 @@ is weaker than training for it alone.
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps / 4."""
+    """Length of a step. Default: ``eps/4``."""
     random_start: bool = True
-    """Start from a draw from the ball."""
+    """Start at a random point of the ball."""
     loss: str | None = None
     """Inner loss to maximise. Default: the objective's, where it fits; else ``ce``."""
     other_norms: dict[str, Any] = option({}, "an object such as {'l2': 0.5, 'l1': 12}")

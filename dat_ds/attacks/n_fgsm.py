@@ -93,7 +93,7 @@ accuracy pays. A training attack only; never evaluate with it.
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: eps."""
+    """Length of the step. Default: eps."""
     noise_scale: float = at_least(0, 2.0)
     """Half width of the noise in units of eps."""
     loss: str | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dat_ds.attacks.apgd import apgd
+from dat_ds.attacks.attack import Attack
+from dat_ds.attacks.build import ATTACKS
 from dat_ds.attacks.fab import fab
 from dat_ds.attacks.gradient import Model
 from dat_ds.attacks.losses import InnerLoss
@@ -16,6 +19,7 @@ from dat_ds.attacks.pgd import pgd
 from dat_ds.attacks.square import square
 from dat_ds.attacks.strong import apgd_square, malt, probability_margin
 from dat_ds.attacks.threat import Norm, ThreatModel
+from dat_ds.length import Length
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ _METHODS = {
     "apgd-pm": _Method(probability_margin),
     "malt": _Method(num_targets=9),
     "apgd-square": _Method(),
+    "own": _Method(),
 }
-METHODS = tuple(_METHODS)
+METHODS = tuple(name for name in _METHODS if name != "own")
 RANDOM_SEARCH = ("square", "apgd-square")
 """Methods whose last steps take no gradient."""
 _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
@@ -58,7 +63,7 @@ _PATTERN = re.compile(rf"({'|'.join(METHODS)})-([1-9]\d*)(?:-([1-9]\d*))?")
 
 @dataclass(frozen=True)
 class EvaluationAttack:
-    """An attack for evaluation, from a random start but for FAB.
+    """An attack for evaluation, of the built-in ones from a random start but for FAB.
 
     Args:
         name: As written in the config and the record.
@@ -71,15 +76,17 @@ class EvaluationAttack:
             ``"malt"``, APGD towards the 9 nearest wrong classes
             (:func:`dat_ds.attacks.strong.malt`); ``"fab"``, or ``"fab-t"`` over the 9 likeliest
             wrong classes; ``"square"``; ``"apgd-square"``, Square from where 20 steps of APGD lead
-            (:func:`dat_ds.attacks.strong.apgd_square`).
+            (:func:`dat_ds.attacks.strong.apgd_square`); ``"own"``.
         steps: Gradient steps of each run; queries of Square.
         restarts: Independent runs; the worst is kept.
+        own: A class of the user's own, with its defaults, in the place of a method.
     """
 
     name: str
     method: str
     steps: int
     restarts: int
+    own: Attack | None = None
 
     def step_size(self, eps: float) -> float:
         """Step length of PGD in pixel units for a ball of radius ``eps``."""
@@ -116,6 +123,8 @@ class EvaluationAttack:
 
     def problem_with(self, norm: str) -> str | None:
         """Why the attack is not defined for a norm; None where it is."""
+        if self.own is not None:
+            return next((f"{self.name!r}: {p}" for p in self.own.norm_problems(norm)), None)
         only = _METHODS[self.method].only_norm
         if only is None or only == norm:
             return None
@@ -124,11 +133,19 @@ class EvaluationAttack:
 
 
 def parse_evaluation_attack(name: str) -> EvaluationAttack:
-    """Read ``METHOD-STEPS`` or ``METHOD-STEPS-RESTARTS``.
+    """Read ``METHOD-STEPS``, ``METHOD-STEPS-RESTARTS``, or ``MODULE:CLASS`` of an own attack.
 
     Raises:
-        ValueError: For anything else.
+        ValueError: For anything else, and for a module that was not imported
+            (:func:`dat_ds.import_methods`).
     """
+    if ":" in name:
+        problems: list[str] = []
+        found = ATTACKS.find(name, "", problems)
+        if found is None:
+            raise ValueError(problems[0].removeprefix(".name="))
+        own = found()
+        return EvaluationAttack(name, "own", getattr(own, "steps", 1), 1, own)
     match = _PATTERN.fullmatch(name)
     if match is None:
         raise ValueError(
@@ -161,7 +178,13 @@ def run_attack(
     """Adversarial images for ``x`` ``(B, C, H, W)`` by an evaluation attack.
 
     ``loss`` takes the place of PGD's cross-entropy.
+
+    Raises:
+        ConfigError: For an attack of the user's own that leaves the ball.
     """
+    if attack.own is not None:
+        own = attack.own.resolved(Length(threat.eps), "ce")
+        return dataclasses.replace(own, threat=threat, inner_loss=loss)(model, x, y, generator)
     if attack.loss is not None:
         return apgd(
             model,

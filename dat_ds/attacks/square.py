@@ -42,7 +42,7 @@ def square(
     y: Tensor,
     *,
     threat: ThreatModel,
-    queries: int,
+    queries: int = 5000,
     first_share: float = 0.8,
     restarts: int = 1,
     start: Tensor | None = None,
@@ -60,7 +60,7 @@ def square(
         x: Original images, float32.
         y: Class indices ``(B,)`` int64, or probabilities ``(B, K)``, of which the largest counts.
         threat: Allowed perturbations.
-        queries: Forwards of a run, at least 1; the first is of the start.
+        queries: Forwards of a run, at least 1; AutoAttack has 5000. The first is of the start.
         first_share: Share of the pixels that the first squares cover, in (0, 1]; halved after 10,
             50, 200, 500, 1000, 2000, 4000, 6000 and 8000 queries.
         restarts: Independent runs.

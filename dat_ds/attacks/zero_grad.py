@@ -115,7 +115,7 @@ than FGSM: keep `dat.guard`.
 """
 
     step_size: Length | OfEps | None = step_length()
-    """Default: 2 eps."""
+    """Length of the step. Default: 2 eps."""
     zeroed: float = share(0.35)
     """Share of each image's gradient entries that are set to zero."""
     loss: str | None = None

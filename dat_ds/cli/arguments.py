@@ -99,7 +99,9 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         help="images, such as npz:FILE, imagefolder:DIR or digits; default those of the run",
     )
     parser.add_argument(
-        "--threat", metavar="NORM:EPS", help="the ball, such as linf:8/255; default that of the run"
+        "--threat",
+        metavar="NORM:EPS",
+        help="the ball, such as linf:8/255; default: that of the run",
     )
     parser.add_argument(
         "--num_examples", type=int, metavar="N", help="first images of the data; default all"
@@ -109,7 +111,7 @@ def add_case(parser: argparse.ArgumentParser) -> None:
 
 def add_output_folder(parser: argparse.ArgumentParser) -> None:
     """A folder for the results."""
-    parser.add_argument("--output", metavar="DIR", help="folder of the results, made if need be")
+    parser.add_argument("--output", metavar="DIR", help="folder of the results; created if missing")
     parser.set_defaults(makes_output=True)
 
 

@@ -65,10 +65,13 @@ def add(commands: Any) -> None:
 
 def _add_memory(table: argparse.ArgumentParser) -> None:
     table.add_argument(
-        "--gpu_gib", type=float, metavar="GIB", help="predict for GPUs of this memory: does it fit?"
+        "--gpu_gib",
+        type=float,
+        metavar="GIB",
+        help="memory of one GPU in GiB: says whether the run fits",
     )
     table.add_argument(
-        "--measure", action="store_true", help="train two steps and measure the peaks beside"
+        "--measure", action="store_true", help="also train two steps and measure the peaks"
     )
 
 
@@ -83,7 +86,7 @@ def _add_autoattack(tables: Any) -> None:
         metavar="NAME",
         help="official (needs pyautoattack) and ensembles, in order",
     )
-    table.add_argument("--seed", type=int, default=0, help="of the attacks")
+    table.add_argument("--seed", type=int, default=0, help="seed of the attacks")
     add_output(table)
 
 

@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "checkpoint", _checkpoint, summary, description=_DESCRIPTION)
     parser.add_argument("what", choices=("verify", "list", "prune"))
     parser.add_argument("path", type=Path, metavar="PATH")
-    parser.add_argument("--keep", type=int, metavar="N", help="with prune: how many stay")
+    parser.add_argument(
+        "--keep", type=int, metavar="N", help="with prune: number of checkpoints to keep"
+    )
 
 
 def _checkpoint(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:

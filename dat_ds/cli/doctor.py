@@ -27,7 +27,9 @@ def add(commands: Any) -> None:
         description=_DESCRIPTION,
     )
     add_case(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the checks' attacks; default 0"
+    )
     add_output_folder(parser)
 
 

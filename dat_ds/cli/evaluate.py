@@ -23,20 +23,20 @@ def add(commands: Any) -> None:
         commands, "eval", _evaluate, "evaluate a model under attack", description=_DESCRIPTION
     )
     add_case(parser)
-    parser.add_argument("--seed", type=int, metavar="N", help="of the attacks; default 0")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the attacks; default 0")
     add_output_folder(parser)
     parser.add_argument(
         "--attacks",
         nargs="+",
         metavar="NAME",
-        help="ensembles (standard, strong) or attacks such as apgd-ce-100, in order; default "
-        "standard",
+        help="ensembles (standard, strong), attacks such as apgd-ce-100, or MODULE:CLASS of your "
+        "own, in order; default standard",
     )
     parser.add_argument(
         "--indices", metavar="RANGES", help="images of the data, such as 0-99,200; default all"
     )
     parser.add_argument(
-        "--batch_size", type=int, metavar="N", help="images of a forward; default 128"
+        "--batch_size", type=int, metavar="N", help="images per forward; default 128"
     )
     parser.add_argument(
         "--prefilter",

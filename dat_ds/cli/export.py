@@ -21,19 +21,19 @@ def add(commands: Any) -> None:
     summary = "export a trained model in the formats of others"
     parser = add_command(commands, "export", _export, summary, description=_DESCRIPTION)
     parser.add_argument("path", metavar="RUN", help="a run, a checkpoint, or a saved model")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="the format")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="target format")
     parser.add_argument(
         "--output", metavar="DIR", help="folder to make (default: RUN/exports/FORMAT)"
     )
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),
-        help="averaged over training, or un-averaged (default: averaged where the run averages)",
+        help="averaged (EMA) or un-averaged weights (default: averaged if the run has dat.ema)",
     )
     parser.add_argument(
         "--record",
         metavar="FILE",
-        help="evaluation.json whose accuracies the card tells (default: the run's own)",
+        help="evaluation.json whose accuracies go into the model card (default: the run's own)",
     )
     parser.add_argument(
         "--license", default="unknown", metavar="NAME", help="the hub's name of the licence"

@@ -31,8 +31,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--model", metavar="NAME", help="a timm model, or hf:PATH")
     parser.add_argument("--pretrained", metavar="FILE", help="weights to start from")
     parser.add_argument("--norm", help="linf, l2 or l1; default linf")
-    parser.add_argument("--eps", help="radius in pixel units, such as 4/255; default: the usual")
-    parser.add_argument("--gpus", metavar="N", help="how many; default 0, the CPU")
+    parser.add_argument(
+        "--eps", help="radius in pixel units, such as 4/255; default: a common one for the norm"
+    )
+    parser.add_argument("--gpus", metavar="N", help="number of GPUs; default 0 (CPU)")
     parser.add_argument("--output", default="run.json", metavar="FILE", help="default run.json")
 
 

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     parser.add_argument("target", metavar="TARGET", help="the model, as for dat-ds eval")
     add_config(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the labels")
-    parser.add_argument("--batch_size", type=int, metavar="N", help="images of a forward")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="images per forward")
     parser.set_defaults(makes_output=True)
 
 

@@ -28,7 +28,12 @@ from dat_ds.commands import carry_out
 from dat_ds.processes import adopt_slurm_step, end_process
 
 
-def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> NoReturn:
+def run_script(
+    words: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    description: str | None = None,
+) -> NoReturn:
     """Run ``words`` and the process's own arguments as one command, and end the process.
 
     The installed ``dat-ds`` script, and every recipe.
@@ -36,7 +41,11 @@ def run_script(words: Sequence[str] = (), *, defaults: Mapping[str, Any] | None 
     Args:
         words: Words before the process's own, such as the command that a recipe stands for.
         defaults: Config values for keys that the JSON leaves out, as for :func:`main`.
+        description: What ``--help`` says first, in the place of the command's own text.
     """
+    if description is not None and {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write(f"{description.strip()}\n\n")
+        sys.stdout.flush()
     adopt_slurm_step()
     end_process(main([*words, *sys.argv[1:]], defaults=defaults))
 

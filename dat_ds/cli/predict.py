@@ -17,7 +17,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, or folders of them"
     )
-    parser.add_argument("--top", type=int, default=3, help="classes of each image (default: 3)")
+    parser.add_argument(
+        "--top", type=int, default=3, help="number of classes listed for each image (default: 3)"
+    )
     add_output(parser)
 
 

@@ -36,7 +36,7 @@ class ThreatModelConfig(Section):
     norm: Norm = "linf"
     """Norm of the ball."""
     eps: Length = at_least(0, Length("8/255"))
-    """Radius of the ball."""
+    """Radius of the ball, in pixel units: 0.03 or ``"8/255"``."""
     lower: float = 0.0
     """Smallest pixel value."""
     upper: float = 1.0
@@ -68,7 +68,7 @@ class WeightPerturbationConfig(Section):
             Trait.TAKES_GRADIENTS_APART: lambda v: v != "none",
         },
     )
-    """Which perturbation."""
+    """Kind of weight perturbation."""
     radius: float | None = at_least(0, None)
     """``awp``: length relative to each layer's weights, default 0.005; ``sam``: default 0.05."""
     scope: Literal["global", "local"] = "global"
@@ -176,11 +176,12 @@ class EvaluationConfig(Section):
     """
 
     attacks: list[str] = field(default_factory=lambda: ["pgd-20"])
-    """On the test set, after training."""
+    """Attacks on the test set after training, such as ``"pgd-20"`` (METHOD-STEPS), ``"pgd-50-10"``
+    (10 restarts), or ``"MODULE:CLASS"`` of your own."""
     num_examples: int | None = above(0, None)
     """First images of the test set. Default: all."""
     batch_size: int = above(0, 256)
-    """Per rank."""
+    """Images per forward and rank."""
     validation_attack: str = "pgd-10"
     """Attack on the validation split during training; its result chooses the best model."""
     validation_every_epochs: float = above(0, 5.0)
@@ -224,7 +225,7 @@ class CheckpointConfig(Section):
     every_epochs: float = above(0, 5.0)
     """Epochs between two checkpoints."""
     every_steps: int | None = above(0, None)
-    """Takes precedence over ``every_epochs``."""
+    """Optimizer steps between two checkpoints; takes precedence over ``every_epochs``."""
     keep: int = at_least(1, 2)
     """Newest checkpoints kept; the best model is kept beside them."""
     asynchronous: bool = False
@@ -294,7 +295,7 @@ class EngineConfig(Section):
     place of one per kernel. What it needs for activations stays reserved. Worth it for batches of
     one size. Experimental: no GPU has run it yet."""
     channels_last: bool = False
-    """Images, and so what convolutions make of them, in the layout NHWC."""
+    """Keep images and the activations of convolutions in the memory layout NHWC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +324,8 @@ class DatConfig(Section):
     seed: int = at_least(0, 0)
     """Seed of weights, data order, augmentation and attacks."""
     output_dir: str | None = None
-    """Default: ``runs/<data>-<model>-<attack>-zero<stage>``, with a number where that is taken."""
+    """Folder of the run. Default: ``runs/<data>-<model>-<attack>-zero<stage>``, with a number
+    appended where that exists."""
 
 
 @dataclass(frozen=True)

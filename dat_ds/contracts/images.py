@@ -109,8 +109,8 @@ def describe_faulty(x: Tensor, lower: float, upper: float) -> str:
     if low >= lower - 0.2 * span and high <= upper + 0.2 * span:
         return f"{words}They look like an overshoot of resizing or augmentation: clamp them."
     return (
-        f"{words}Give raw pixels; normalisation belongs inside the model (dat.model.mean, "
-        "dat.model.std)."
+        f"{words}Give raw pixels; normalisation belongs inside the model (dat.model.mean and "
+        "dat.model.std, or dat_ds.models.Normalize)."
     )
 
 

@@ -194,4 +194,7 @@ def describe_out_of_range(
     if value == UNLABELLED:
         return f"{words}, an image without a label, {without_label}"
     last = "K - 1" if num_classes is None else num_classes - 1
-    return f"{words}: class indices go from 0 to {last}."
+    words = f"{words}: class indices go from 0 to {last}."
+    if value == num_classes and len(y) > 1 and bool((y > 0).all()):
+        return f"{words} No label is 0, so they seem to count from 1: subtract 1."
+    return words

@@ -123,7 +123,7 @@ class DatasetMethod(Method):
     validation_fraction: float = fraction(0.1)
     """Share of the training images held out for choosing the best checkpoint."""
     img_size: int | None = above(0, None)
-    """Side of the images that the model sees. Default: their own."""
+    """Side in pixels of the square images that the model sees. Default: their own."""
     progressive_from: int | None = above(0, None, traits={Trait.CHANGES_SIZES: lambda v: True})
     """Side of the training images in the first epochs, smaller than the full one, to which it rises
     over ``progressive_epochs``. Evaluation is at the full side. The model must take every side on
@@ -135,11 +135,11 @@ class DatasetMethod(Method):
     num_classes: int | None = option(
         None, f"a number from 2 to {MOST_CLASSES}", lambda v: 2 <= v <= MOST_CLASSES
     )
-    """Default: as many as the data have."""
+    """Number of classes. Default: as many as occur in the data."""
     num_workers: int = at_least(0, 0)
     """Processes that read images beside the training loop."""
     pin_memory: bool | None = None
-    """Default: on where there is an accelerator."""
+    """Copy batches from page-locked memory. Default: true where there is an accelerator."""
 
     @property
     def has_unlabelled(self) -> bool:
@@ -305,7 +305,7 @@ class FileDataset(DatasetMethod):
     required: ClassVar[Mapping[str, str]] = {"path": _PATH}
 
     path: str | None = None
-    """Where the data lie."""
+    """File or folder of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,8 +313,8 @@ class StoredDataset(FileDataset):
     """A dataset of encoded images of any size, which are decoded when they are used."""
 
     crop_share: float = positive_share(CROP_SHARE)
-    """Part of the shorter edge that the square of evaluation keeps; 1 for images that are cut to
-    ``img_size`` already."""
+    """Fraction of the shorter edge that the center crop of evaluation keeps; 1 for images that are
+    cropped to ``img_size`` already."""
 
     @property
     def keeps_ratio(self) -> bool:

@@ -82,6 +82,11 @@ def supports_fp16() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
+def supports_bf16() -> bool:
+    """Whether DeepSpeed accepts ``bf16`` on this device."""
+    return bool(get_accelerator().is_bf16_supported())
+
+
 LOSS_SCALE_ADVICE = "Write bf16 or torch_autocast instead of fp16, or a smaller lr."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -21,6 +22,8 @@ from dat_ds.engine import hooks
 from dat_ds.errors import ConfigError, FaultError
 from dat_ds.processes import adopt_slurm_step, free_port
 from dat_ds.ranks import Ranks
+
+logger = logging.getLogger("dat_ds")
 
 _SCHEME = "dat-ds"  # of our rendezvous, for torch
 _AFTER_STOP = 20.0  # seconds to wait for the others, once asked to stop
@@ -44,8 +47,11 @@ def setup_ranks(
 
     Raises:
         FaultError: If a rank has not joined in time, with its number.
+        ConfigError: If this machine has no GPU for this rank.
     """
     adopt_slurm_step()
+    if not deepspeed.comm.is_initialized():
+        _check_places()
     if not dist.is_initialized() and "RANK" not in os.environ:
         _become_single_rank()
     if not deepspeed.comm.is_initialized():
@@ -63,6 +69,31 @@ def setup_ranks(
         device=hooks.accelerator_device(),
         cpu_group=cpu_group,
     )
+
+
+def _check_places() -> None:
+    """Refuse a rank without a GPU of its own; say so where ranks outnumber the cores."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        count = accelerator.device_count()
+        if local_rank >= count:
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank} is the rank number {local_rank + 1} of this machine, "
+                f"which shows {count} GPU(s): start one rank per GPU (deepspeed --num_gpus "
+                f"{count}, or torchrun --nproc_per_node {count}), or train on the CPU with "
+                "DS_ACCELERATOR=cpu."
+            )
+        return
+    sizes = (int(os.environ.get(name, "1")) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks, cores = max(sizes), os.cpu_count() or 1
+    if ranks > cores and local_rank == 0:
+        logger.warning(
+            "%d ranks share %d cores, so every step takes longer: start at most %d ranks here.",
+            ranks,
+            cores,
+            cores,
+        )
 
 
 def _join(waits: float | None, stop: Callable[[], str | None]) -> None:

@@ -70,6 +70,11 @@ def check_precision(model: nn.Module, run: RunConfig) -> None:
             "fp16.enabled=true: this device has no float16 arithmetic that DeepSpeed accepts. "
             'Write "bf16": {"enabled": true} or "torch_autocast": {"enabled": true} instead.'
         )
+    if precision == "bf16" and not hooks.supports_bf16():
+        raise ConfigError(
+            "bf16.enabled=true: this device has no bfloat16 arithmetic (GPUs before Ampere have "
+            'none). Write "fp16": {"enabled": true} instead, or leave it out and train in float32.'
+        )
     buffer_dtype = run.deepspeed.get("data_types", {}).get("buffer_dtype")
     if precision in ("bf16", "fp16") and has_batch_norm(model) and buffer_dtype is None:
         raise ConfigError(

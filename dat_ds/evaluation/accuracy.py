@@ -118,8 +118,9 @@ def evaluate(
             eval mode and frozen meanwhile.
         data: Map-style dataset of ``(x, y)``.
         threat: Allowed perturbations.
-        attacks: Names such as ``"pgd-20"``, ``"pgd-50-10"`` (steps, restarts) or
-            ``"apgd-dlr-100"``; see :func:`dat_ds.attacks.parse_evaluation_attack`.
+        attacks: Names such as ``"pgd-20"``, ``"pgd-50-10"`` (steps, restarts),
+            ``"apgd-dlr-100"`` or ``"MODULE:CLASS"`` of an attack of your own; see
+            :func:`dat_ds.attacks.parse_evaluation_attack`.
         num_examples: First images of ``data``; None for all.
         batch_size: Images per forward and rank.
         seed: Seed of the random starts.
@@ -136,8 +137,8 @@ def evaluate(
 
     Raises:
         ValueError: For an unknown attack name.
-        ConfigError: For an attack of another norm, or one that compares more classes than there
-            are.
+        ConfigError: For an attack of another norm, one that compares more classes than there
+            are, or one of your own that leaves the ball.
         DataError: If any rank met an image or a label that cannot be read, or is none; on every
             rank.
         ModelError: For outputs that are no logits.
@@ -194,7 +195,11 @@ def evaluate(
             found["natural"].append(natural[:count].cpu())
             for attack in parsed:
                 generator = stream_of(attack, seed, first_index * task.num_views)
-                x_adv = run_attack(called, x, y, threat, attack, generator, task.loss)
+                try:
+                    x_adv = run_attack(called, x, y, threat, attack, generator, task.loss)
+                except ConfigError as error:  # one of the user's own left the ball
+                    batches.tell(error)
+                    x_adv = x
                 robust = judge(x_adv)
                 robust = robust & natural if task.loss is None else robust
                 found[attack.name].append(robust[:count].cpu())

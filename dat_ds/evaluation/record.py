@@ -22,25 +22,24 @@ def describe(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
     """
     dat = record["config"]["dat"]
     threat = dat["threat_model"]
-    within = f"within {norm_in_words(threat['norm'])} distance {threat['eps']}"
+    ball = f"{norm_in_words(threat['norm'])}, eps {threat['eps']}"
     trained = "naturally trained" if record["natural"] else "adversarially trained"
     if record["natural_acc"] is None:
-        return _describe_losses(record, trained, within)
+        return _describe_losses(record, trained, f"({ball})")
     turned = dat["objective"]["name"] == "rotation"
-    images = "turned test images" if turned else "test images"
-    does = "tells the rotation of" if turned else "classifies"
+    kind = "accuracy on the rotation of" if turned else "clean accuracy on"
     text = (
-        f"Of {record['num_examples']} {images}, the {trained} model {does} "
-        f"{record['natural_acc']:.1%} correctly"
+        f"The {trained} model: {kind} {record['num_examples']} test images "
+        f"{record['natural_acc']:.1%}"
     )
     if not record["robust_acc"]:
         return text + "; it was not attacked (dat.evaluation.attacks is empty)."
     attack, robust = _weakest(record)
-    text += f", and {robust:.1%} whatever {attack} does {within}."
+    text += f", robust accuracy {robust:.1%} ({attack}, {ball}; an upper bound)."
     if twin is not None:
         text += (
-            f" Its naturally trained twin: {twin['natural_acc']:.1%}, and "
-            f"{twin['robust_acc'][attack]:.1%} under the same attack."
+            f" Its natural twin: clean accuracy {twin['natural_acc']:.1%}, robust accuracy "
+            f"{twin['robust_acc'][attack]:.1%}."
         )
     elif turned:
         text += f" {_NEXT_STEP}"

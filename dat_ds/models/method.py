@@ -24,23 +24,26 @@ class ModelMethod(Method):
     kind: ClassVar[str] = "model"
 
     name: str = "vit_tiny_patch16_224"  # type: ignore[misc]  # of the network, not of the class
-    """Of the network."""
+    """Name of the network."""
     num_classes: int | None = option(
         None,
         f"a number from 2 to {MOST_CLASSES}",
         lambda v: 2 <= v <= MOST_CLASSES,
         traits={Trait.SUPPORTS_CLASSES: lambda v: True},
     )
-    """Default: the number of classes of the data. Self-supervised objectives choose their own."""
+    """Outputs of the classifier. Default: the number of classes of the data. Self-supervised
+    objectives choose their own."""
     img_size: int | None = above(0, None)
-    """Default: the size of the data's images."""
+    """Side of the images that the network is built for. Default: that of the data's images."""
     pretrained: str | None = None
     """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``), or of a run: the
     best model of a pre-training run, with a fresh classifier."""
     mean: list[float] | None = None
-    """Per channel, pixel units. Default: the data's; of ``pretrained`` and ``hf:``, the model's."""
+    """Mean of each channel that is subtracted inside the model, pixel units. Default: the data's;
+    with ``pretrained`` and ``hf:``, the model's."""
     std: list[float] | None = None
-    """Per channel, pixel units. Default: as of ``mean``."""
+    """Standard deviation of each channel, by which the model divides, pixel units. Default: as for
+    ``mean``."""
     activation_checkpointing: Checkpointing = option(
         "none",
         traits={
@@ -96,7 +99,7 @@ class HuggingFaceModel(ModelMethod):
     paper: ClassVar[str] = "https://github.com/huggingface/transformers"
 
     name: str = HUGGING_FACE  # type: ignore[misc]  # of the network, not of the class
-    """``hf:`` and where the network lies."""
+    """``hf:`` and the folder or hub id of the network."""
 
 
 class ModelTable(Table[ModelMethod]):

@@ -50,7 +50,7 @@ class Contrastive(Objective):
     """Weight of the natural term. A sum, not a weighted mean. Default: 1, and 0 without an attack,
     where both terms would be the same."""
     temperature: float = above(0, 0.5)
-    """That similarities are divided by."""
+    """Temperature by which the similarities are divided."""
     crop_area: float = positive_share(0.2)
     """Smallest area of a view as a share of the image."""
     color_jitter: float = share(0.5)

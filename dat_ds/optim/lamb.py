@@ -122,7 +122,7 @@ class LambMethod(TrustRatioMethod):
     lr: float = above(0, default_of(Lamb, "lr"))
     """A layer's step relative to the length of its weights."""
     weight_decay: float = at_least(0, default_of(Lamb, "weight_decay"))
-    """Part of the direction, of every parameter with at least two dimensions."""
+    """Weight decay, as a term of the direction, of every parameter with at least two dimensions."""
     betas: list[float] = betas_option(default_of(Lamb, "betas"))
     """Decays of the two moments."""
     eps: float = above(0, default_of(Lamb, "eps"))
@@ -132,7 +132,8 @@ class LambMethod(TrustRatioMethod):
     lower: float = at_least(0, default_of(Lamb, "lower"))
     """Lower bound of the weights' norm in the trust ratio."""
     upper: float | None = above(0, default_of(Lamb, "upper"))
-    """Upper bound of it. Default: none, of ``paper`` 10."""
+    """Upper bound of the weights' norm in the trust ratio. Default: none; with the preset
+    ``paper``: 10."""
 
     def optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """:class:`Lamb`."""

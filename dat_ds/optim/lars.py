@@ -141,7 +141,7 @@ class LarsMethod(TrustRatioMethod):
     }
 
     lr: float = above(0, default_of(Lars, "lr"))
-    """Learning rate. Of ``paper`` 0.01."""
+    """Learning rate. With the preset ``paper``: 0.01."""
     weight_decay: float = at_least(0, default_of(Lars, "weight_decay"))
     """Weight decay of every parameter with at least two dimensions."""
     momentum: float = fraction(default_of(Lars, "momentum"))
@@ -149,13 +149,14 @@ class LarsMethod(TrustRatioMethod):
     nesterov: bool = default_of(Lars, "nesterov")
     """Nesterov's momentum."""
     trust_coefficient: float = above(0, default_of(Lars, "trust_coefficient"))
-    """Factor of the trust ratio. Of ``paper`` 1."""
+    """Factor of the trust ratio. With the preset ``paper``: 1."""
     eps: float = above(0, default_of(Lars, "eps"))
     """Added to the direction's norm."""
     lower: float = at_least(0, default_of(Lars, "lower"))
     """Lower bound of the weights' norm in the trust ratio."""
     upper: float | None = above(0, default_of(Lars, "upper"))
-    """Upper bound of it. Default: none, of ``paper`` 10."""
+    """Upper bound of the weights' norm in the trust ratio. Default: none; with the preset
+    ``paper``: 10."""
     scaled: Scaled = default_of(Lars, "scaled")
     """Quantity that the trust ratio scales. The preset ``paper`` uses ``momentum``."""
 

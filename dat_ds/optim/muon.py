@@ -437,11 +437,11 @@ class MuonMethod(OptimizerMethod):
     ns_steps: int = at_least(1, default_of(Muon, "ns_steps"))
     """Newton-Schulz iterations that orthogonalise an update."""
     adam_lr_ratio: float = at_least(0, default_of(Muon, "adam_lr_ratio"))
-    """Learning rate of what AdamW trains, in units of ``lr``."""
+    """Learning rate of the parameters that AdamW trains, as a multiple of ``lr``."""
     betas: list[float] = betas_option(default_of(Muon, "betas"))
     """AdamW's decays of the two moments."""
     eps: float = above(0, default_of(Muon, "eps"))
-    """AdamW's, added to the root of the second moment."""
+    """AdamW's eps, added to the root of the second moment."""
     adam_parameters: list[str] = dataclasses.field(default_factory=list)
     """Names of further parameters that AdamW trains; ``*`` stands for anything."""
     muon_parameters: list[str] = dataclasses.field(default_factory=list)

@@ -213,7 +213,7 @@ class OneBitAdamMethod(OptimizerMethod):
     eps: float = above(0, default_of(OneBitAdam, "eps"))
     """Added to the root of the second moment."""
     bias_correction: bool = default_of(OneBitAdam, "bias_correction")
-    """Divide the moments by what their start at zero leaves out."""
+    """Correct the moments for their start at zero."""
     preconditioned: bool = default_of(OneBitAdam, "preconditioned")
     """Compress the momentum divided by the root of the variance. False is what the papers and
     DeepSpeed do, and diverges where variances differ much."""

@@ -232,7 +232,7 @@ class OneBitLambMethod(OptimizerMethod):
     eps: float = above(0, default_of(OneBitLamb, "eps"))
     """Added to the root of the second moment."""
     bias_correction: bool = default_of(OneBitLamb, "bias_correction")
-    """Divide the moments by what their start at zero leaves out."""
+    """Correct the moments for their start at zero."""
     preconditioned: bool = default_of(OneBitLamb, "preconditioned")
     """Compress the momentum divided by the root of the variance. False is what the papers and
     DeepSpeed do, and diverges where variances differ much."""
@@ -249,13 +249,13 @@ class OneBitLambMethod(OptimizerMethod):
     max_coeff: float = above(0, default_of(OneBitLamb, "max_coeff"))
     """Largest trust ratio of the warm-up."""
     min_coeff: float = at_least(0, default_of(OneBitLamb, "min_coeff"))
-    """Smallest."""
+    """Smallest trust ratio of the warm-up."""
     coeff_beta: float = fraction(default_of(OneBitLamb, "coeff_beta"))
-    """Decay of their average, which is frozen with the variance."""
+    """Decay of the average of the trust ratios, which is frozen with the variance."""
     factor_max: float = above(0, default_of(OneBitLamb, "factor_max"))
     """Largest factor on the frozen ratios."""
     factor_min: float = above(0, default_of(OneBitLamb, "factor_min"))
-    """Smallest."""
+    """Smallest trust ratio of the warm-up."""
     factor_threshold: float = at_least(0, default_of(OneBitLamb, "factor_threshold"))
     """Largest relative change of that factor per step."""
     adapt_vectors: bool = default_of(OneBitLamb, "adapt_vectors")

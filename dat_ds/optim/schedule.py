@@ -33,16 +33,16 @@ class ScheduleMethod(Method):
     kind: ClassVar[str] = "schedule"
 
     epochs: float = above(0, 30.0)
-    """Length of the run."""
+    """Length of the run in epochs."""
     warmup_epochs: float = at_least(0, 0.0)
-    """Linear warm-up from 0, part of ``epochs``."""
+    """Epochs of linear warm-up from 0, included in ``epochs``."""
     scaling: Literal["none", "linear", "sqrt"] = "none"
     """The ``lr`` that is written is for a global batch of ``base_batch``: it is multiplied by
     ``global batch / base_batch`` (``linear``, usual for SGD and LARS) or by its square root
     (``sqrt``, usual for Adam and LAMB). The global batch is
     ``micro-batch * accumulation * ranks``."""
     base_batch: int | None = at_least(1, None)
-    """Global batch that the ``lr`` is for."""
+    """Global batch size that ``lr`` was chosen for."""
     max_steps: int | None = at_least(1, None)
     """Ends the run (and its schedule) after this many optimizer steps, if that is sooner."""
 

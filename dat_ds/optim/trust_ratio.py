@@ -224,7 +224,7 @@ class TrustRatioMethod(OptimizerMethod):
     """Where defaults come from: ``modern`` is what timm and NVLAMB do; ``paper`` is the bounded
     rule of Zhang et al., UAI 2022, arXiv 2206.06257, on every tensor."""
     adapt_vectors: bool = False
-    """Give vectors a trust ratio too. Of ``paper`` true."""
+    """Give vectors a trust ratio too. With the preset ``paper``: true."""
 
     def arguments(self) -> dict[str, Any]:
         """Options of the optimizer; which vectors adapt is said by group."""

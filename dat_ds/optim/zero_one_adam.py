@@ -275,7 +275,7 @@ class ZeroOneAdamMethod(OptimizerMethod):
     eps: float = above(0, default_of(ZeroOneAdam, "eps"))
     """Added to the root of the second moment."""
     bias_correction: bool = default_of(ZeroOneAdam, "bias_correction")
-    """Divide the moments by what their start at zero leaves out."""
+    """Correct the moments for their start at zero."""
     preconditioned: bool = default_of(ZeroOneAdam, "preconditioned")
     """Compress the momentum divided by the root of the variance. False is what the papers and
     DeepSpeed do, and diverges where variances differ much."""

@@ -38,7 +38,12 @@ SMALLER: dict[str, dict[str, str]] = {
         '"ema": {"decay": 0.999}': '"ema": {"decay": 0.9}, "evaluation": {"num_examples": 2}',
         "standard --num_examples 16": "apgd-ce-2 --num_examples 1 --no_checks",
     },
-    "howto/own_methods": {'"count": 64': '"count": 16', '"epochs": 2': '"max_steps": 2'},
+    "howto/own_methods": {
+        '"count": 64': '"count": 16',
+        '"epochs": 2': '"max_steps": 2',
+        '"pgd-20"': '"pgd-2"',
+        "apgd-ce-20 --num_examples 32": "apgd-ce-2 --num_examples 4",
+    },
     "tutorials/hf_trainer": {
         "digits = load_digits()": "digits = load_digits(n_class=2)",
         "num_train_epochs=20": "max_steps=2",

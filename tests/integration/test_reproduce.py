@@ -130,8 +130,10 @@ def test_every_config_is_valid_and_belongs_to_a_reproduction(config: Path) -> No
     sys.path.insert(0, str(RECIPES))
     from reproduce import REPRODUCTIONS
 
+    from dat_ds.bench.tables.reproduction import Reproduction
+
     assert {path.stem for path in CONFIGS} == set(REPRODUCTIONS)
-    what = REPRODUCTIONS[config.stem]
+    what = Reproduction(**REPRODUCTIONS[config.stem])
     values = json.loads(config.read_text(encoding="utf-8"))
     values["dat"]["data"]["path"] = "FILE"
     run = load_config(values)

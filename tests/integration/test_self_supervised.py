@@ -55,7 +55,7 @@ def test_rotation_reports_how_often_it_tells_the_rotation(
     assert (runs / "rotation" / "examples.png").exists()
     assert main(["eval", str(runs / "rotation")]) == 0
     words = capsys.readouterr().out
-    assert "Of 80 turned test images, the adversarially trained model tells the rotation" in words
+    assert "The adversarially trained model: accuracy on the rotation of 80 test images" in words
     assert "fine-tune it: --set dat.model.pretrained=RUN" in words
 
 

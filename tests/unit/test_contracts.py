@@ -275,17 +275,22 @@ def test_regression_is_attacked_with_a_loss_of_ones_own():
 def test_an_attack_of_ones_own_that_leaves_the_ball_is_named():
     x, y = pictures(), torch.tensor([0, 1, 2, 3])
     wrong = {
-        "left the ball: image 2": lambda m, x, y, g: (
+        "left the ball: image 2 of the batch lies 0.2 from": lambda m, x, y, g: (
             x + torch.tensor([0, 0, 0.2, 0])[:, None, None, None]
         ),
-        "span": lambda m, x, y, g: x + 0.04,
+        "left the pixel range [0, 1]: image 0 of the batch spans [": lambda m, x, y, g: x + 0.04,
         "returned NoneType": lambda m, x, y, g: None,
-        "returned (2, 3, 8, 8)": lambda m, x, y, g: x[:2],
-        "torch.int64": lambda m, x, y, g: x.long(),
-        "left the ball: image 0": lambda m, x, y, g: x * NAN,
+        "returned torch.float32 of shape (2, 3, 8, 8) for images of shape": lambda m, x, y, g: x[
+            :2
+        ],
+        "returned torch.int64": lambda m, x, y, g: x.long(),
+        "returned NaN or infinite pixels in image 0": lambda m, x, y, g: x * NAN,
+        "returned NaN or infinite pixels in image 3": lambda m, x, y, g: (
+            x + torch.tensor([0, 0, 0, float("inf")])[:, None, None, None]
+        ),
     }
     for words, function in wrong.items():
-        with pytest.raises((ConfigError, DataError)) as caught:
+        with pytest.raises(ConfigError) as caught:
             CallableAttack(threat=THREAT, user_function=function)(network(), x, y)
         assert words in str(caught.value)
 

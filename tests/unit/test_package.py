@@ -42,6 +42,18 @@ def test_the_pure_parts_import_neither_timm_nor_deepspeed_nor_transformers():
     assert run(code) == "[]"
 
 
+def test_attacks_are_light_beside_torch():
+    heavy = ["timm", "deepspeed", "transformers", "torchvision", "sklearn", "scipy", "matplotlib"]
+    code = (
+        "import sys, time, torch; known = set(sys.modules); began = time.process_time(); "
+        "import dat_ds.attacks; took = time.process_time() - began; "
+        f"print(took, [name for name in {heavy} if name in set(sys.modules) - known])"
+    )
+    took, loaded = run(code).split(maxsplit=1)
+    assert loaded == "[]"
+    assert float(took) < 1.0  # CPU seconds; about 0.2 on an idle machine
+
+
 def imported(path: Path) -> set[str]:
     """Full names of the modules that a file imports anywhere in it."""
     names = set()

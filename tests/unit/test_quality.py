@@ -48,6 +48,13 @@ def test_the_generated_pages_are_up_to_date() -> None:
     assert page == methods(), "run: dat-ds config --methods > docs/methods.md"
 
 
+def test_every_key_has_a_meaning() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", reference(), re.MULTILINE)
+    assert len(rows) > 150
+    empty = [key for key, meaning in rows if not meaning or meaning.startswith("Default")]
+    assert not empty, f"say what these keys mean, not only their default: {empty}"
+
+
 def test_the_command_line_has_the_documented_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

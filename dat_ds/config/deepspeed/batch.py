@@ -16,13 +16,14 @@ _MOST_MICRO_STEPS = 2**20
 
 
 def count_problems(config: Mapping[str, Any]) -> list[str]:
-    """Batch sizes and steps that are no counts, as messages."""
+    """Batch sizes and steps that are no counts, or fit no number of ranks, as messages."""
     problems = [
         f"{key}={shown(value)} is not valid: write an integer of at least 1."
         for key in BATCH_KEYS
         if (value := config.get(key)) is not None and not (type(value) is int and value >= 1)
     ]
-    return problems or _too_many(config.get("gradient_accumulation_steps"))
+    found = problems or _too_many(config.get("gradient_accumulation_steps"))
+    return found or _indivisible(config)
 
 
 def _too_many(accumulation: int | None) -> list[str]:
@@ -41,6 +42,24 @@ def batch_problems(config: Mapping[str, Any]) -> list[str]:
     ):
         return ["No batch size: write train_micro_batch_size_per_gpu, such as 64."]
     return count_problems(config)
+
+
+def _indivisible(config: Mapping[str, Any]) -> list[str]:
+    """That the total is no multiple of what one rank takes, whatever the number of ranks is."""
+    total, of_rank = config.get("train_batch_size"), 1
+    words = []
+    for key in BATCH_KEYS[1:]:
+        if (value := config.get(key)) is not None:
+            of_rank *= value
+            words.append(f"{key}={value}")
+    if total is None or total % of_rank == 0:
+        return []
+    below = total // of_rank * of_rank
+    valid = " or ".join(str(size) for size in (below, below + of_rank) if size)
+    return [
+        f"train_batch_size={total} is no multiple of {' x '.join(words)}: write {valid}, or leave "
+        "train_batch_size out."
+    ]
 
 
 def resolve_batch(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:

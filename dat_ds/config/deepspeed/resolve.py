@@ -69,7 +69,9 @@ def resolve_deepspeed(
     """
     config = copy.deepcopy(dict(values))
     for key in values:
-        if key not in TOP_LEVEL_KEYS:
+        if key in dat.known_keys() and key not in TOP_LEVEL_KEYS:
+            problems.append(f"Unknown top-level key {key!r}: it belongs under 'dat', as dat.{key}.")
+        elif key not in TOP_LEVEL_KEYS:
             problems.append(
                 f"Unknown top-level key {key!r}{did_you_mean(key, [*TOP_LEVEL_KEYS, 'dat'])}. "
                 "Neither DeepSpeed nor dat_ds reads it (ours live under 'dat')."

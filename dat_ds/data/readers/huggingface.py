@@ -81,14 +81,15 @@ class HuggingFace(StoredDataset):
     revision: str | None = None
     """Branch, tag or commit of a dataset of the hub."""
     train_files: str | None = None
-    """Files of the training part, in the format that ``path`` names (``parquet``, ``arrow``,
+    """Files of the training split, in the format that ``path`` names (``parquet``, ``arrow``,
     ``imagefolder``, ``webdataset``): a path, with ``*`` and ``**``."""
     test_files: str | None = None
-    """Likewise of the test part."""
+    """Files of the test split, as in ``train_files``."""
     train_split: str | None = None
-    """Training part, also a slice such as ``train[:90%]``. Default: ``train``, or the only one."""
+    """Name of the training split, or a slice such as ``train[:90%]``. Default: ``train``, or the
+    only one."""
     test_split: str | None = None
-    """Test part, likewise. Default: ``test``, or else ``validation``."""
+    """Name of the test split. Default: ``test``, or else ``validation``."""
     image_column: str | None = None
     """Column of the images. Default: the only one."""
     label_column: str | None = None

@@ -44,10 +44,10 @@ class Timm(StoredDataset):
     """timm's name, such as ``torch/fashion_mnist`` or ``hfds/user/data``; empty for folders and tar
     files of images."""
     train_split: str = "train"
-    """Training part; of folders and tar files, the one in ``path``."""
+    """Name of the training split; for folders and tar files, the subfolder of ``path``."""
     test_split: str = "validation"
-    """Test part, likewise; timm takes ``val``, ``valid``, ``eval`` and ``evaluation`` for the
-    same."""
+    """Name of the test split, likewise; timm takes ``val``, ``valid``, ``eval`` and
+    ``evaluation`` for the same."""
     class_map: str | None = None
     """File that fixes the classes and their order, of folders and tar files: one name a line, or
     JSON."""

@@ -43,7 +43,7 @@ class Outcome:
     @cached_property
     def by_gradient(self) -> list[Mapping[str, Any]]:
         """Those that follow gradients."""
-        return [a for a in self.attacks if not is_random_search(a["name"])]
+        return [a for a in self.attacks if follows_gradients(a["name"])]
 
     @cached_property
     def eps(self) -> float:
@@ -58,7 +58,17 @@ class Outcome:
 
 def is_random_search(attack: str) -> bool:
     """Whether the evaluation attack of this name breaks samples without gradients."""
-    return parse_evaluation_attack(attack).method in RANDOM_SEARCH
+    return not is_own(attack) and parse_evaluation_attack(attack).method in RANDOM_SEARCH
+
+
+def is_own(attack: str) -> bool:
+    """Whether an evaluation attack is the user's own, of which it is not known what it follows."""
+    return ":" in attack
+
+
+def follows_gradients(attack: str) -> bool:
+    """Whether the evaluation attack of this name is known to follow gradients."""
+    return not is_own(attack) and not is_random_search(attack)
 
 
 def measure_random_search(outcome: Outcome) -> Measured:
@@ -67,7 +77,7 @@ def measure_random_search(outcome: Outcome) -> Measured:
     alarm = False
     for attack in outcome.attacks:
         if not is_random_search(attack["name"]):
-            seen_gradient = True
+            seen_gradient |= follows_gradients(attack["name"])
             continue
         share = attack["broken"] / attack["attacked"]
         if seen_gradient and share >= worst:
@@ -102,7 +112,7 @@ def measure_late_breaks(outcome: Outcome) -> Measured:
     late = total = 0
     for sample in broken:
         steps = _STEPS.search(sample["broken_by"])
-        if steps is None or is_random_search(sample["broken_by"]):
+        if steps is None or not follows_gradients(sample["broken_by"]):
             continue
         total += 1
         # A run of K steps is K + 1 forwards; restarts follow one another.

@@ -1,0 +1,60 @@
+"""Every recipe answers ``--help`` at once and says what it does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
+DEFINES_MODULES = {"networks", "hf_clip_fare"}  # these are, or use, torch's own classes
+ASK = """
+import contextlib, io, json, runpy, sys
+found = {}
+for recipe in sys.argv[1:]:
+    sys.argv = [recipe, "--help"]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        try:
+            runpy.run_path(recipe, run_name="__main__")
+            code = None
+        except SystemExit as end:
+            code = end.code or 0
+    heavy = {"torch", "timm", "deepspeed", "transformers"} & set(sys.modules)
+    found[recipe] = [code, told.getvalue(), sorted(heavy)]
+print(json.dumps(found))
+"""
+
+
+def answers(recipes: list[Path]) -> dict[str, tuple[int, str, list[str]]]:
+    """Exit code, text and heavy packages loaded, of ``--help`` for each; one process for all."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *map(str, recipes)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, tuple[int, str, list[str]]] = json.loads(done.stdout)
+    return found
+
+
+def test_every_recipe_answers_help_at_once_and_says_what_it_does() -> None:
+    light = [recipe for recipe in RECIPES if recipe.stem not in DEFINES_MODULES]
+    for recipe, (code, told, heavy) in answers(light).items():
+        summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+        assert code == 0, recipe
+        assert summary in told, recipe
+        assert "usage:" in told, recipe
+        assert not heavy, f"{recipe} imports {heavy} before it has read its arguments"
+
+
+def test_the_others_load_torch_but_no_training_framework() -> None:
+    others = [recipe for recipe in RECIPES if recipe.stem in DEFINES_MODULES]
+    assert len(others) == len(DEFINES_MODULES)
+    for recipe, (code, told, heavy) in answers(others).items():
+        summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+        assert code == 0, recipe
+        assert summary in told, recipe
+        assert not {"deepspeed", "transformers"} & set(heavy), recipe
