@@ -139,7 +139,7 @@ class Monitor:
         except Exception as error:  # whatever a service raises
             raise ConfigError(
                 f"{key}.enabled=true, but it cannot be started: {_shown(error)}. "
-                f"Mend that, or write {key}.enabled=false."
+                f"Correct that, or write {key}.enabled=false."
             ) from None
 
 
