@@ -39,8 +39,8 @@ def carry_out(command: Callable[[], int]) -> int:
         command: Returns an exit code.
 
     Returns:
-        The exit code: 0 done or stopped cleanly, 1 training failed, 2 the user can mend it, 75 a
-        rank hung or died, 130 interrupted.
+        The exit code: 0 done or stopped cleanly, 1 training failed, 2 a mistake that the user can
+        correct, 75 a rank hung or died, 130 interrupted.
     """
     _log_to_stdout()
     try:

@@ -1,4 +1,4 @@
-"""Errors a user can mend; the command line prints their text, no traceback, and exits with 2."""
+"""Errors that a user can correct: the command line prints their text and exits with 2."""
 
 
 class UserError(Exception):

@@ -119,7 +119,7 @@ def image_files(folder: Path, key: str) -> list[str]:
             ]
     except OSError as error:
         raise DataError(
-            f"{key}: cannot read the folder {error.filename} ({error.strerror}). Mend its "
+            f"{key}: cannot read the folder {error.filename} ({error.strerror}). Correct its "
             "permissions, or remove it."
         ) from None
     return found

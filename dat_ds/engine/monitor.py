@@ -210,7 +210,7 @@ class Monitor:
                     except Exception as error:  # whatever a service raises
                         raise ConfigError(
                             f"{asked.format(name)}, but it cannot be started: {_shown(error)}. "
-                            f"Mend that, or {_without(name, asked)}."
+                            f"Correct that, or {_without(name, asked)}."
                         ) from None
 
 

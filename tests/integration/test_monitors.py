@@ -248,7 +248,7 @@ def test_a_service_that_refuses_is_one_line(wandb: FakeWandb) -> None:
         dat_ds.initialize(model=tiny.cnn(), config=config)
     assert str(caught.value) == (
         "wandb.enabled=true, but it cannot be started: api_key not configured (no-tty). Call "
-        "wandb.login. Mend that, or write wandb.enabled=false."
+        "wandb.login. Correct that, or write wandb.enabled=false."
     )
 
 

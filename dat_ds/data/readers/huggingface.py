@@ -169,7 +169,7 @@ class HuggingFace(StoredDataset):
         except Exception as error:
             reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
             remedy = (
-                "Mend the path or the files."
+                "Correct the path or the files."
                 if self.download or os.path.exists(str(self.path))
                 else "If it is a dataset of the hub, write dat.data.download=true to fetch it."
             )

@@ -36,7 +36,7 @@ def _scan(folder: Path) -> _Classes:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
         raise DataError(
-            f"dat.data.path: cannot read the folder {folder} ({error.strerror}). Mend its "
+            f"dat.data.path: cannot read the folder {folder} ({error.strerror}). Correct its "
             "permissions."
         ) from None
     files = {name: image_files(folder / name, "dat.data.path") for name in names}

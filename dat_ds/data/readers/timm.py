@@ -164,8 +164,8 @@ class Timm(StoredDataset):
             reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
             remedy = "" if self.download else ", or write dat.data.download=true to fetch its files"
             raise DataError(
-                f"{self._where}: timm cannot open the part {split!r} ({reason}). Mend the name or "
-                f"the path{remedy if self.prefix else ''}."
+                f"{self._where}: timm cannot open the part {split!r} ({reason}). Correct the "
+                f"name or the path{remedy if self.prefix else ''}."
             ) from error
 
     def _refuse_whole(self, split: str) -> None:
