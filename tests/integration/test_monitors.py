@@ -433,5 +433,5 @@ def test_a_tracker_that_does_not_start_is_one_line(
     assert main(["train", "--deepspeed_config", str(path)]) == 2
     assert (
         "dat.logging.trackers names 'wandb', but it cannot be started: api_key not configured "
-        "(no-tty). Call wandb.login. Mend that, or leave it out."
+        "(no-tty). Call wandb.login. Correct that, or leave it out."
     ) in capsys.readouterr().err
