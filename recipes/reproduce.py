@@ -65,6 +65,7 @@ REPRODUCTIONS: dict[str, dict[str, Any]] = {
         "published": {"clean": 0.9864, "pgd-40": 0.9326},
         "protocol": "PGD-40, step 0.01, no random start; here 2.5 eps / 40 from a random start",
         "attacks": ("pgd-40",),
+        "judge": "strong",
     },
     "cifar10_resnet2b": {
         "source": "alpha-beta-CROWN (Wang et al., NeurIPS 2021, arXiv 2103.06624), ResNet-2B, "
