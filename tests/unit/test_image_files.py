@@ -439,6 +439,7 @@ def test_an_unlabelled_folder_is_named_by_its_own_key(tmp_path: Path) -> None:
 def test_the_documented_lines_put_a_transparent_image_on_white(tmp_path: Path) -> None:
     file = written(tmp_path, saved(of(alpha(COLOUR, 0)), "PNG"))
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = page.partition("\n## Image files\n")[2]
     exec(page.partition("```python\n")[2].partition("```")[0], {"file": file})
     on_white = COLOUR.copy()
     on_white[1, 2] = 255
