@@ -94,7 +94,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="of the hub, or a folder; with --data")
     parser.add_argument("--data", help="an image folder")
     parser.add_argument("--eps", help="radius in pixels of [0, 1]; default 4/255, digits 2/16")

@@ -10,7 +10,7 @@ _PATTERNS = (
     r"(Run folder|Continuing from|Picture|Record): ?\S.*",
     r"epoch +\d+\.\d of \d+\.\d \| validation .* \| training .*",
     r"Training the natural twin, for comparison\.",
-    r"(Of|Test set) .*",
+    r"(Of|Test set|The (adversarially|naturally) trained model:) .*",
     r"\S+-\d+: +\d+\.\d%",
 )
 _OURS = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from tests.settings import without_launcher
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ def test_the_recipe_saves_the_best_model_and_a_card(tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / "hf_image_classification.py"
     done = subprocess.run(
         [sys.executable, recipe, "--epochs", "0.1", "--output", output],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**without_launcher(), "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -347,7 +347,7 @@ def test_all_problems_of_the_arguments_are_reported_together():
         image_shape=(3, 32),
     )
     for part in (
-        "dat.data.augment='crops' is not valid (did you mean 'crop'?). Write one of 'none', 'crop'",
+        "dat.data.augment='crops' is not valid (did you mean 'crop'?). Write one of 'none', 'flip'",
         "dat.data.validation_fraction=1.0 is not valid: write a number in [0, 1).",
         "dat.data.img_size=0 is not valid: write a number above 0.",
         "dat.data.num_classes=0 is not valid: write a number from 2 to 1048576.",

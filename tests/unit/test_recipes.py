@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.fast
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 DEFINES_MODULES = {"networks", "hf_clip_fare"}  # these are, or use, torch's own classes
+USES_TRANSFORMERS = {"hf_image_classification"}  # as scripts of its users do, from the top
 ASK = """
 import contextlib, io, json, runpy, sys
 found = {}
@@ -41,7 +42,7 @@ def answers(recipes: list[Path]) -> dict[str, tuple[int, str, list[str]]]:
 
 
 def test_every_recipe_answers_help_at_once_and_says_what_it_does() -> None:
-    light = [recipe for recipe in RECIPES if recipe.stem not in DEFINES_MODULES]
+    light = [r for r in RECIPES if r.stem not in DEFINES_MODULES | USES_TRANSFORMERS]
     for recipe, (code, told, heavy) in answers(light).items():
         summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
         assert code == 0, recipe
@@ -58,3 +59,12 @@ def test_the_others_load_torch_but_no_training_framework() -> None:
         assert code == 0, recipe
         assert summary in told, recipe
         assert not {"deepspeed", "transformers"} & set(heavy), recipe
+
+
+def test_a_whole_script_for_transformers_says_what_it_does() -> None:
+    scripts = [recipe for recipe in RECIPES if recipe.stem in USES_TRANSFORMERS]
+    assert len(scripts) == len(USES_TRANSFORMERS)
+    for recipe, (code, told, _) in answers(scripts).items():
+        summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+        assert code == 0, recipe
+        assert summary in told, recipe
