@@ -60,7 +60,10 @@ class Collator:
         pairs = [_read_sample(s, i) for s, i in zip(samples, indices, strict=True)]
         x = _stack([x for x, _ in pairs], indices, "an image")
         _check_layout(tuple(x.shape[1:]), f"Sample {indices[0]}")
-        return x, _stack([torch.as_tensor(y) for _, y in pairs], indices, "a label")
+        labels = [y for _, y in pairs]
+        if all(type(y) is int for y in labels):
+            return x, torch.tensor(labels)
+        return x, _stack([torch.as_tensor(y) for y in labels], indices, "a label")
 
     def empty(self, sample: Any) -> Batch:
         """Batch of no sample, of the shapes and types that ``sample`` alone gives."""

@@ -194,6 +194,8 @@ class Augmented(KeyedDataset[Sample]):
 
     def _cropped(self, key: SampleKey) -> Sample:
         side = None if self.side_in is None else self.side_in(key.epoch)
+        if self.augment == "none" and side is None:
+            return fetch_sample(self.dataset, key)  # without the cost of a generator
         size = self.size if side is None else (side, side)
         generator = seeded_generator("augment", self.seed, key.epoch, key.index)
         if size is not None and self.augment == "resized_crop_flip":
