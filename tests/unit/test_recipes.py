@@ -41,12 +41,16 @@ def answers(recipes: list[Path]) -> dict[str, tuple[int, str, list[str]]]:
     return found
 
 
+def says_what_it_does(recipe: str, code: int, told: str) -> bool:
+    """Whether the answer to ``--help`` holds the first line of the recipe's own text."""
+    summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    return code == 0 and summary in told
+
+
 def test_every_recipe_answers_help_at_once_and_says_what_it_does() -> None:
     light = [r for r in RECIPES if r.stem not in DEFINES_MODULES | USES_TRANSFORMERS]
     for recipe, (code, told, heavy) in answers(light).items():
-        summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-        assert code == 0, recipe
-        assert summary in told, recipe
+        assert says_what_it_does(recipe, code, told), recipe
         assert "usage:" in told, recipe
         assert not heavy, f"{recipe} imports {heavy} before it has read its arguments"
 
@@ -55,9 +59,7 @@ def test_the_others_load_torch_but_no_training_framework() -> None:
     others = [recipe for recipe in RECIPES if recipe.stem in DEFINES_MODULES]
     assert len(others) == len(DEFINES_MODULES)
     for recipe, (code, told, heavy) in answers(others).items():
-        summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-        assert code == 0, recipe
-        assert summary in told, recipe
+        assert says_what_it_does(recipe, code, told), recipe
         assert not {"deepspeed", "transformers"} & set(heavy), recipe
 
 
@@ -65,6 +67,4 @@ def test_a_whole_script_for_transformers_says_what_it_does() -> None:
     scripts = [recipe for recipe in RECIPES if recipe.stem in USES_TRANSFORMERS]
     assert len(scripts) == len(USES_TRANSFORMERS)
     for recipe, (code, told, _) in answers(scripts).items():
-        summary = Path(recipe).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-        assert code == 0, recipe
-        assert summary in told, recipe
+        assert says_what_it_does(recipe, code, told), recipe
