@@ -63,7 +63,7 @@ def accuracy_against_radius(
 ) -> dict[str, Any]:
     """Images that stand APGD on cross-entropy and then on the margin, for growing radii.
 
-    Each radius attacks the images that stand all smaller ones, so the curve never rises.
+    Each radius attacks the images that withstand all smaller ones, so the curve never rises.
 
     Args:
         model: Pixels to logits ``(B, K)``.

@@ -140,7 +140,7 @@ def _radius_of(curve: Mapping[str, Any], eps: Length | None, album: Album) -> st
         f"Line that falls from an accuracy of {first} without an attack to {last} at radius "
         f"{figures.length_in_words(curve['radii'][-1])}.",
         f"Accuracy against the radius: {_attacks_in_words(curve)}, at each radius on the "
-        f"images that stand the smaller ones. {_band_of(curve)}",
+        f"images that withstand the smaller ones. {_band_of(curve)}",
     )
 
 

@@ -53,7 +53,7 @@ class Evidence:
 
     @property
     def worst_case(self) -> float | None:
-        """Fraction of the images that stands every attack; None where there was no attack."""
+        """Fraction of the images that withstands every attack; None where there was no attack."""
         found: float | None = self.evaluation["robust_acc"].get("all")
         return found
 
@@ -164,7 +164,7 @@ def _rows(text: str) -> list[dict[str, Any]]:
 def _evaluation_of(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A record of attacks that each saw all images, in the form of ``evaluation.json``.
 
-    Images that stand all attacks are counted where the record holds their outcomes.
+    Images that withstand all attacks are counted where the record holds their outcomes.
     """
     total = record["num_examples"]
     outcomes = record.get("outcomes") or {}

@@ -66,7 +66,7 @@ def attacks_of(evidence: Evidence) -> Section:
         standing = [f"{round(share * total):,}", percent_of(share)]
         rows.append([*_counts(attack), *standing, *(count_of(attack.get(key)) for key in shown)])
     caption = (
-        "In order; each attack is given the images that stand all before it. Forwards and "
+        "In order; each attack is given the images that no earlier one has broken. Forwards and "
         "backwards count images."
         if in_order
         else "Each attack is given every image that is classified correctly without an attack."
