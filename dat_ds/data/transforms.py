@@ -79,6 +79,7 @@ def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
     pad_h, pad_w = max(1, height // 8), max(1, width // 8)
     down = pad_h - _random_int(2 * pad_h + 1, generator)
     right = pad_w - _random_int(2 * pad_w + 1, generator)
+    # Padding by a negative number of pixels cuts them off.
     return functional.pad(image, (right, -right, down, -down))
 
 

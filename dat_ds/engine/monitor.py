@@ -95,6 +95,7 @@ class Monitor:
                 for key, section in sections.items()
             },
             "{}.enabled=true",
+            "write {}.enabled=false",
         )
 
     def is_due(self, step: int, total_steps: int | None) -> bool:
@@ -191,14 +192,16 @@ class Monitor:
                 for name in names
             },
             "dat.logging.trackers names {!r}",
+            "leave it out",
         )
 
-    def _start(self, makers: Mapping[str, Callable[[], Tracker]], asked: str) -> None:
+    def _start(self, makers: Mapping[str, Callable[[], Tracker]], asked: str, remedy: str) -> None:
         """Start trackers on the main rank; a collective.
 
         Args:
             makers: By name.
             asked: What asked for one of a name, for the message where it cannot be started.
+            remedy: How to do without it, for the same message.
         """
         if not makers:
             return
@@ -210,7 +213,7 @@ class Monitor:
                     except Exception as error:  # whatever a service raises
                         raise ConfigError(
                             f"{asked.format(name)}, but it cannot be started: {_shown(error)}. "
-                            f"Correct that, or {_without(name, asked)}."
+                            f"Correct that, or {remedy.format(name)}."
                         ) from None
 
 
@@ -244,12 +247,6 @@ def report_outcome(
     if picture is not None:
         monitor.picture(step, "examples", picture)
     monitor.close(step)
-
-
-def _without(name: str, asked: str) -> str:
-    if "enabled" in asked:
-        return f"write {name}.enabled=false"
-    return "leave it out"
 
 
 def _check_folder(monitor: Any) -> None:
