@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dat_ds.config.deepspeed.sections import is_installed
 from dat_ds.engine.trackers import WrittenSteps, start_tracker
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,10 @@ RUN: Any = SimpleNamespace(
     dat=SimpleNamespace(logging=SimpleNamespace(project="robust")),
     to_dict=lambda: {"dat": {"seed": 0}},
 )
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not is_installed(package), reason=f"needs {package}")
 
 
 def two_processes(name: str, output: Path) -> str:
@@ -38,8 +43,8 @@ def two_processes(name: str, output: Path) -> str:
     return written.run_id
 
 
+@needs("trackio")
 def test_trackio_has_each_step_once_in_one_run(tmp_path: Path) -> None:
-    pytest.importorskip("trackio")
     # In a process of its own: trackio reads its folder when it is imported.
     code = (
         "import pathlib, sys; from tests.integration.test_installed_trackers import two_processes; "
@@ -55,10 +60,10 @@ def test_trackio_has_each_step_once_in_one_run(tmp_path: Path) -> None:
     assert [step for _, step in rows] == list(range(1, 9))
 
 
+@needs("wandb")
 def test_wandb_offline_keeps_both_parts_under_one_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_id = two_processes("wandb", tmp_path)
     parts = list((tmp_path / "wandb").glob("offline-run-*"))

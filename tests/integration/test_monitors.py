@@ -215,10 +215,9 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     (tmp_path / "packages" / "wandb" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    import wandb as installed
-
     fake = FakeWandb(tmp_path)
-    fake.__spec__ = installed.__spec__
+    # Found, not imported: an imported module would outlive this test.
+    fake.__spec__ = importlib.util.find_spec("wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
