@@ -25,6 +25,7 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    Self,
     TypeVar,
     Union,
     get_args,
@@ -407,6 +408,39 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+class UnknownKey(str):
+    """The message about a key that a section does not have, with what it is about.
+
+    Attributes:
+        section: Dotted path of the section.
+        key: The key, as it was written.
+        named: The key with its section, and the nearest valid one.
+        valid: A sentence about the valid keys; may be empty.
+    """
+
+    _INTRODUCTION = "Unknown key in the run config: "
+    section: str
+    key: str
+    named: str
+    valid: str
+
+    def __new__(cls, section: str, key: object, choices: Iterable[str], valid: str) -> Self:
+        """From the key, the keys it may be a misspelling of, and what to say of the valid ones."""
+        named = f"{section}.{key}{did_you_mean(str(key), choices)}"
+        message = super().__new__(cls, f"{cls._INTRODUCTION}{named}. {valid}".rstrip())
+        message.section, message.key, message.named, message.valid = section, str(key), named, valid
+        return message
+
+    def belonging_to(self, home: str) -> str:
+        """The message where another section has a key of this very name."""
+        moved = f"It belongs to another section: {home}."
+        return f"{self._INTRODUCTION}{self.section}.{self.key}. {moved} {self.valid}"
+
+    def within(self, path: str) -> str:
+        """The message as a problem of the section at ``path``, which is put before it."""
+        return f"{path} has an unknown key: {self.named}. {self.valid}"
+
+
 def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -> M:
     """The method that a section chooses, with its options.
 
@@ -446,10 +480,9 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
             every = dict.fromkeys(
                 k for m in (method, *table.methods.values()) for k in m.known_keys()
             )
-            problems.append(
-                f"Unknown key in the run config: {path}.{key}{did_you_mean(str(key), every)}. "
-                f"Valid keys of the {table.kind} {values.get('name', table.default)!r}: {takes}."
-            )
+            chosen = values.get("name", table.default)
+            valid = f"Valid keys of the {table.kind} {chosen!r}: {takes}."
+            problems.append(UnknownKey(path, key, every, valid))
     return parse_section(method, given, path, problems)
 
 
@@ -470,12 +503,11 @@ def parse_section(cls: type[S], values: Any, path: str, problems: list[str]) -> 
     if not isinstance(values, Mapping):
         problems.append(f"{path}={shown(values)} must be an object with the keys {names}.")
         return cls()
-    for key in values:
-        if key not in fields:
-            problems.append(
-                f"Unknown key in the run config: {path}.{key}{did_you_mean(str(key), fields)}. "
-                f"Valid keys of {path!r}: {names}."
-            )
+    problems += [
+        UnknownKey(path, key, fields, f"Valid keys of {path!r}: {names}.")
+        for key in values
+        if key not in fields
+    ]
     values = {**cls.defaults_for(values), **values}
     hints = _hints_of(cls)  # type: ignore[arg-type]  # a class is hashable
     parsed = {}

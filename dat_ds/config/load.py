@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dat_ds.config.schema import DatConfig, RunConfig
 from dat_ds.config.trackers import check_trackers
 from dat_ds.errors import ConfigError
 from dat_ds.files import open_regular
-from dat_ds.method import Section, import_methods, parse_section
+from dat_ds.method import Section, UnknownKey, import_methods, parse_section
 
 _LARGEST_FILE = 2**24
 _MOST_KEYS, _MOST_ITEMS = 1000, 10_000
@@ -84,7 +83,7 @@ def load_config(
     problems: list[str] = []
     ours = without_former_keys(without_foreign_keys(ours), problems)
     parsed = parse_section(DatConfig, ours, "dat", problems)
-    problems = [with_home(problem, parsed) for problem in problems]
+    problems = [_with_home(problem, parsed) for problem in problems]
     dat = resolve_dat(parsed, problems)
     deepspeed = resolve_deepspeed(
         values, dat, problems, client_optimizer=client_optimizer, here=here
@@ -103,34 +102,28 @@ def load_config(
     return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes)
 
 
-_UNKNOWN = re.compile(
-    r"(Unknown key in the run config: (dat(?:\.\w+)*)\.(\w+))(?: \(did you mean '\w+'\?\))?\. "
-)
 _HOMES = {"lr": "optimizer.params.lr", "weight_decay": "optimizer.params.weight_decay"}
 """Keys of DeepSpeed's part that are looked for in ours."""
 
 
-def with_home(problem: str, dat: DatConfig) -> str:
+def _with_home(problem: str, dat: DatConfig) -> str:
     """A message about an unknown key, with the section that has a key of this very name.
 
     Args:
         problem: Any message.
         dat: Sections with the methods that were chosen.
     """
-    found = _UNKNOWN.match(problem)
-    if found is None:
+    if not isinstance(problem, UnknownKey):
         return problem
-    unknown, section, key = found.groups()
+    key = problem.key
     homes = [
         f"dat.{name}.{key}"
         for name in dat.known_keys()
         if isinstance(part := getattr(dat, name), Section) and key in part.known_keys()
     ]
     homes += [_HOMES[key]] if key in _HOMES and not homes else []
-    homes += [f"dat.{key}"] if key in dat.known_keys() and section != "dat" else []
-    if len(homes) != 1:
-        return problem
-    return f"{unknown}. It belongs to another section: {homes[0]}. {problem[found.end() :]}"
+    homes += [f"dat.{key}"] if key in dat.known_keys() and problem.section != "dat" else []
+    return problem.belonging_to(homes[0]) if len(homes) == 1 else problem
 
 
 def refuse_absurd(values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dat_ds.data.transforms import CROP_SHARE, Augmentation
 from dat_ds.method import (
     Method,
     Trait,
+    UnknownKey,
     above,
     at_least,
     fraction,
@@ -258,12 +259,9 @@ class DatasetMethod(Method):
             if getattr(dataset, key) is None
         ]
         if problems is not None:
-            unknown = "Unknown key in the run config: "
             problems += [
-                f"extra has an unknown key: {words.removeprefix(unknown)}"
-                if words.startswith(unknown)
-                else words
-                for words in found
+                problem.within("extra") if isinstance(problem, UnknownKey) else problem
+                for problem in found
             ]
         return dataset
 

@@ -28,7 +28,7 @@ from dat_ds.config import one_bit_name
 from dat_ds.config.deepspeed.batch import BATCH_KEYS, batch_problems
 from dat_ds.config.deepspeed.optimizer import ADAM_NAMES
 from dat_ds.errors import ConfigError
-from dat_ds.method import did_you_mean, shown
+from dat_ds.method import UnknownKey, did_you_mean, shown
 
 _MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -163,9 +163,8 @@ def _told(item: Mapping[str, Any], path: str, section: Any, model: type[BaseMode
             model = _model_below(model, str(part))
     if item["type"] == "extra_forbidden":
         valid = [] if model is None else sorted(_fields_of(model))
-        listed = f" Valid keys of {above!r}: {', '.join(valid)}." if valid else ""
-        near = did_you_mean(path.rpartition(".")[2], valid)
-        return f"Unknown key in the run config: {path}{near}.{listed}"
+        listed = f"Valid keys of {above!r}: {', '.join(valid)}." if valid else ""
+        return UnknownKey(above, path.rpartition(".")[2], valid, listed)
     reason = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return f"{path}={shown(section)} is not valid: {reason}."
 

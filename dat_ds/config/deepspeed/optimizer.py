@@ -14,7 +14,7 @@ from dat_ds.config.deepspeed.keys import (
 )
 from dat_ds.config.deepspeed.precision import FLOAT16, enabled
 from dat_ds.config.schema import DatConfig
-from dat_ds.method import did_you_mean, parse_section
+from dat_ds.method import UnknownKey, did_you_mean, parse_section
 from dat_ds.optim import OPTIMIZERS
 
 ADAM_NAMES = ("adam", "adamw")
@@ -61,11 +61,11 @@ def resolve_optimizer(
             problems.append("optimizer.type is missing: write 'AdamW' or 'SGD'.")
         for key in section:
             if key not in OPTIMIZER_KEYS:
-                problems.append(
-                    f"Unknown key in the run config: optimizer.{key}"
-                    f"{did_you_mean(key, OPTIMIZER_KEYS)}. Valid keys of 'optimizer': "
-                    f"{', '.join(OPTIMIZER_KEYS)}; those of the optimizer itself stand in params."
+                valid = (
+                    f"Valid keys of 'optimizer': {', '.join(OPTIMIZER_KEYS)}; those of the "
+                    "optimizer itself stand in params."
                 )
+                problems.append(UnknownKey("optimizer", key, OPTIMIZER_KEYS, valid))
         given_params = section.get("params", {})
         if not isinstance(given_params, dict):
             problems.append(f"optimizer.params={given_params!r} must be an object.")
