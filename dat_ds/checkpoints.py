@@ -66,7 +66,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{checkpoint} is no checkpoint of dat_ds, or damaged: {checkpoint / STATE}: {reason}."
+            f"{checkpoint} is not a checkpoint of dat_ds, or damaged: {checkpoint / STATE}: "
+            f"{reason}."
         ) from None
     if not isinstance(state, dict) or state.get("format") not in range(1, FORMAT + 1):
         raise CheckpointError(
@@ -167,7 +168,7 @@ def _entries(checkpoint: Path) -> dict[str, dict[str, Any]]:
         sizes = state.get("files", {})
         if not isinstance(sizes, dict):
             raise CheckpointError(
-                f"{checkpoint / STATE} is damaged: its files are no list of sizes."
+                f"{checkpoint / STATE} is damaged: its files are not a list of sizes."
             )
         return {name: {"bytes": size} for name, size in sizes.items()}
     try:

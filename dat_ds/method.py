@@ -239,7 +239,7 @@ class Method(Section):
             cost of its own.
         paper: Where it is from.
         required: Keys that a run must give, and what they are to hold.
-        passes_over_others: Whether other methods' keys beside its name are no mistake.
+        passes_over_others: Whether other methods' keys beside its name are not a mistake.
         card: Markdown for its page: formula, defaults and where they come from, when it fails.
     """
 
@@ -473,7 +473,7 @@ def parse_method(table: Table[M], values: Any, path: str, problems: list[str]) -
         if takers:
             of = f", but of {', '.join(takers)}" if len(takers) <= _MOST_NAMED else ""
             problems.append(
-                f"{path}.{key}={shown(value)} is no setting of the {table.kind} "
+                f"{path}.{key}={shown(value)} is not a setting of the {table.kind} "
                 f"{values.get('name', table.default)!r}{of}: remove it. It takes {takes}."
             )
         else:

@@ -32,7 +32,7 @@ extensions = [
 ]
 exclude_patterns = ["_extensions"]
 
-# Links to files that are no pages lead there.
+# Links to files that are not pages lead there.
 _project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
 _repository = _project["project"]["urls"]["Repository"]
 repository_url = f"{_repository}/blob/main"

@@ -17,7 +17,7 @@ from typing import Any
 
 IMAGES, BATCH, STEPS = 1438, 64, 400
 PGD = {"steps": 3, "step_size": "1/16"}
-CONTRASTIVE = {"name": "contrastive", "flip": 0.0}  # a mirrored digit is no digit
+CONTRASTIVE = {"name": "contrastive", "flip": 0.0}  # a mirrored digit is not a digit
 PRETRAINING: dict[str, dict[str, Any]] = {
     "from_scratch": {},
     "rotation": {"objective": {"name": "rotation"}},

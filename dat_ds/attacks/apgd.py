@@ -79,7 +79,7 @@ def apgd(
         shrinking_ball: l1 only: each run spends 30 % of its steps in the ball of radius ``3 eps``,
             30 % in that of ``2 eps`` and the rest in that of ``eps``, each time from the projection
             of the point of largest loss so far (Croce and Hein, ICML 2021, arXiv 2103.01208, sec.
-            3.3). Iterates of the larger balls are no results.
+            3.3). Iterates of the larger balls are not results.
         generator: Source of the random starts. None: a fresh, unpredictable one.
         model_mode: Mode of the model's modules during the attack.
         gradient: How input gradients are taken and counted. None: the default way.

@@ -268,7 +268,7 @@ class Attack(Method):
         """:meth:`perturb` of a class outside this package: nothing is None, the result is checked.
 
         Raises:
-            ConfigError: For a result that is no image in the ball.
+            ConfigError: For a result that is not an image in the ball.
         """
         source = fresh_generator(x.device) if generator is None else generator
         counting = InputGradient() if gradient is None else gradient

@@ -66,12 +66,12 @@ def admitted(
 
     Raises:
         DataError: For images out of the pixel range, and labels that are none.
-        ModelError: For outputs that are no logits, and an image that the model cannot take.
+        ModelError: For outputs that are not logits, and an image that the model cannot take.
         ConfigError: For a threat model that is none.
     """
     if not isinstance(threat, ThreatModel):
         raise ConfigError(
-            f"threat={threat!r} is no threat model: write ThreatModel('linf', '8/255')."
+            f"threat={threat!r} is not a threat model: write ThreatModel('linf', '8/255')."
         )
     if _checked.get():
         with attack_mode(model, model_mode):

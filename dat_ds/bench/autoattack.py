@@ -72,7 +72,7 @@ def bench_autoattack(
         raise ConfigError(f"--parts {' '.join(unknown)}: write some of {', '.join(PARTS)}.")
     if not isinstance(case.target.model, nn.Module):
         raise ConfigError(
-            f"{case.target.name!r} is no torch module, which the official tool needs."
+            f"{case.target.name!r} is not a torch module, which the official tool needs."
         )
     count = min(num_examples, len(case.images))
     x, y = default_collate([case.images[i] for i in range(count)])

@@ -157,7 +157,7 @@ class Codec(Compression, ABC):
         Args:
             rows: ``(n, m)`` float32 with ``m >= 1``; padding holds zeros.
             generator: As for :meth:`encode`.
-            valid: Entries of each block ``(n, b)`` that are no padding, float32, from
+            valid: Entries of each block ``(n, b)`` that are not padding, float32, from
                 :meth:`valid_counts`; None where all are.
 
         Returns:

@@ -25,7 +25,7 @@ class Sign(BlockCodec):
     DeepSpeed, ``w = 2 - 2 / sqrt(B)``. An entry of 0 counts as positive.
 
     Args:
-        scale: ``"mean"`` or ``"rms"``, over entries that are no padding.
+        scale: ``"mean"`` or ``"rms"``, over entries that are not padding.
     """
 
     paper: ClassVar[str] = "Karimireddy et al., ICML 2019, arXiv 1901.09847"

@@ -151,7 +151,7 @@ def refuse_absurd(values: Mapping[str, Any]) -> None:
             for key, item in items:
                 if not str(key).isprintable() or len(str(key)) > _LONGEST_KEY:
                     at = f"{path}.{str(key)[:40]}" if path else str(key)[:40]
-                    problems.append(f"Key {at!r} is no key: it is too long, or not printable.")
+                    problems.append(f"Key {at!r} is not a key: it is too long, or not printable.")
                     continue
                 pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
         elif isinstance(value, int) and abs(value) >= 2**63:
@@ -170,7 +170,7 @@ def read_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A run config as it is written, unchecked: of a file, or a copy of its content.
 
     Raises:
-        ConfigError: For a file that cannot be read, or is no JSON object.
+        ConfigError: For a file that cannot be read, or is not a JSON object.
     """
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source))
@@ -243,7 +243,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is no section.")
+            raise ConfigError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is not a section.")
         node = child
     try:
         node[last] = json.loads(text)

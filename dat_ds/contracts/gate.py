@@ -111,7 +111,7 @@ class Gate:
         """The one class that is right for each image ``(B,)`` int64; waits for the device.
 
         Raises:
-            DataError: For what are no labels, or probabilities of several classes.
+            DataError: For what are not labels, or probabilities of several classes.
         """
         labels = as_labels(y, num_images)
         if self.num_classes is not None:

@@ -57,8 +57,9 @@ def read_image(path: str, key: str) -> Tensor:
         ``(3, H, W)``: uint8 in 0..255; float32 in [0, 1] for 16-bit and float grey.
 
     Raises:
-        DamagedImageError: The file is no image, is damaged or too large, or is of a kind that has
-            no exact conversion, such as transparent pixels, several frames, or colours of 16 bits.
+        DamagedImageError: The file is not an image, is damaged or too large, or is of a kind that
+            has no exact conversion, such as transparent pixels, several frames, or colours of 16
+            bits.
     """
     return _decoded(lambda: open_regular(path), path, key)
 

@@ -76,7 +76,7 @@ class Policy:
     """Transforms that draw from global generators, one after the other.
 
     Args:
-        on_images: Of 8-bit images; float pixels that are no multiples of 1/255 are rounded.
+        on_images: Of 8-bit images; float pixels that are not multiples of 1/255 are rounded.
         on_pixels: Of float32 pixels ``(C, H, W)`` in [0, 1], after them.
         only_torch: Whether all of them draw from torch's generator alone.
     """

@@ -75,7 +75,7 @@ def scan_tar(path: str, key: str) -> Iterator[Member]:
     except (OSError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{key}: {path} is no tar file that can be read in any order ({reason}). Copy it "
+            f"{key}: {path} is not a tar file that can be read in any order ({reason}). Copy it "
             "again; if it is compressed, unpack it (gunzip)."
         ) from None
     # Cut at the end of a file it reads as a shorter one, but for two blocks of zeros.

@@ -142,8 +142,8 @@ class Augmented(KeyedDataset[Sample]):
             ``Subset``) has a method ``raw(index) -> (image, y)``, ``resized_crop_flip`` cuts from
             that full-size image and not from the evaluation crop.
         augment: One of ``AUGMENTATIONS``: ``"none"``, ``"flip"``, ``"crop"`` (digits: a mirrored
-            digit is no digit), ``"crop_flip"``, ``"resized_crop_flip"``, ``"cropshift_flip"``, or
-            IDBH, whose images have 1 or 3 channels.
+            digit is not a digit), ``"crop_flip"``, ``"resized_crop_flip"``, ``"cropshift_flip"``,
+            or IDBH, whose images have 1 or 3 channels.
         seed: Any integer.
         size: ``(H, W)`` of the images out of ``resized_crop_flip``; None takes that of item 0.
         policy: What follows ``augment``; IDBH brings its own.

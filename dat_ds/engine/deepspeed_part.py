@@ -269,8 +269,8 @@ def _autocast_problems(settings: Mapping[str, Any]) -> list[str]:
         module, _, kind = name.rpartition(".")
         if not isinstance(getattr(sys.modules.get(module), kind, None), type):
             problems.append(
-                f"torch_autocast.lower_precision_safe_modules[{i}]={shown(name)} is no class of a "
-                "module that is imported: write one such as 'torch.nn.Linear', or import yours "
+                f"torch_autocast.lower_precision_safe_modules[{i}]={shown(name)} is not a class of "
+                "a module that is imported: write one such as 'torch.nn.Linear', or import yours "
                 "(dat-ds --import MODULE)."
             )
     return problems
@@ -303,7 +303,7 @@ def _optimizer_problems(name: str, params: Mapping[str, Any]) -> list[str]:
     if kind_name in ADAM_NAMES:
         known |= {"torch_adam", "adam_w_mode", "bias_correction", "set_grad_none"}
     unknown = [
-        f"optimizer.params.{key} is no parameter of {name}{did_you_mean(key, known)}."
+        f"optimizer.params.{key} is not a parameter of {name}{did_you_mean(key, known)}."
         for key in params
         if key not in known
     ]

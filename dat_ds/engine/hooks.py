@@ -461,7 +461,7 @@ def basic_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return basic
 
 
-_STEP = "step"  # where an optimizer counts steps in its groups, they are no option of its
+_STEP = "step"  # where an optimizer counts steps in its groups, they are not an option of its
 
 
 def hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
@@ -587,7 +587,7 @@ def accounted_bytes(engine: DeepSpeedEngine) -> dict[str, int]:
 
     Returns:
         ``parameters`` of the model, whole or ZeRO-3's shards, gathered ones left out; ``master``
-        weights that are no parameters; ``optimizer``, its states; ``gradients``.
+        weights that are not parameters; ``optimizer``, its states; ``gradients``.
     """
     counted: set[int] = set()
 

@@ -101,7 +101,7 @@ def read_reproducer(file: Path) -> Reproducer:
     values = read_file(file)
     if not isinstance(values, dict) or not {"format", "batches", "step"} <= set(values):
         raise CheckpointError(
-            f"{file} is no step that a run has kept: give RUN/{FAULTS}/step-.../rank-....pt, or "
+            f"{file} is not a step that a run has kept: give RUN/{FAULTS}/step-.../rank-....pt, or "
             "its folder."
         )
     if values.pop("format") != FORMAT:

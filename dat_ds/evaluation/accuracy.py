@@ -141,7 +141,7 @@ def evaluate(
             are, or one of your own that leaves the ball.
         DataError: If any rank met an image or a label that cannot be read, or is none; on every
             rank.
-        ModelError: For outputs that are no logits.
+        ModelError: For outputs that are not logits.
     """
     parsed = [parse_evaluation_attack(name) for name in dict.fromkeys(attacks)]
     if misfits := [m for attack in parsed if (m := attack.problem_with(threat.norm)) is not None]:
@@ -236,7 +236,7 @@ def checked(
     """Images and class indices of a batch.
 
     Raises:
-        DataError: For what are no images, or no labels that one class alone can be right for.
+        DataError: For what are not images, or no labels that one class alone can be right for.
     """
     x = as_images(x, model)
     check_images(x, threat.lower, threat.upper)

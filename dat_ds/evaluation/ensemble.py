@@ -151,7 +151,7 @@ class EnsembleEvaluation:
 
         Raises:
             DataError: For an image or a label that cannot be read or is none, on all ranks.
-            ModelError: For outputs that are no finite logits.
+            ModelError: For outputs that are not finite logits.
             ConfigError: For an attack that is not defined for so few classes.
         """
         self._called = GatedModel(self.model, self._gate, refuses_damage=False)

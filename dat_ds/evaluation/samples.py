@@ -212,6 +212,6 @@ def parse_ranges(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"{text!r} is no list of indices such as 0-99,200.")
+            raise ValueError(f"{text!r} is not a list of indices such as 0-99,200.")
         found.update(range(int(first), int(last if dash else first) + 1))
     return sorted(found)

@@ -103,7 +103,7 @@ class WatchedModel:
         inside = self._threat.distance(x_adv, self._x) <= self._reach
         inside &= ~self.broken
         margin = -cw_margin(logits.double(), self._y)
-        # Outputs that are not finite are no classification: the plain forward decides.
+        # Outputs that are not finite are not a classification: the plain forward decides.
         fools = inside & ((logits.argmax(dim=1) != self._y) | ~logits.isfinite().all(dim=1))
         smaller = inside & ~fools & (margin < self.margin)
         self.margin = torch.where(smaller, margin, self.margin)

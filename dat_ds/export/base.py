@@ -129,7 +129,7 @@ def unchanged_only(source: Source, name: str, library: str) -> Iterator[str]:
 
 
 def classifiers_only(source: Source, name: str) -> Iterator[str]:
-    """A problem for outputs that are no logits of the data's classes."""
+    """A problem for outputs that are not logits of the data's classes."""
     if source.head != "classes":
         yield (
             f"--to {name}: it is for classifiers, and this model gives {source.head!r} "

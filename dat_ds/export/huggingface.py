@@ -35,7 +35,7 @@ class HuggingFaceFormat(Format):
     normalises = False
 
     def problems(self, source: Source) -> Iterator[str]:
-        """Models that are no classifiers, stems that timm has not, images that are no pictures."""
+        """Models other than classifiers, stems that timm lacks, images that are not pictures."""
         yield from classifiers_only(source, self.name)
         if source.head == "classes":
             yield from unchanged_only(source, self.name, "transformers' TimmWrapper")

@@ -83,7 +83,7 @@ def read_measured(file: Path) -> Measured:
         return _measured(file.name, hashlib.sha256(content).hexdigest(), values)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ExportError(
-            f"'{file}' is no record of an evaluation: {error!r}. Name the evaluation.json of "
+            f"'{file}' is not a record of an evaluation: {error!r}. Name the evaluation.json of "
             "dat-ds eval, or the record.json of a run."
         ) from None
 

@@ -27,7 +27,7 @@ def check_repository(repository: str) -> Iterator[str]:
     except HFValidationError:
         valid = False
     if not valid:
-        yield f"--push {repository!r} is no repository on the hub: write USER/NAME."
+        yield f"--push {repository!r} is not a repository on the hub: write USER/NAME."
 
 
 def describe_upload(folder: Path, repository: str) -> str:

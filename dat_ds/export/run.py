@@ -152,7 +152,8 @@ def _prepare(order: Order) -> tuple[Format, Source]:
     form = FORMATS.get(order.to)
     if form is None:
         hint = did_you_mean(order.to, FORMATS)
-        problems.append(f"--to {order.to!r} is no format{hint}. Write one of {', '.join(FORMATS)}.")
+        formats = ", ".join(FORMATS)
+        problems.append(f"--to {order.to!r} is not a format{hint}. Write one of {formats}.")
     else:
         missing = [name for name in form.needs if importlib.util.find_spec(name) is None]
         if missing:

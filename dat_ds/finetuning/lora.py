@@ -122,7 +122,7 @@ def _targets(network: nn.Module, config: LoraConfig) -> list[str]:
             if others:
                 kind = f" ({others[0]} is a {type(network.get_submodule(others[0])).__name__})"
             problems.append(
-                f"dat.finetuning.lora.targets[{i}]={target!r} is no linear layer of the network"
+                f"dat.finetuning.lora.targets[{i}]={target!r} is not a linear layer of the network"
                 f"{kind}. Near: {_listed(near or linear)}."
             )
         chosen += found

@@ -33,7 +33,10 @@ class ParameterRule(Section):
         try:
             re.compile(self.match)
         except re.error as error:
-            yield f"match={self.match!r} is no regular expression ({error}): write one as 'bias$'."
+            yield (
+                f"match={self.match!r} is not a regular expression ({error}): write one such as "
+                "'bias$'."
+            )
         if not self.match:
             yield "match is missing: write a regular expression, such as 'bias$'."
         rates = [key for key in ("lr", "weight_decay") if getattr(self, key) is not None]

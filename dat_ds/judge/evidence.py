@@ -95,7 +95,7 @@ def read_evidence(folder: Path) -> Evidence:
     for found, path in ((evaluation, home / EVALUATION), (record, run / RECORD)):
         if found is not None and not found.keys() >= _KEYS:
             missing = ", ".join(sorted(_KEYS - found.keys()))
-            problems.append(f"{path} is no result of dat-ds: it lacks {missing}. {_HOW}")
+            problems.append(f"{path} is not a result of dat-ds: it lacks {missing}. {_HOW}")
     if not problems and evaluation is None and record is None:
         problems.append(f"No result at {str(folder)!r}: neither {EVALUATION} nor {RECORD}. {_HOW}")
     samples, curves, metrics = rows(home / SAMPLES), values(home / CURVES), rows(run / METRICS)
@@ -154,9 +154,9 @@ def _rows(text: str) -> list[dict[str, Any]]:
         except ValueError:
             if number == len(lines):
                 break
-            raise ValueError(f"line {number} is no JSON") from None
+            raise ValueError(f"line {number} is not JSON") from None
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no object")
+            raise ValueError(f"line {number} is not an object")
         found.append(row)
     return found
 

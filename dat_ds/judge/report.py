@@ -111,7 +111,7 @@ def measure_curves(
 
     Raises:
         DataError: For images or labels that are none, or no image at all.
-        ModelError: For outputs that are no logits.
+        ModelError: For outputs that are not logits.
     """
     started = time.perf_counter()
     gate = Gate("classes")

@@ -272,7 +272,7 @@ def _sections(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if not override.startswith(("dat.model.", "dat.data.")):
             raise ConfigError(
-                f"--set {override}: the target is no run of ours, so only dat.model.* and "
+                f"--set {override}: the target is not a run of ours, so only dat.model.* and "
                 "dat.data.* mean something."
             )
         apply_override(values, override)
@@ -337,7 +337,7 @@ def _of_hugging_face(text: str) -> tuple[nn.Module, tuple[str, ...] | None]:
     try:
         config = transformers.AutoConfig.from_pretrained(str(Path(location).expanduser()))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{text!r} is no Hugging Face model: {error}") from None
+        raise ModelError(f"{text!r} is not a Hugging Face model: {error}") from None
     model = build_model(
         text, num_classes=config.num_labels, in_chans=getattr(config, "num_channels", 3), seed=0
     )
@@ -351,7 +351,7 @@ def _of_file(
     if path.suffix == ".pt2":
         return _of_program(path)
     if path.suffix not in _STATE_SUFFIXES:
-        raise ModelError(f"{str(path)!r} is no model: a target is {_KINDS}.")
+        raise ModelError(f"{str(path)!r} is not a model: a target is {_KINDS}.")
     if path.with_name(SPEC_NAME).is_file() and path.name == "model.safetensors":
         return load(path)
     weights = read_weights(path)
@@ -402,7 +402,7 @@ def _of_timm(text: str, options: dict[str, Any]) -> nn.Module:
 
     if not text.startswith("local-dir:") and not timm.is_model(text.split(".")[0]):
         raise ModelError(
-            f"{text!r} is no target: there is no such file, folder or timm model. "
+            f"{text!r} is not a target: there is no such file, folder or timm model. "
             f"A target is {_KINDS}."
         )
     try:
@@ -428,7 +428,7 @@ def _of_program(path: Path) -> nn.Module:
     # torch.export has no error class of its own.
     except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{str(path)!r} is no program of torch.export that this torch reads: {error}"
+            f"{str(path)!r} is not a program of torch.export that this torch reads: {error}"
         ) from error
 
 

@@ -151,7 +151,7 @@ class BatchReader:
                 clamped to the range.
 
         Raises:
-            DataError: For what are no images, or no labels of them, at the latest when
+            DataError: For what are not images, or no labels of them, at the latest when
                 :attr:`watch` is asked.
         """
         num_images, num_views = len(x), self._objective.num_views

@@ -249,7 +249,7 @@ def resized_positions(found: Tensor, wanted: Tensor) -> Tensor | None:
 
     Returns:
         Embeddings in the shape of ``wanted``; None where it has that shape already, or the numbers
-        of patches are no squares.
+        of patches are not squares.
     """
     is_other = found.shape != wanted.shape and found.ndim == wanted.ndim == 3
     if not is_other or found.shape[-1] != wanted.shape[-1]:

@@ -56,7 +56,7 @@ def read_spec(file: Path) -> dict[str, Any]:
         version, spec = data["format"], dict(data["spec"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
-            f"'{file}' is missing or is no description of a saved model: {error!r}. It belongs "
+            f"'{file}' is missing or is not a description of a saved model: {error!r}. It belongs "
             f"beside {WEIGHTS_NAME}; copy both."
         ) from error
     if version != FORMAT:

@@ -334,7 +334,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """
         state = state_dict.get(_STATE)
         if state is None:
-            raise ValueError(f"This is no state of {type(self).__name__}.")
+            raise ValueError(f"This is not a state of {type(self).__name__}.")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != _STATE})
         flat = self._built()
         sizes = {buffer.numel() for buffer in state["buffers"].values()}

@@ -147,7 +147,7 @@ class Muon(LayerwiseOptimizer):
         for p in group["params"]:
             if group["muon"] and (p.ndim < 2 or p.shape[0] % group["blocks"]):
                 raise ValueError(
-                    f"A parameter of shape {tuple(p.shape)} is no matrix of {group['blocks']} "
+                    f"A parameter of shape {tuple(p.shape)} is not a matrix of {group['blocks']} "
                     "block(s): put it into a group with 'muon': False, as muon_groups(model) does."
                 )
 

@@ -34,8 +34,8 @@ class ZeroOneAdam(CompressedOptimizer):
     That interval starts at 1 and doubles every ``local_step_scaler`` steps, up to
     ``local_step_clipper``. Between two agreements replicas differ.
 
-    A local step is no collective: a rank whose gradient is not finite leaves the gradient out and
-    goes on along its momentum. In the steps up to ``var_freeze_step`` all ranks skip together.
+    A local step is not a collective: a rank whose gradient is not finite leaves the gradient out
+    and goes on along its momentum. In the steps up to ``var_freeze_step`` all ranks skip together.
 
     Options are those of DeepSpeed up to 0.19.6, which ignored ``bias_correction``: pass False to
     follow it, with ``preconditioned=False``, ``block_size=0`` and ``scale="rms"``. It adds the

@@ -65,7 +65,7 @@ def first_config(answers: Answers) -> dict[str, Any]:
     starts = answers.pretrained is not None or (answers.model or "").startswith("hf:")
     data: dict[str, Any] = dict(named)
     data["augment"] = {
-        "digits": "crop",  # a mirrored digit is no digit
+        "digits": "crop",  # a mirrored digit is not a digit
         "small": "crop_flip",
         "large": "resized_crop_flip",
     }[size]

@@ -76,7 +76,7 @@ def text_of(name: str) -> str:
     names = [*PRESETS, *STARTING_POINTS]
     if name not in names:
         raise ConfigError(
-            f"{name!r} is no preset{did_you_mean(name, names)}. Valid: {', '.join(names)}."
+            f"{name!r} is not a preset{did_you_mean(name, names)}. Valid: {', '.join(names)}."
         )
     folder = resources.files(__package__)
     if name in STARTING_POINTS:

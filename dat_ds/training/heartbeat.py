@@ -111,7 +111,7 @@ class Heartbeat:
             self._wake.clear()
             if self._ended.is_set():
                 return
-            with contextlib.suppress(OSError):  # what cannot be read is no sign of anything
+            with contextlib.suppress(OSError):  # what cannot be read is not a sign of anything
                 fault = self._beats.fault()
                 if fault is not None:
                     self._end(fault, says=False)

@@ -307,7 +307,7 @@ def _announce(
 
 
 def _composition(splits: DataSplits, data: DatasetMethod) -> str:
-    """How many of the training images are no labelled ones of the dataset itself, in words."""
+    """How many of the training images are not labelled ones of the dataset itself, in words."""
     parts = []
     if splits.mixture is not None:
         kind = "without labels" if data.pseudo_labels is None else "with pseudo-labels"

@@ -1,4 +1,4 @@
-"""Links to files and folders of the repository that are no pages, as GitHub resolves them."""
+"""Links to files and folders of the repository that are not pages, as GitHub resolves them."""
 
 import os
 from pathlib import Path

@@ -361,7 +361,7 @@ REFUSALS = {
     r"dat\.weight_perturbation\.name: checkpoint 'none', this run 'awp'",
     "cut off": r"CheckpointError: Checkpoint \S+ is damaged\. \S+ has 100 of \d+ bytes\.",
     "untouched": "True",
-    "no state": r"CheckpointError: \S+ is no checkpoint of dat_ds, or damaged: ",
+    "no state": r"CheckpointError: \S+ is not a checkpoint of dat_ds, or damaged: ",
     "recovered": "no error",
     "other model": r"CheckpointError: Checkpoint \S+ is of another model:\n"
     r".*  0\.0\.weight: checkpoint \[8, 3, 3, 3\], this model has none\n.*and \d+ more$",

@@ -30,7 +30,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "attack": (
         {"name": "my_attack:Decaying", "steps": 0, "restarts": 2, "stpes": 1},
         [
-            "dat.attack.restarts=2 is no setting of the attack 'my_attack:Decaying': remove it.",
+            "dat.attack.restarts=2 is not a setting of the attack 'my_attack:Decaying': remove it.",
             "Unknown key in the run config: dat.attack.stpes (did you mean 'steps'?).",
             "dat.attack.steps=0 is not valid: write a number of at least 1.",
         ],
@@ -38,14 +38,14 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "objective": (
         {"name": "my_objective:Margin", "margin": "wide", "beta": 6},
         [
-            "dat.objective.beta=6 is no setting of the objective 'my_objective:Margin'",
+            "dat.objective.beta=6 is not a setting of the objective 'my_objective:Margin'",
             "dat.objective.margin='wide' must be a finite number.",
         ],
     ),
     "compression": (
         {"name": "my_codec:Bfloat16", "bucket_mb": 0, "error_feedback": False, "levels": 3},
         [
-            "dat.compression.levels=3 is no setting of the codec 'my_codec:Bfloat16', but of",
+            "dat.compression.levels=3 is not a setting of the codec 'my_codec:Bfloat16', but of",
             "dat.compression.bucket_mb=0.0 is not valid: write a number above 0.",
             "dat.compression.error_feedback=false: 'bfloat16' is biased",
         ],
@@ -53,7 +53,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "data": (
         {"name": "my_data:Stripes", "count": 1, "path": "here"},
         [
-            "dat.data.path='here' is no setting of the dataset 'my_data:Stripes'",
+            "dat.data.path='here' is not a setting of the dataset 'my_data:Stripes'",
             "dat.data.count=1 is not valid: write a number of at least 2.",
         ],
     ),

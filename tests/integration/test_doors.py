@@ -36,7 +36,7 @@ def batch(classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = (torch.rand(COUNT, 3, 8, 8, generator=generator) * 255).round() / 255
     y = torch.randint(classes, (COUNT,), generator=generator)
-    y[0] = 2 % classes  # an index that is no probability
+    y[0] = 2 % classes  # an index that is not a probability
     return x, y
 
 

@@ -263,7 +263,7 @@ def test_replay_refuses_what_is_no_kept_step(
     capsys.readouterr()
     for path, words in {
         folder / "rank-7.pt": "rank-7.pt is missing.",
-        foreign: "foreign.pt is no step that a run has kept",
+        foreign: "foreign.pt is not a step that a run has kept",
         coded: "holds more than tensors and plain types",
         other / file.name: "is of another model, which has body.strange",
         tmp_path / "empty": "name one of the files of ranks in it: none.",

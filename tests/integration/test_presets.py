@@ -207,7 +207,7 @@ def test_a_recipe_s_choices_do_not_reach_a_preset(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--preset", "fastat"], "'fastat' is no preset (did you mean 'fast_at'?). Valid: dat_"),
+        (["--preset", "fastat"], "'fastat' is not a preset (did you mean 'fast_at'?). Valid: dat_"),
         (["--preset", "fast_at"], "--preset fast_at needs its images: add --data cifar10:PATH."),
         (["--preset", "fast_at", "--data", "cifar10"], "write --data cifar10:PATH."),
         (
@@ -339,7 +339,7 @@ def test_the_page_shows_the_costs_that_the_command_prints() -> None:
         (["--gpu", "a100"], "--gpu belongs to the costs of presets: write --cost."),
         (["--cost", "--gpu", "a10"], "--gpu a10: its speed is not known (did you mean 'a100'?)"),
         (["--cost", "--utilisation", "2"], "--utilisation 2: write a number in (0, 1]"),
-        (["fast_act", "--cost"], "'fast_act' is no preset (did you mean 'fast_at'?)"),
+        (["fast_act", "--cost"], "'fast_act' is not a preset (did you mean 'fast_at'?)"),
     ],
 )
 def test_a_cost_that_cannot_be_computed_is_refused(

@@ -262,7 +262,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     config = {"dat": {"model": {"name": "cnn"}, "attack": {"name": "pgd", "steps": 2}}}
     with pytest.raises(ConfigError, match=r"differ in dat\.model"):
         read_scaling([one, write(tmp_path / "2.json", record([point(2, 0.4)], config=config))])
-    with pytest.raises(ConfigError, match="is no record of 'bench scaling'"):
+    with pytest.raises(ConfigError, match="is not a record of 'bench scaling'"):
         read_scaling([write(tmp_path / "3.json", {"codecs": {}})])
     with pytest.raises(ConfigError, match=r"Cannot read.*dat-ds bench scaling"):
         read_scaling([str(tmp_path / "none.json")])

@@ -359,7 +359,7 @@ class Functional(nn.Module):
 
 
 class NormalisingConv(nn.Conv2d):
-    """Its input must not be cast, for its first operation is no product with its weights."""
+    """Its input must not be cast, for its first operation is not a product with its weights."""
 
     def __init__(self) -> None:
         super().__init__(3, tiny.CLASSES, 8)

@@ -448,7 +448,7 @@ def test_codecs_are_built_by_name_with_their_own_options_only():
     ):
         build_codec("int9")
     with pytest.raises(
-        ValueError, match=r"block_size=3 is no setting of the codec 'natural': remove it"
+        ValueError, match=r"block_size=3 is not a setting of the codec 'natural': remove it"
     ):
         build_codec("natural", block_size=3)
 

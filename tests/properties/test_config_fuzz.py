@@ -346,7 +346,7 @@ def fuzz(count: int, first: int = SEED) -> Tally:
     tally, configs = Tally(), valid_configs()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
-            faulthandler.dump_traceback_later(LIMIT, exit=True)  # a hang is no outcome
+            faulthandler.dump_traceback_later(LIMIT, exit=True)  # a hang is not an outcome
             try:
                 found, story = tried(configs, seed, Path(folder))
             finally:

@@ -353,7 +353,7 @@ def case(seed: int) -> tuple[str, str, str]:
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """Inside, this process is no superuser, whom no permission keeps out."""
+    """Inside, this process is not a superuser, whom no permission keeps out."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(UNPRIVILEGED)

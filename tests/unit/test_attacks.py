@@ -312,7 +312,7 @@ def test_what_is_no_multiple_of_eps_is_refused(text):
         ),
         (
             {"name": "fgsm", "threat_model": ThreatModel("l2", 1), "steps": 2},
-            r"attack\.steps=2 is no setting of the attack 'fgsm': remove it",
+            r"attack\.steps=2 is not a setting of the attack 'fgsm': remove it",
         ),
         ({"threat_model": ThreatModel("l2", 1), "step_size": "a/b"}, r"'a/b' is not a length"),
     ],

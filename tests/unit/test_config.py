@@ -114,7 +114,7 @@ def test_an_override_without_key_or_value_is_refused(override):
 
 
 def test_an_override_below_a_value_names_what_is_no_section():
-    with pytest.raises(ConfigError, match=r"--set 'dat\.seed\.x=1': dat\.seed is no section"):
+    with pytest.raises(ConfigError, match=r"--set 'dat\.seed\.x=1': dat\.seed is not a section"):
         load_config(ours(seed=3), overrides=["dat.seed.x=1"])
 
 

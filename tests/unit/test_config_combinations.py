@@ -52,7 +52,7 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"attack": {"name": "n_fgsm", "steps_from": 2}},
-            "dat.attack.steps_from=2 is no setting of the attack 'n_fgsm': remove it. It takes ",
+            "dat.attack.steps_from=2 is not a setting of the attack 'n_fgsm': remove it. It takes ",
         ),
         (
             {"attack": {"name": "multi_norm"}},
@@ -68,12 +68,12 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"attack": {"name": "pgd", "extra_steps": 1}},
-            "dat.attack.extra_steps=1 is no setting of the attack 'pgd', but of fat: "
+            "dat.attack.extra_steps=1 is not a setting of the attack 'pgd', but of fat: "
             "remove it. It takes ",
         ),
         (
             {"objective": {"beta": 6}},
-            "dat.objective.beta=6 is no setting of the objective 'at': remove it. It takes ",
+            "dat.objective.beta=6 is not a setting of the objective 'at': remove it. It takes ",
         ),
         (
             {"objective": {"name": "trades"}, "attack": {"name": "none"}},
@@ -86,7 +86,7 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"objective": {"helper_model": "runs/x"}},
-            "dat.objective.helper_model='runs/x' is no setting of the objective 'at', but"
+            "dat.objective.helper_model='runs/x' is not a setting of the objective 'at', but"
             " of hat: remove it. It takes ",
         ),
         (
@@ -108,11 +108,11 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"attack": {"name": "free", "keep_tokens": 0.5}},
-            "dat.attack.keep_tokens=0.5 is no setting of the attack 'free': remove it. It takes ",
+            "dat.attack.keep_tokens=0.5 is not a setting of the attack 'free': remove it. It ",
         ),
         (
             {"attack": {"name": "free", "precision": "bf16"}},
-            "dat.attack.precision='bf16' is no setting of the attack 'free': remove it. It takes ",
+            "dat.attack.precision='bf16' is not a setting of the attack 'free': remove it. It ",
         ),
         (
             {"attack": {"fold_batch_norm": True, "model_mode": "train"}},
@@ -146,7 +146,7 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"attack": {"name": "free", "steps": 3}},
-            "dat.attack.steps=3 is no setting of the attack 'free': remove it. It takes ",
+            "dat.attack.steps=3 is not a setting of the attack 'free': remove it. It takes ",
         ),
         (
             {"data": {"mixup": 0.2}, "attack": {"loss": "dlr"}},
@@ -225,7 +225,7 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"attack": {"name": "pgd", "replays": 4}},
-            "dat.attack.replays=4 is no setting of the attack 'pgd', but of free: remove "
+            "dat.attack.replays=4 is not a setting of the attack 'pgd', but of free: remove "
             "it. It takes ",
         ),
         (
@@ -341,7 +341,7 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"objective": {"name": "contrastive", "beta": 1}},
-            "dat.objective.beta=1 is no setting of the objective 'contrastive': remove it. It "
+            "dat.objective.beta=1 is not a setting of the objective 'contrastive': remove it. It "
             "takes ",
         ),
     ],

@@ -22,17 +22,17 @@ pytestmark = pytest.mark.fast
         ),
         (
             {"sides": "single"},
-            "dat.compression.sides='single' is no setting of the codec 'none': remove it. It "
+            "dat.compression.sides='single' is not a setting of the codec 'none': remove it. It "
             "takes no keys.",
         ),
         (
             {"name": "int8", "levels": 7},
-            "dat.compression.levels=7 is no setting of the codec 'int8', but of qsgd: remove it. "
-            "It takes sides, error_feedback, bucket_mb, block_size.",
+            "dat.compression.levels=7 is not a setting of the codec 'int8', but of qsgd: remove "
+            "it. It takes sides, error_feedback, bucket_mb, block_size.",
         ),
         (
             {"name": "natural", "block_size": 64},
-            "dat.compression.block_size=64 is no setting of the codec 'natural': remove it. It "
+            "dat.compression.block_size=64 is not a setting of the codec 'natural': remove it. It "
             "takes sides, error_feedback, bucket_mb.",
         ),
         ({"name": "qsgd", "levels": 128}, "dat.compression.levels=128 is not valid: "),

@@ -91,13 +91,13 @@ def test_batch_sizes_are_resolved_as_deepspeed_does(sizes, ranks, expected, monk
         ({}, "No batch size: write train_micro_batch_size_per_gpu, such as 64."),
         (
             {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4},
-            "train_batch_size=10 is no multiple of train_micro_batch_size_per_gpu=4: write 8 or "
+            "train_batch_size=10 is not a multiple of train_micro_batch_size_per_gpu=4: write 8 or "
             "12, or leave train_batch_size out.",
         ),
         (
             {"train_batch_size": 3, "gradient_accumulation_steps": 4},
-            "train_batch_size=3 is no multiple of gradient_accumulation_steps=4: write 4, or leave "
-            "train_batch_size out.",
+            "train_batch_size=3 is not a multiple of gradient_accumulation_steps=4: write 4, or "
+            "leave train_batch_size out.",
         ),
         (
             {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 4},

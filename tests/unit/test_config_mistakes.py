@@ -76,7 +76,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         (ours(attack={"random_start": 1}), "dat.attack.random_start=1 must be true or false."),
         (
             ours(attack={"name": "fgsm", "steps": 3}),
-            "dat.attack.steps=3 is no setting of the attack 'fgsm': remove it. It takes "
+            "dat.attack.steps=3 is not a setting of the attack 'fgsm': remove it. It takes "
             "precision, fold_batch_norm, "
             "resolution, keep_tokens, eps_warmup, model_mode, step_size, random_start, "
             "restarts, loss.",
@@ -87,8 +87,8 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ({"dat": {"optimizer": {"lr": "x"}}}, "dat.optimizer.lr='x' must be a finite number."),
         (
             {"dat": {"optimizer": {"name": "sgd", "betas": [0.9, 0.99]}}},
-            "dat.optimizer.betas=[0.9, 0.99] is no setting of the optimizer 'sgd': remove it. It "
-            "takes"
+            "dat.optimizer.betas=[0.9, 0.99] is not a setting of the optimizer 'sgd': remove it. "
+            "It takes"
             " lr, weight_decay, momentum, nesterov.",
         ),
         (
@@ -97,7 +97,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             {"dat": {"optimizer": {"name": "adamw", "preset": "paper"}}},
-            "dat.optimizer.preset='paper' is no setting of the optimizer 'adamw', but of "
+            "dat.optimizer.preset='paper' is not a setting of the optimizer 'adamw', but of "
             "lamb, lars: remove it. It takes lr, weight_decay, betas, eps.",
         ),
         (
@@ -167,7 +167,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             ours(schedule={"milestones": [0.5]}),
-            "dat.schedule.milestones=[0.5] is no setting of the schedule 'cosine', but of step: "
+            "dat.schedule.milestones=[0.5] is not a setting of the schedule 'cosine', but of step: "
             "remove it. It takes epochs, warmup_epochs, scaling, base_batch, max_steps, "
             "final_ratio.",
         ),
@@ -254,7 +254,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             one_bit("OneBitAdam", freeze_steps=10),
-            "optimizer.params.freeze_steps=10 is no parameter of 'OneBitAdam' (did you "
+            "optimizer.params.freeze_steps=10 is not a parameter of 'OneBitAdam' (did you "
             "mean 'freeze_step'?): remove it. It takes lr, weight_decay, betas, eps, "
             "bias_correction, preconditioned, block_size, scale, freeze_step, "
             "stability_threshold, eps_inside_sqrt, amsgrad, cuda_aware, "
@@ -274,7 +274,7 @@ NVME = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}
         ),
         (
             {"dat": {"optimizer": {"name": "one_bit_adam", "var_freeze_step": 5}}},
-            "dat.optimizer.var_freeze_step=5 is no setting of the optimizer "
+            "dat.optimizer.var_freeze_step=5 is not a setting of the optimizer "
             "'one_bit_adam', but of zero_one_adam: remove it. It takes lr, weight_decay, "
             "betas, eps, bias_correction, preconditioned, block_size, scale, freeze_step,"
             " stability_threshold.",

@@ -351,9 +351,9 @@ def test_all_problems_of_the_arguments_are_reported_together():
         "dat.data.validation_fraction=1.0 is not valid: write a number in [0, 1).",
         "dat.data.img_size=0 is not valid: write a number above 0.",
         "dat.data.num_classes=0 is not valid: write a number from 2 to 1048576.",
-        "dat.data.image_shape=[3, 32] is no setting of the dataset 'digits', but of synthetic: ",
-        "dat.data.path='/data' is no setting of the dataset 'digits': ",
-        "dat.data.num_train=5 is no setting of the dataset 'digits', but of synthetic: remove it.",
+        "dat.data.image_shape=[3, 32] is not a setting of the dataset 'digits', but of synthetic: ",
+        "dat.data.path='/data' is not a setting of the dataset 'digits': ",
+        "dat.data.num_train=5 is not a setting of the dataset 'digits', but of synthetic: ",
     ):
         assert part in text
     assert "dat.data.image_shape=[3, 32] is not valid: write channels, height, width" in refusal(

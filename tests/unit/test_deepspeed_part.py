@@ -93,10 +93,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "optimizer.params.betas=[] is not valid: ",
     ),
     ({"optimizer": {"type": "MuAdam", "params": {}}}, "optimizer.type='MuAdam', but the package "),
-    ({"optimizer": {"type": "Adagrad", "params": {"x": 1}}}, "optimizer.params.x is no parameter"),
+    ({"optimizer": {"type": "Adagrad", "params": {"x": 1}}}, "optimizer.params.x is not a "),
     (
         {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["antigravity.X"]}},
-        "torch_autocast.lower_precision_safe_modules[0]='antigravity.X' is no class of a module ",
+        "torch_autocast.lower_precision_safe_modules[0]='antigravity.X' is not a class of ",
     ),
 ]
 

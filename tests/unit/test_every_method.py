@@ -164,7 +164,7 @@ def test_keys_of_other_methods_are_refused_with_those_that_take_them(
         takers = [other for other in table if key in table[other].known_keys()]
         of = f", but of {', '.join(takers)}" if len(takers) <= 2 else ""
         assert problem.startswith(
-            f"dat.{section}.{key}=1 is no setting of the {table.kind} {name!r}{of}: remove it. "
+            f"dat.{section}.{key}=1 is not a setting of the {table.kind} {name!r}{of}: remove it. "
             "It takes "
         )
 

@@ -458,17 +458,17 @@ def test_all_problems_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["export", str(tmp_path / "none"), "--to", "tim", "--output", str(full)]
     assert main([*words, "--push", "no user"]) == 2
     error = capsys.readouterr().err
-    assert "--to 'tim' is no format (did you mean 'timm'?)" in error
+    assert "--to 'tim' is not a format (did you mean 'timm'?)" in error
     assert f"--output {full} is not empty, and nothing is overwritten" in error
     assert f"No saved model at '{tmp_path / 'none'}'" in error
-    assert "--push 'no user' is no repository on the hub: write USER/NAME." in error
+    assert "--push 'no user' is not a repository on the hub: write USER/NAME." in error
     assert (full / "mine.txt").read_text() == "mine"
 
 
 def test_a_record_that_is_none_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     file.write_text("{}")
-    with pytest.raises(ExportError, match="is no record of an evaluation"):
+    with pytest.raises(ExportError, match="is not a record of an evaluation"):
         export(Order(target=saved["cnn"], to="folder", output=tmp_path / "out", record=file))
 
 

@@ -58,7 +58,7 @@ def trained(model: nn.Module) -> list[str]:
     [
         (
             {"parameters": [{"match": "(", "lr": 2}]},
-            "dat.finetuning.parameters[0].match='(' is no regular expression (missing )",
+            "dat.finetuning.parameters[0].match='(' is not a regular expression (missing )",
         ),
         ({"parameters": [{"lr": 2}]}, "dat.finetuning.parameters[0].match is missing"),
         (
@@ -247,7 +247,7 @@ def test_depth_and_rules_multiply() -> None:
 
 
 def test_networks_whose_depth_is_not_known_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"layer_decay: Sequential is no network of timm"):
+    with pytest.raises(ConfigError, match=r"layer_decay: Sequential is not a network of timm"):
         prepare(tiny.cnn(), finetuning(layer_decay=0.5))
     config = transformers.SwinConfig(image_size=8, patch_size=2, embed_dim=8, depths=[1, 1],
                                      num_heads=[1, 1], window_size=2)  # fmt: skip
@@ -392,7 +392,7 @@ def test_adapters_have_the_rate_of_their_block() -> None:
 
 
 def test_adapters_are_refused_where_they_cannot_be() -> None:
-    with pytest.raises(ConfigError, match=r"targets\[0\]='mlp.fc3' is no linear layer.*fc1"):
+    with pytest.raises(ConfigError, match=r"targets\[0\]='mlp.fc3' is not a linear layer.*fc1"):
         prepare(tiny.vit(), finetuning(lora={"targets": ["mlp.fc3"]}))
     with pytest.raises(ConfigError, match=r"'patch_embed.proj' is no .* \(patch_embed.proj is a C"):
         prepare(tiny.vit(), finetuning(lora={"targets": ["patch_embed.proj"]}))

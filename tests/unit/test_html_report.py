@@ -314,8 +314,8 @@ def test_more_classes_than_fit_are_a_table_to_open(tmp_path: Path) -> None:
         ("evaluation.json", "{", "evaluation.json is damaged"),
         ("evaluation.json", "[]", "it holds a list"),
         ("evaluation.json", "{}", "lacks natural_acc, num_examples, robust_acc"),
-        ("samples.jsonl", "1\n{}\n", "line 1 is no object"),
-        ("samples.jsonl", "{\n{}\n", "line 1 is no JSON"),
+        ("samples.jsonl", "1\n{}\n", "line 1 is not an object"),
+        ("samples.jsonl", "{\n{}\n", "line 1 is not JSON"),
         ("curves.json", "", "curves.json is damaged"),
     ],
 )

@@ -143,8 +143,8 @@ def test_a_json_file_that_is_no_class_map_is_refused(tmp_path, content):
     write_folders(tmp_path)
     (tmp_path / "map.json").write_text(content)
     text = refusal("imagefolder", tmp_path, class_map=str(tmp_path / "map.json"))
-    assert "is no class map (" in text
-    assert "is no class map (No such file" in refusal("imagefolder", tmp_path, class_map="gone")
+    assert "is not a class map (" in text
+    assert "is not a class map (No such file" in refusal("imagefolder", tmp_path, class_map="gone")
 
 
 # ---- timm
@@ -183,7 +183,7 @@ def test_a_folder_without_the_part_is_refused_where_timm_takes_all_images(tmp_pa
     text = refusal("timm", tmp_path)
     assert f"dat.data.path='{tmp_path}' has no part 'validation', but test, train: " in text
     assert len(build("timm", tmp_path, test_split="test").test) == 12
-    assert "is no folder" in refusal("timm", tmp_path / "gone")
+    assert "is not a folder" in refusal("timm", tmp_path / "gone")
 
 
 def test_a_class_without_an_image_in_one_part_is_refused(tmp_path):
@@ -363,7 +363,7 @@ def test_columns_that_cannot_be_told_are_refused_with_those_there_are(tmp_path):
     splits = build("huggingface", folder, image_column="image", label_column="fine")
     assert splits.class_names == ("a", "b", "c")
     text = refusal("huggingface", folder, image_column="imag", label_column="fine")
-    assert "dat.data.image_column='imag' is no column of" in text
+    assert "dat.data.image_column='imag' is not a column of" in text
     text = refusal("huggingface", folder, image_column="label", label_column="fine")
     assert "dat.data.image_column='label' of" in text
     assert "holds no images but" in text

@@ -209,7 +209,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_a_vector_among_matrices_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(5,\) is no matrix .* put it into a group with"):
+    with pytest.raises(ValueError, match=r"shape \(5,\) is not a matrix .* put it into a group "):
         Muon([nn.Parameter(torch.zeros(5))])
 
 
@@ -405,7 +405,7 @@ def test_grouped_convolutions_have_as_many_blocks_as_groups() -> None:
 def test_names_override_the_rules() -> None:
     model = EXPECTED["vit"][0]()
     patterns = {"muon_parameters": ["patch_embed.*"], "adam_parameters": ["blocks.0.*", "*.bias"]}
-    with pytest.raises(ValueError, match=r"shape \(16,\) is no matrix"):
+    with pytest.raises(ValueError, match=r"shape \(16,\) is not a matrix"):
         Muon(muon_groups(model, 0.1, muon_parameters=["patch_embed.*"]))
     matrices, rest = roles(model, **patterns)
     assert matrices == {"patch_embed.proj.weight", *(f"blocks.1.{name}" for name in BLOCK)}

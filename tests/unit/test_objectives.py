@@ -243,7 +243,7 @@ def test_hat_asks_for_labels_of_its_helper_images():
         ),
         (
             {"beta": 6, "alpha": 1},
-            r"objective\.beta=6 is no setting of the objective 'at': (?s:.)*"
+            r"objective\.beta=6 is not a setting of the objective 'at': (?s:.)*"
             r"Unknown key in the run config: objective\.alpha",
         ),
         (
@@ -261,7 +261,7 @@ def test_hat_asks_for_labels_of_its_helper_images():
         ),
         (
             {"name": "mart", "label_smoothing": 0.1},
-            r"objective\.label_smoothing=0\.1 is no setting of the objective 'mart': ",
+            r"objective\.label_smoothing=0\.1 is not a setting of the objective 'mart': ",
         ),
     ],
 )

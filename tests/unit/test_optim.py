@@ -318,6 +318,6 @@ def test_an_unknown_optimizer_is_refused():
 def test_an_option_that_the_optimizer_does_not_take_is_refused():
     with pytest.raises(
         ValueError,
-        match=r"optimizer\.betas=.* is no setting of the optimizer 'sgd': remove it",
+        match=r"optimizer\.betas=.* is not a setting of the optimizer 'sgd': remove it",
     ):
         build_optimizer(model(), {"name": "sgd", "betas": [0.9, 0.999]})

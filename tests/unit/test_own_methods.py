@@ -126,7 +126,7 @@ def test_its_options_are_checked_like_those_of_every_method(module):
     with pytest.raises(ConfigError) as caught:
         load_config(config({"name": f"{module}:Brighter", "share": -1, "steps": 3}))
     assert "dat.attack.share=-1.0 is not valid: write a number of at least 0." in str(caught.value)
-    assert "dat.attack.steps=3 is no setting of the attack" in str(caught.value)
+    assert "dat.attack.steps=3 is not a setting of the attack" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["NOT_AN_ATTACK", "Missing", "Path"])

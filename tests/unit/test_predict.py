@@ -228,7 +228,7 @@ def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("bench"), "is no record of 'bench scaling'"),
+        (without("bench"), "is not a record of 'bench scaling'"),
         (without("links"), "lacks links"),
         (lambda v: {**v, "links": []}, "holds no timed all_reduce of 2 ranks at 100 Mbit/s"),
         (lambda v: {**v, "points": [{"ranks": 1}]}, r"lacks points\.mode, .*points\.attack_steps"),

@@ -148,10 +148,10 @@ def test_labels_may_be_names_of_a_class_map(tmp_path):
             "has jpg and png image among its extensions cls, jpg, png: write "
             "dat.data.image_extension",
         ),
-        ({"1.png": b"x", "1.cls": b"cat"}, "1.cls in the shard {p} holds 'cat', which is no label"),
+        ({"1.png": b"x", "1.cls": b"cat"}, "1.cls in the shard {p} holds 'cat', which is not a "),
         ({"1.png": b"x", "1.cls": b"-1"}, "they must be 0 or more"),
-        ({"1.png": b"x", "1.json": b"[]"}, "1.json in the shard {p} is no JSON object with that"),
-        ({"1.png": b"x", "1.json": b'{"label": null}'}, "holds 'None', which is no label"),
+        ({"1.png": b"x", "1.json": b"[]"}, "1.json in the shard {p} is not a JSON object with "),
+        ({"1.png": b"x", "1.json": b'{"label": null}'}, "holds 'None', which is not a label"),
         (
             [("1.png", b"x"), ("1.cls", b"0"), ("2.png", b"x"), ("2.cls", b"0"), ("1.txt", b"")],
             "the files of the sample 1 in the shard {p} do not stand side by side",

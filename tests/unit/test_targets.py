@@ -285,7 +285,7 @@ def test_arrays_are_pixels_or_refused(
         ({"threat": "l3:1"}, "l3"),
         ({"data": "npz"}, "as in --data npz:PATH"),
         ({"data": "digist"}, "digits"),
-        ({"overrides": ["dat.attack.steps=3"]}, "the target is no run of ours"),
+        ({"overrides": ["dat.attack.steps=3"]}, "the target is not a run of ours"),
     ],
 )
 def test_mistakes_in_the_question_are_told(

@@ -22,7 +22,7 @@ _PREFIX_TOKENS = {"ViTEmbeddings": 1, "DeiTEmbeddings": 2, "Dinov2Embeddings": 1
 
 
 def patch_tokens(model: object) -> tuple[nn.Module, int] | None:
-    """The layer whose output is the sequence of tokens, and how many of them are no patches.
+    """The layer whose output is the sequence of tokens, and how many of them are not patches.
 
     Known are timm's ``VisionTransformer`` (the place of its own ``patch_drop``) and Hugging Face's
     ViT, DeiT and DINOv2. Others, as those whose attention depends on where tokens lie, have none.

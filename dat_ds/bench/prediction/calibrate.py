@@ -258,7 +258,9 @@ def over_floor(path: str) -> float:
     command = "dat-ds bench attack --deepspeed_config FILE --output attack.json"
     found = _read(path, "over_floor", command)["over_floor"]
     if not isinstance(found, (int, float)) or not found > 0:
-        raise ConfigError(f"{path}: over_floor={found!r} is no ratio. Measure it again: {command}")
+        raise ConfigError(
+            f"{path}: over_floor={found!r} is not a ratio. Measure it again: {command}"
+        )
     return float(found)
 
 

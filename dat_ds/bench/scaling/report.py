@@ -64,7 +64,7 @@ def read_scaling(paths: Sequence[str]) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
     values = read_record(path, MEASURE)
     if values.get("bench") != KIND:
-        raise ConfigError(f"{path} is no record of 'bench scaling'. Such a one is: {MEASURE}")
+        raise ConfigError(f"{path} is not a record of 'bench scaling'. Make one with: {MEASURE}")
     missing = [key for key in _KEYS if key not in values]
     for point in values.get("points", []):
         missing += [f"points.{key}" for key in _POINT_KEYS if key not in point]

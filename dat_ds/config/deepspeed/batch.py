@@ -16,7 +16,7 @@ _MOST_MICRO_STEPS = 2**20
 
 
 def count_problems(config: Mapping[str, Any]) -> list[str]:
-    """Batch sizes and steps that are no counts, or fit no number of ranks, as messages."""
+    """Batch sizes and steps that are not counts, or fit no number of ranks, as messages."""
     problems = [
         f"{key}={shown(value)} is not valid: write an integer of at least 1."
         for key in BATCH_KEYS
@@ -45,7 +45,7 @@ def batch_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _indivisible(config: Mapping[str, Any]) -> list[str]:
-    """That the total is no multiple of what one rank takes, whatever the number of ranks is."""
+    """That the total is not a multiple of what one rank takes, whatever the number of ranks is."""
     total, of_rank = config.get("train_batch_size"), 1
     words = []
     for key in BATCH_KEYS[1:]:
@@ -57,8 +57,8 @@ def _indivisible(config: Mapping[str, Any]) -> list[str]:
     below = total // of_rank * of_rank
     valid = " or ".join(str(size) for size in (below, below + of_rank) if size)
     return [
-        f"train_batch_size={total} is no multiple of {' x '.join(words)}: write {valid}, or leave "
-        "train_batch_size out."
+        f"train_batch_size={total} is not a multiple of {' x '.join(words)}: write {valid}, or "
+        "leave train_batch_size out."
     ]
 
 

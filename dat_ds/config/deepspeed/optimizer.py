@@ -161,7 +161,7 @@ def _check_one_bit_params(kind: str, params: dict[str, Any], problems: list[str]
             )
             continue
         problems.append(
-            f"optimizer.params.{key}={params[key]!r} is no parameter of {kind!r}"
+            f"optimizer.params.{key}={params[key]!r} is not a parameter of {kind!r}"
             f"{did_you_mean(key, taken)}: remove it. It takes {', '.join(taken)}."
         )
     for key, reason in {

@@ -33,7 +33,7 @@ def read_class_map(path: str, key: str = "dat.data.class_map") -> tuple[str, ...
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{where} is no class map ({reason}): write a text file with one name a line, or a "
+            f"{where} is not a class map ({reason}): write a text file with one name a line, or a "
             '.json file with ["first", "second", ...] or {"first": 0, "second": 1, ...}.'
         ) from None
     names = [name.strip() for name in names]

@@ -248,7 +248,7 @@ class HuggingFace(StoredDataset):
             ("label_column", self.label_column, labels, "class labels or integers"),
         ):
             if given is not None and given not in features:
-                problems.append(f"dat.data.{key}={given!r} is no column of {self.path}.")
+                problems.append(f"dat.data.{key}={given!r} is not a column of {self.path}.")
             elif given is None and len(found) != 1:
                 words = f"the columns {', '.join(found)}" if found else "no column"
                 problems.append(

@@ -185,7 +185,7 @@ class Timm(StoredDataset):
             )
         if not os.path.isdir(root):
             raise DataError(
-                f"dat.data.path={root!r} is no folder: name the one that holds the parts, and "
+                f"dat.data.path={root!r} is not a folder: name the one that holds the parts, and "
                 "these, folders or .tar files, with dat.data.train_split and dat.data.test_split."
             )
 

@@ -160,7 +160,7 @@ class WebDataset(StoredDataset):
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise DataError(
                     f"dat.data.label_field={self.label_field!r}: {member.name} in the shard "
-                    f"{shard} is no JSON object with that key ({error!r})."
+                    f"{shard} is not a JSON object with that key ({error!r})."
                 ) from None
         if isinstance(found, str) and found in place:
             return place[found]
@@ -171,7 +171,7 @@ class WebDataset(StoredDataset):
         named = "" if not place else " or a name in dat.data.class_map"
         raise DataError(
             f"dat.data.path: {member.name} in the shard {shard} holds {str(found)[:50]!r}, which "
-            f"is no label: write an integer from 0 on{named}."
+            f"is not a label: write an integer from 0 on{named}."
         )
 
 

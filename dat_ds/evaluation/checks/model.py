@@ -51,7 +51,7 @@ MODEL_CHECKS: tuple[Check[Probe], ...] = (
     Check(
         "predictions",
         data.measure_predictions,
-        "A nearly constant prediction cannot be attacked, and is no robustness.",
+        "A nearly constant prediction cannot be attacked, and is not robustness.",
         "Check the weights and the normalisation; look at the predicted classes.",
     ),
     Check(
@@ -237,7 +237,7 @@ def check_model(
         One finding for each of :data:`MODEL_CHECKS`, in that order.
 
     Raises:
-        DataError: For what are no images.
+        DataError: For what are not images.
     """
     x = as_images(x, model)
     layers = layers_in_training(model, training)
@@ -281,7 +281,7 @@ def layers_in_training(model: object, training: Sequence[str] | None = None) -> 
     """Names of the layers that are in training mode, or were, and behave differently there.
 
     Args:
-        model: The model; one that is no module has no layers.
+        model: The model; one that is not a module has no layers.
         training: Names of the modules that were in training mode; None for those that are.
     """
     if not isinstance(model, nn.Module):

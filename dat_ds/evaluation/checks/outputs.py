@@ -88,7 +88,7 @@ def measure_probabilities(probe: Probe) -> Measured:
     if _all_near(log_total, float(log_total.median())) and bool(probe.spread.std() > _SUM):
         found = f"exponentials of every row sum to exp({float(log_total.median()):.4g})"
         return verdict(True, f"log-probabilities: {found}", 1.0)
-    found = f"outputs span [{float(z.min()):.4g}, {float(z.max()):.4g}] and are no probabilities"
+    found = f"outputs span [{float(z.min()):.4g}, {float(z.max()):.4g}] and are not probabilities"
     return verdict(False, found, 0.0)
 
 

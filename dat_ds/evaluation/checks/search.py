@@ -1,7 +1,7 @@
 """Short attacks that take no gradient, and a surrogate to transfer from.
 
-Deliberately independent of the attacks under evaluation. They are no measure of robustness: where
-one of them succeeds though the white-box attack failed, the white-box attack was misled.
+Deliberately independent of the attacks under evaluation. They are not a measure of robustness:
+where one of them succeeds though the white-box attack failed, the white-box attack was misled.
 
 Shapes: ``B`` images, ``K`` classes; images ``(B, C, H, W)``.
 """

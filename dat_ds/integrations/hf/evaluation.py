@@ -94,7 +94,7 @@ class ClassLabels:
         """A batch with ``labels`` as int64 ``(B,)``, where it has some.
 
         Raises:
-            DataError: For labels that are no classes.
+            DataError: For labels that are not classes.
         """
         batch = self.collate(samples)
         labels = batch.get("labels")

@@ -102,7 +102,7 @@ class PixelScale:
         return self._normalize
 
     def check_kind(self, values: Tensor) -> None:
-        """Refuse values that are no floating-point images of the scale's channels.
+        """Refuse values that are not floating-point images of the scale's channels.
 
         Raises:
             ConfigError: With what was found.

@@ -119,8 +119,8 @@ def build_body(source: HuggingFaceSource) -> HuggingFaceBody:
         The model in training mode, float32, on the CPU.
 
     Raises:
-        ModelError: The folder or its config is missing, the model is no image classifier, an
-            option is no field of its config, or something other than the head does not match.
+        ModelError: The folder or its config is missing, the model is not an image classifier, an
+            option is not a field of its config, or something other than the head does not match.
     """
     import transformers
 
