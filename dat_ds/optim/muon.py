@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.adamw import adamw
 
 from dat_ds.method import above, at_least, fraction
@@ -30,6 +31,7 @@ from dat_ds.traffic import kind_of_traffic
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
+_NEGLIGIBLE = 1e-18
 _UPDATE_RMS = 0.2
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLASSIFIERS = (
@@ -61,6 +63,9 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
+    # Momentum of dead units decays to numbers whose products are subnormal, a hundred times slower
+    # on a CPU. They are nothing beside the norm, 1.
+    x = functional.hardshrink(x, _NEGLIGIBLE)
     a, b, c = _COEFFICIENTS
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(steps):
