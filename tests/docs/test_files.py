@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -171,9 +170,9 @@ class Table:
     def __init__(self, anchor: str) -> None:
         self.keys = expected_keys(anchor)
         self.parents = {
-            expected.key[: dot.start()].removesuffix("[]")
+            expected.key[: end.start()]
             for expected in self.keys
-            for dot in re.finditer(r"\.", expected.key)
+            for end in re.finditer(r"\.|\[\]", expected.key)
         }
 
     def row_of(self, path: str) -> Row | None:
@@ -223,8 +222,9 @@ def run(*words: str | Path, code: int = 0) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tiny runs, evaluations and exports that write every kind of file."""
     place = tmp_path_factory.mktemp("files")
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
+    with pytest.MonkeyPatch.context() as patch:
         (place / "zoo.py").write_text(ZOO)
+        patch.chdir(place)
         patch.syspath_prepend(place)
         train(place, "run", trains_well)
         train(place, "fault", explodes, code=1)
@@ -531,14 +531,13 @@ def changed(file: Path, target: Path, change: Callable[[Any], None]) -> Path:
 
 def test_other_versions_are_refused(place: Path, tmp_path: Path) -> None:
     checkpoint = place / "run" / "checkpoints" / "step-00000003"
-    for version, is_read in ((1, True), (3, True), (4, False)):
-        changed(
-            checkpoint / "state.json", tmp_path / "state.json", lambda v: v.update(format=version)
-        )
-        with (
-            contextlib.nullcontext() if is_read else pytest.raises(CheckpointError, match="1 to 3")
-        ):
-            read_state(tmp_path)
+    state = json_of(checkpoint / "state.json")
+    for version in (1, 2, 3, 4):
+        (tmp_path / "state.json").write_text(json.dumps({**state, "format": version}))
+        if version <= 3:
+            assert read_state(tmp_path)["format"] == version
+    with pytest.raises(CheckpointError, match="it reads 1 to 3"):
+        read_state(tmp_path)
     model = copy_of_model(checkpoint, tmp_path / "model", lambda v: v.update(format=2))
     with pytest.raises(ModelError, match="format 2"):
         load(model)
