@@ -18,14 +18,16 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from dat_ds import checkpoints
 from dat_ds.checkpoints import read_state
 from dat_ds.cli.main import main
 from dat_ds.config import load_config
+from dat_ds.engine import reproducer
 from dat_ds.engine.reproducer import read_reproducer
 from dat_ds.errors import CheckpointError, ConfigError, ModelError
 from dat_ds.evaluation.samples import open_folder
 from dat_ds.judge.evidence import read_evidence
-from dat_ds.models import load
+from dat_ds.models import load, saved
 from tests.docs.pages import DOCS, ROOT
 from tests.integration import tiny_run
 
@@ -188,23 +190,25 @@ class Table:
         row = self.row_of(path) if path else None
         is_whole = row is not None and (not row.link.startswith("#") or not value)
         if isinstance(value, dict) and (not path or self.has_children(path)) and value:
-            if row is not None:
-                row.hit = True
+            yield from self.kind_problems(row, value, path)
             for key, inner in value.items():
                 yield from self.problems(inner, f"{path}.{key}" if path else key)
         elif is_listed(value) and self.has_children(path):
-            if row is not None:
-                row.hit = True
+            yield from self.kind_problems(row, value, path)
             for inner in value:
                 yield from self.problems(inner, f"{path}[]")
         elif row is not None and is_whole:
-            row.hit = True
-            if not any(has_type(value, kind) for kind in row.types):
-                yield f"{path}={str(value)[:60]!r} is not of the type {row.cells[0]!r}"
+            yield from self.kind_problems(row, value, path)
         elif value in ({}, []) and self.has_children(path):
             return
         else:
             yield f"{path} is not on the page"
+
+    def kind_problems(self, row: Row | None, value: Any, path: str) -> Iterator[str]:
+        if row is not None:
+            row.hit = True
+            if not any(has_type(value, kind) for kind in row.types):
+                yield f"{path}={str(value)[:60]!r} is not of the type {row.cells[0]!r}"
 
 
 def is_listed(value: Any) -> bool:
@@ -527,6 +531,16 @@ def changed(file: Path, target: Path, change: Callable[[Any], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(values), encoding="utf-8")
     return target
+
+
+def test_the_page_tells_the_versions_of_the_formats() -> None:
+    text = PAGE.read_text(encoding="utf-8").split("### Versions")[1].split("\n## ")[0]
+    versions = dict(re.findall(r"^\| `([^`]+)`[^|]* \| `format`, (\d+) \|", text, re.MULTILINE))
+    assert versions == {
+        "model.json": str(saved.FORMAT),
+        "state.json": str(checkpoints.FORMAT),
+        "faults/step-STEP/rank-RANK.pt": str(reproducer.FORMAT),
+    }
 
 
 def test_other_versions_are_refused(place: Path, tmp_path: Path) -> None:
