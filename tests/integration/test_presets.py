@@ -326,7 +326,7 @@ def test_the_command_prints_costs_and_what_they_assume(capsys: pytest.CaptureFix
 
 def test_the_page_shows_the_costs_that_the_command_prints() -> None:
     page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
-    shown = page.split("\n## What a preset takes")[1].split("\n## ")[0]
+    shown = page.split("\n## Memory and GPU-hours")[1].split("\n## ")[0]
     assert [name for name in PRESETS if f"\n{name} " in shown] == list(PRESETS)
     (row,) = [line for line in cost_table(["fast_at"]).splitlines() if line.startswith("fast_at")]
     (line,) = [line for line in shown.splitlines() if line.startswith("fast_at ")]
