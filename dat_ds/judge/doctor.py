@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dat_ds.config.schema import ThreatModelConfig
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation.checks import Finding, check_model
 from dat_ds.files import write_json, writing
@@ -26,13 +27,13 @@ class Diagnosis:
 
     Args:
         target: As it was asked for.
-        threat: Norm and eps, as written.
+        threat: Allowed perturbations.
         num_examples: Images that were looked at.
         findings: One for each check.
     """
 
     target: str
-    threat: str
+    threat: ThreatModelConfig
     num_examples: int
     findings: list[Finding]
 
@@ -45,7 +46,7 @@ class Diagnosis:
         """Contents of ``doctor.json``."""
         return {
             "target": self.target,
-            "threat_model": self.threat,
+            "threat_model": self.threat.to_dict(),
             "num_examples": self.num_examples,
             "checks": [finding.to_dict() for finding in self.findings],
         }
@@ -53,7 +54,8 @@ class Diagnosis:
     def table(self) -> str:
         """Status, check and what was found; for alarms the meaning and what to do."""
         width = max(len(finding.name) for finding in self.findings)
-        lines = [f"{self.target}, {self.threat}, {self.num_examples} images", ""]
+        ball = f"{self.threat.norm}:{self.threat.eps}"
+        lines = [f"{self.target}, {ball}, {self.num_examples} images", ""]
         indent = " " * (10 + 2 + width + 2)
         for finding in self.findings:
             first = f"{finding.status:<10}  {finding.name:<{width}}  "
@@ -109,8 +111,7 @@ def diagnose(
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
     findings = examine(case, num_examples, seed=seed, device=device)
-    ball = f"{case.threat.norm}:{case.threat.eps}"
-    diagnosis = Diagnosis(target, ball, min(num_examples, len(case.images)), findings)
+    diagnosis = Diagnosis(target, case.threat, min(num_examples, len(case.images)), findings)
     if output is not None:
         write_json(output / DOCTOR, diagnosis.to_dict())
     return diagnosis

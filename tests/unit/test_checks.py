@@ -368,6 +368,7 @@ def test_doctor_prints_a_table_writes_a_file_and_tells_by_its_exit_code(
     record = json.loads((tmp_path / "out" / "doctor.json").read_text(encoding="utf-8"))
     assert [check["name"] for check in record["checks"]] == [c.name for c in MODEL_CHECKS]
     assert record["num_examples"] == 64
+    assert record["threat_model"]["norm"] == "linf"
     assert main([*words[:-4], "--num_examples", "0"]) == 2
     assert "--num_examples 0: give at least 1." in capsys.readouterr().err
 
