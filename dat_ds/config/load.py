@@ -82,9 +82,7 @@ def load_config(
             ours["model"] = {**DIGITS_MODEL, **model}
     problems: list[str] = []
     ours = without_former_keys(without_foreign_keys(ours), problems)
-    parsed = parse_section(DatConfig, ours, "dat", problems)
-    problems = [_with_home(problem, parsed) for problem in problems]
-    dat = resolve_dat(parsed, problems)
+    dat = resolve_dat(parse_dat(ours, problems), problems)
     deepspeed = resolve_deepspeed(
         values, dat, problems, client_optimizer=client_optimizer, here=here
     )
@@ -100,6 +98,20 @@ def load_config(
         *step_notes(dat),
     )
     return RunConfig(deepspeed=deepspeed, dat=dat, notes=notes)
+
+
+def parse_dat(values: Any, problems: list[str]) -> DatConfig:
+    """The sections under ``"dat"``, before rules that concern several of them.
+
+    Args:
+        values: Decoded JSON, hopefully an object.
+        problems: Receives one message per problem found; an unknown key that another section has
+            is told where it belongs.
+    """
+    found: list[str] = []
+    dat = parse_section(DatConfig, values, "dat", found)
+    problems += [_with_home(problem, dat) for problem in found]
+    return dat
 
 
 _HOMES = {"lr": "optimizer.params.lr", "weight_decay": "optimizer.params.weight_decay"}

@@ -30,6 +30,11 @@ def test_all_problems_of_the_settings_come_at_once() -> None:
         assert part in str(caught.value)
 
 
+def test_a_key_of_another_section_is_told_where_it_belongs() -> None:
+    with pytest.raises(ConfigError, match=r"belongs to another section: dat\.threat_model\.eps\."):
+        callback_of(attack={"name": "pgd", "eps": "8/255"})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

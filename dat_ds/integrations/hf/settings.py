@@ -10,9 +10,10 @@ from typing import Any
 from dat_ds.attacks import Attack, CallableAttack, ThreatModel
 from dat_ds.attacks.modes import ModelMode
 from dat_ds.config import DatConfig, attack_of, threat_of
+from dat_ds.config.load import parse_dat
 from dat_ds.config.rules import resolve_dat
 from dat_ds.errors import ConfigError
-from dat_ds.method import Trait, parse_section
+from dat_ds.method import Trait
 from dat_ds.minmax import WeightPerturbation, weight_perturbation
 from dat_ds.objectives import OBJECTIVES, Objective
 
@@ -117,7 +118,7 @@ class CallbackArguments:
                     f"dat.{key} into the file of TrainingArguments(deepspeed=...)."
                 )
         _check_evaluation(values.get("evaluation"), problems)
-        dat = parse_section(DatConfig, values, "dat", problems)
+        dat = parse_dat(values, problems)
         unlabelled_weight = dat.objective.unlabelled_weight
         # Whether there are unlabelled images is for the data to say, of which no section tells.
         objective_section = dataclasses.replace(dat.objective, unlabelled_weight=1.0)
