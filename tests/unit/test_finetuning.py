@@ -394,7 +394,7 @@ def test_adapters_have_the_rate_of_their_block() -> None:
 def test_adapters_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"targets\[0\]='mlp.fc3' is not a linear layer.*fc1"):
         prepare(tiny.vit(), finetuning(lora={"targets": ["mlp.fc3"]}))
-    with pytest.raises(ConfigError, match=r"'patch_embed.proj' is no .* \(patch_embed.proj is a C"):
+    with pytest.raises(ConfigError, match=r"'patch_embed.proj' is not .* \(patch_embed.proj is a C"):
         prepare(tiny.vit(), finetuning(lora={"targets": ["patch_embed.proj"]}))
     with pytest.raises(ConfigError, match=r"lora.targets is missing: the network has no attention"):
         prepare(tiny.cnn(), finetuning(lora={}))

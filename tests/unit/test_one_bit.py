@@ -288,7 +288,7 @@ def test_the_state_of_another_optimizer_or_other_parameters_is_refused() -> None
     params = weights()
     optimizer = build("one_bit_adam", params)
     train(optimizer, params, 0, 1)
-    with pytest.raises(ValueError, match="no state of OneBitAdam"):
+    with pytest.raises(ValueError, match="not a state of OneBitAdam"):
         optimizer.load_state_dict(torch.optim.AdamW(weights()).state_dict())
     other = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     with pytest.raises(ValueError, match=r"of 23 parameters, not of 6"):

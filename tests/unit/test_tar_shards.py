@@ -178,7 +178,7 @@ def test_a_shard_that_is_cut_short_is_refused(tmp_path, cut):
     shard.write_bytes(content[: end if cut == "end" else cut])
     text = refusal(tmp_path)
     assert str(shard) in text
-    assert "cut short" in text or "no tar file that can be read in any order" in text
+    assert "cut short" in text or "not a tar file that can be read in any order" in text
 
 
 def test_compressed_shards_are_refused(tmp_path):
