@@ -109,8 +109,8 @@ def _numbers_by_block(network: Network) -> dict[str, int]:
     if not network.is_hugging_face or len(found) != 1:
         held = ", ".join(repr(name) for name, _ in found) or "none"
         raise ConfigError(
-            f"dat.finetuning.layer_decay: {type(network.module).__name__} is not a network of timm "
-            f"and no Hugging Face encoder of one chain of blocks (lists of blocks in it: {held}), "
+            f"dat.finetuning.layer_decay: {type(network.module).__name__} is neither a network of "
+            f"timm nor a Hugging Face encoder of one chain of blocks (lists of blocks in it: {held}), "
             "so its layers are not known. Write rates by name: dat.finetuning.parameters="
             '[{"match": "...", "lr": 0.1}].'
         )
