@@ -11,7 +11,7 @@ import re
 import shlex
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +123,30 @@ def by_shell(text: str) -> str:
     return "\n".join(line for line in doubts if line.startswith(f"Doubtful, {wanted}"))
 
 
-def without_bf16(text: str) -> str:
+@contextlib.contextmanager
+def lacking(name: str) -> Iterator[None]:
+    """A device that lacks what some have; ``name`` is the function that asks for it."""
     from dat_ds.engine import hooks
+
+    supports = getattr(hooks, name)
+    setattr(hooks, name, lambda: False)
+    try:
+        yield
+    finally:
+        setattr(hooks, name, supports)
+
+
+def without_fp16(text: str) -> str:
+    with lacking("supports_fp16"):
+        return by_shell(text)
+
+
+def without_bf16(text: str) -> str:
+    from dat_ds.config import load_config
     from dat_ds.engine.validate import check_precision
 
-    supports = hooks.supports_bf16
-    hooks.supports_bf16 = lambda: False
-    try:
-        from dat_ds.config import load_config
-
+    with lacking("supports_bf16"):
         check_precision(nn.Linear(2, 2), load_config(merged(base(), json.loads(text))))
-    finally:
-        hooks.supports_bf16 = supports
     return ""
 
 
@@ -161,6 +173,7 @@ def too_few(text: str) -> str:
 RUNNERS = {"json": by_config, "python": by_python, "bash": by_shell}
 SPECIAL: dict[str, Callable[[str], str]] = {
     "bf16 on a GPU that has none": without_bf16,
+    "float16 on a CPU": without_fp16,
     "float16 overflows": overflow,
     "Fewer samples than ranks": too_few,
 }
