@@ -44,11 +44,13 @@ def _dat_variants() -> dict[str, dict[str, Any]]:
         return {**LALR, "lr": LALR_RATE * math.sqrt(batch / BATCH)}
 
     variants: dict[str, dict[str, Any]] = {}
-    for attack, dat in (("PGD", {}), ("FGSM", {"attack": {"name": "fgsm"}})):
-        for batch in (32, 256, 1024) if attack == "PGD" else (32, 1024):
-            larger = batch / BATCH
-            variants[f"{attack}, batch {batch}, SGD"] = row(batch, sgd(larger), **dat)
-            variants[f"{attack}, batch {batch}, LALR"] = row(batch, lalr(batch), **dat)
+    for batch in (32, 256, 1024):
+        variants[f"PGD, batch {batch}, SGD"] = row(batch, sgd(batch / BATCH))
+        variants[f"PGD, batch {batch}, LALR"] = row(batch, lalr(batch))
+    fgsm = {"attack": {"name": "fgsm"}}
+    variants["FGSM, batch 32, SGD"] = row(32, sgd(1), **fgsm)
+    for batch in (32, 1024):
+        variants[f"FGSM, batch {batch}, LALR"] = row(batch, lalr(batch), **fgsm)
     smaller_rate = "PGD, batch 1024, SGD, rate by the square root"
     variants[smaller_rate] = row(1024, sgd(math.sqrt(1024 / BATCH)))
     for sides in ("single", "double"):
