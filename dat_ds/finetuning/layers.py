@@ -110,7 +110,7 @@ def _numbers_by_block(network: Network) -> dict[str, int]:
         held = ", ".join(repr(name) for name, _ in found) or "none"
         raise ConfigError(
             f"dat.finetuning.layer_decay: {type(network.module).__name__} is neither a network of "
-            f"timm nor a Hugging Face encoder of one chain of blocks (lists of blocks in it: "
+            "timm nor a Hugging Face encoder of one chain of blocks (lists of blocks in it: "
             f"{held}), so its layers are not known. Write rates by name: dat.finetuning.parameters="
             '[{"match": "...", "lr": 0.1}].'
         )

@@ -34,13 +34,18 @@ def links(page: Path) -> list[str]:
     return _LINK.findall(_CODE.sub("code", prose(page)))
 
 
+def slug_of(heading: str) -> str:
+    """A heading's anchor as GitHub makes it, before equal ones are numbered."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+
+
 @cache
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose(page), re.MULTILINE):
-        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
-        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        slug = slug_of(heading)
         taken, number = slug, 0
         while taken in found:
             number += 1

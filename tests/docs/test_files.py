@@ -28,8 +28,9 @@ from dat_ds.errors import CheckpointError, ConfigError, ModelError
 from dat_ds.evaluation.samples import open_folder
 from dat_ds.judge.evidence import read_evidence
 from dat_ds.models import load, saved
-from tests.docs.pages import DOCS, ROOT
+from tests.docs.pages import DOCS, ROOT, slug_of
 from tests.integration import tiny_run
+from tests.integration.tiny_run import rows_of
 
 PAGE = DOCS / "files.md"
 KEYS, FILES = ["key", "type and unit", "meaning"], "file"
@@ -89,7 +90,7 @@ def page() -> dict[str, Section]:
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             section, kind = Section(), ""
-            found[re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")] = section
+            found[slug_of(line.lstrip("# "))] = section
         elif not line.startswith("|"):
             section.text, kind = f"{section.text} {line}", ""
         elif not kind:
@@ -308,10 +309,6 @@ def evaluate_callable(place: Path) -> None:
 
 def json_of(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def rows_of(file: Path) -> list[Any]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def card_of(file: Path) -> Any:

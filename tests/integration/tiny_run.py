@@ -57,7 +57,11 @@ def write(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def rows(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return rows_of(run / "metrics.jsonl")
