@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.models import register_model
+from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,6 +54,8 @@ class LeNet5(nn.Module):
 
 
 class _Block(nn.Module):
+    """Two convolutions beside a shortcut, without BatchNorm."""
+
     def __init__(self, wide_in: int, wide: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(wide_in, wide, 3, stride, padding=1)
@@ -83,6 +86,31 @@ class ResNet2B(nn.Module):
         x = self.blocks(functional.relu(self.conv1(x)))
         logits: Tensor = self.head(functional.relu(self.hidden(x.flatten(1))))
         return logits
+
+
+class ResNet6(nn.Module):
+    """Six layers with BatchNorm, 0.07 million parameters: two of timm's residual blocks.
+
+    A small relative of the CIFAR networks of He et al. (CVPR 2016, arXiv 1512.03385).
+    """
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(_timm_block(16, 32), _timm_block(32, 64))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, 32, 32) to logits (B, K)."""
+        x = self.blocks(functional.relu(self.bn1(self.conv1(x))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def _timm_block(wide_in: int, wide: int) -> BasicBlock:
+    """A block that halves height and width."""
+    return BasicBlock(wide_in, wide, 2, downsample_conv(wide_in, wide, kernel_size=1, stride=2))
 
 
 def _build(
@@ -116,6 +144,12 @@ def lenet5(pretrained: bool = False, **options: Any) -> nn.Module:
 def resnet2b(pretrained: bool = False, **options: Any) -> nn.Module:
     """:class:`ResNet2B`."""
     return _build(ResNet2B, **options)
+
+
+@register_model
+def resnet6(pretrained: bool = False, **options: Any) -> nn.Module:
+    """:class:`ResNet6`."""
+    return _build(ResNet6, **options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
 
 BATCH = 32
-SGD_RATE, LALR_RATE = 0.02, 0.005
+SGD_RATE, LALR_RATE = 0.05, 0.007
 """Learning rates of a batch of 32."""
 LALR = {"name": "lamb", "preset": "paper", "weight_decay": 0.0001}
 FEW_NATURAL = "5,000 labelled images, no attack, 50 epochs"
@@ -47,9 +47,9 @@ def _dat_variants() -> dict[str, dict[str, Any]]:
     for batch in (32, 256, 1024):
         variants[f"PGD, batch {batch}, SGD"] = row(batch, sgd(batch / BATCH))
         variants[f"PGD, batch {batch}, LALR"] = row(batch, lalr(batch))
-    fgsm = {"attack": {"name": "fgsm"}}
-    variants["FGSM, batch 32, SGD"] = row(32, sgd(1), **fgsm)
+    fgsm = {"attack": {"name": "fgsm", "fold_batch_norm": True}}
     for batch in (32, 1024):
+        variants[f"FGSM, batch {batch}, SGD"] = row(batch, sgd(batch / BATCH), **fgsm)
         variants[f"FGSM, batch {batch}, LALR"] = row(batch, lalr(batch), **fgsm)
     smaller_rate = "PGD, batch 1024, SGD, rate by the square root"
     variants[smaller_rate] = row(1024, sgd(math.sqrt(1024 / BATCH)))

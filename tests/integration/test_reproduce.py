@@ -155,9 +155,18 @@ def test_every_config_is_valid_and_belongs_to_a_reproduction(config: Path) -> No
             3,
             8 * 28 + (16 * 73 + 16 * 145 + 16 * 9) + 2 * 16 * 145 + 100 * 1025 + 10 * 101,
         ),
+        (
+            "resnet6",
+            32,
+            3,
+            (16 * 27 + 32)
+            + (32 * 144 + 32 * 288 + 32 * 16 + 3 * 64)
+            + (64 * 288 + 64 * 576 + 64 * 32 + 3 * 128)
+            + 10 * 65,
+        ),
     ],
 )
-def test_a_network_has_the_published_size(
+def test_a_network_has_the_size_that_its_layers_have(
     name: str, side: int, channels: int, parameters: int
 ) -> None:
     network = timm.create_model(name, in_chans=channels)
