@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +69,18 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why no file can be written into a folder, which may have to be made; empty where it can."""
+    try:
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        return getattr(error, "strerror", None) or str(error)
 
 
 @contextlib.contextmanager

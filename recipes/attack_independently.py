@@ -4,6 +4,8 @@ python recipes/attack_independently.py RUN RUN/natural_twin
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 STEPS, RESTARTS = 100, 5
@@ -40,10 +42,19 @@ def attack(folder: Path) -> str:
     )
 
 
+def attack_all(folders: Sequence[Path]) -> int:
+    """Print what each run withstands."""
+    for folder in folders:
+        print(attack(folder))
+    return 0
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    for path in parser.parse_args().runs:
-        print(attack(path))
+    options = parser.parse_args()
+    from dat_ds.commands import carry_out
+
+    sys.exit(carry_out(lambda: attack_all(options.runs)))

@@ -30,8 +30,9 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> int:
     """Measure both parts, and print their tables."""
-    from dat_ds.bench.tables.speedup import attack_table, scaling_table
+    from dat_ds.bench.tables.speedup import attack_table, check_options, scaling_table
 
+    check_options(CONFIGS, repetitions=options.repetitions, ranks=options.ranks, mbit=options.mbit)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.only != "scaling":
         print(attack_table(CONFIGS, options.output, repetitions=options.repetitions))

@@ -4,6 +4,16 @@ python recipes/check_convergence.py --output convergence.json --plot convergence
 """
 
 import argparse
+import sys
+
+
+def check(options: argparse.Namespace) -> int:
+    """Train every codec and optimizer, and print how near each comes."""
+    from dat_ds.bench.convergence import check_convergence
+
+    print(check_convergence(options.output, options.plot))
+    return 0
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -12,6 +22,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", metavar="FILE", help="write every step as JSON")
     parser.add_argument("--plot", metavar="FILE", help="write the curves as PNG")
     options = parser.parse_args()
-    from dat_ds.bench.convergence import check_convergence
+    from dat_ds.commands import carry_out
 
-    print(check_convergence(options.output, options.plot))
+    sys.exit(carry_out(lambda: check(options)))

@@ -8,6 +8,7 @@ Libraries: pip install foolbox pyautoattack && pip install --no-deps torchattack
 
 import argparse
 import runpy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def network_of(path: Path) -> "tuple[Any, Tensor, Tensor, ThreatModel]":
     return models.load(path), x, y, threat_of(run.dat)
 
 
-def compare(path: Path) -> None:
+def compare(path: Path) -> int:
     """Attack a network by every library, and print the tables."""
     from dat_ds.bench.attack_strength import apgd_table, pgd_table
 
@@ -44,6 +45,7 @@ def compare(path: Path) -> None:
     print(pgd_table(model, x, y, threat, steps=10, starts=20))
     print("\nAPGD-100, one random start: robust accuracy in %, seconds\n")
     print(apgd_table(model, x, y, threat, steps=100))
+    return 0
 
 
 if __name__ == "__main__":
@@ -51,4 +53,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("network", type=Path, metavar="RUN|FILE.py", help="what is attacked")
-    compare(parser.parse_args().network)
+    options = parser.parse_args()
+    from dat_ds.commands import carry_out
+
+    sys.exit(carry_out(lambda: compare(options.network)))

@@ -11,9 +11,10 @@ import argparse
 import json
 import logging
 import math
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 IMAGES, BATCH, STEPS = 1438, 64, 400
 PGD = {"steps": 3, "step_size": "1/16"}
@@ -29,11 +30,17 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 }
 
 
-def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str, Any]:
-    """Train on a part of the digits for ``STEPS`` steps, and return the record."""
-    import dat_ds
-    from dat_ds.training.run import train
+if TYPE_CHECKING:
+    from dat_ds.config import RunConfig
 
+
+def config_of(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> "RunConfig":
+    """A run of ``STEPS`` steps on a part of the digits."""
+    from dat_ds import load_config
+    from dat_ds.errors import ConfigError
+
+    if not 0 < labelled <= 1:
+        raise ConfigError(f"--labelled {labelled}: give a fraction above 0, and at most 1.")
     epochs = STEPS / math.ceil(labelled * IMAGES / BATCH)
     sections = {
         "data": {
@@ -56,8 +63,17 @@ def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "weight_decay": 0.01}},
         "dat": sections | dat,
     }
-    record = train(dat_ds.load_config(config))
-    assert record is not None
+    return load_config(config)
+
+
+def run(*what: Any, **dat: Any) -> dict[str, Any]:
+    """Train what :func:`config_of` describes, and return the record."""
+    from dat_ds.errors import UserError
+    from dat_ds.training.run import train
+
+    record = train(config_of(*what, **dat))
+    if record is None:
+        raise UserError("Stopped: this seed is trained anew when the command is repeated.")
     return record
 
 
@@ -70,6 +86,26 @@ def pretrained_then_at(method: str, labelled: float, seed: int, folder: Path) ->
     record = run(folder / "at", seed, labelled, model={"pretrained": str(folder / "pretrained")})
     config = json.loads((folder / "pretrained" / "config.json").read_text(encoding="utf-8"))
     return record | {"pretraining": {"last_metrics": json.loads(rows[-1]), "config": config}}
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print a line on every seed, and add its record to the file."""
+    from dat_ds.bench.records import check_files
+    from dat_ds.files import write_json
+
+    config_of(Path(), 0, options.labelled)  # its mistakes before anything is trained
+    check_files(output=options.output)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as temporary:
+            record = pretrained_then_at(options.method, options.labelled, seed, Path(temporary))
+        clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
+        print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
+        if options.output:
+            known = json.loads(options.output.read_text()) if options.output.exists() else {}
+            runs = [*known.get("runs", []), record]
+            write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})
+    return 0
 
 
 if __name__ == "__main__":
@@ -85,15 +121,6 @@ if __name__ == "__main__":
         "--output", type=Path, metavar="FILE", help="the runs are added to those of this file"
     )
     options = parser.parse_args()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as temporary:
-            record = pretrained_then_at(options.method, options.labelled, seed, Path(temporary))
-        clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
-        print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
-        if options.output:
-            from dat_ds.files import write_json
+    from dat_ds.commands import carry_out
 
-            known = json.loads(options.output.read_text()) if options.output.exists() else {}
-            runs = [*known.get("runs", []), record]
-            write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})
+    sys.exit(carry_out(lambda: compare(options)))

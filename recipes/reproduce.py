@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
+MNIST, CIFAR10 = (1, 28, 28), (3, 32, 32)
 
 BATCH = 32
 SGD_RATE, LALR_RATE = 0.05, 0.007
@@ -64,12 +65,14 @@ def _dat_variants() -> dict[str, dict[str, Any]]:
 REPRODUCTIONS: dict[str, dict[str, Any]] = {
     "mnist_cnn": {
         "source": "Wong et al., ICLR 2020, arXiv 2001.03994, table 2: MNIST, eps 0.3, 10 epochs",
+        "image_shape": MNIST,
         "published": {"clean": 0.985, "pgd-50-10": 0.888},
         "protocol": "trained by FGSM, here by PGD-3; PGD-50-10 with step 0.01, here 2.5 eps / 50",
         "attacks": ("pgd-50-10",),
     },
     "mnist_lenet5": {
         "source": "advertorch (Ding et al. 2019, arXiv 1902.07623), LeNet5 trained by PGD, eps 0.3",
+        "image_shape": MNIST,
         "published": {"clean": 0.9864, "pgd-40": 0.9326},
         "protocol": "PGD-40, step 0.01, no random start; here 2.5 eps / 40 from a random start",
         "attacks": ("pgd-40",),
@@ -78,12 +81,14 @@ REPRODUCTIONS: dict[str, dict[str, Any]] = {
     "cifar10_resnet2b": {
         "source": "alpha-beta-CROWN (Wang et al., NeurIPS 2021, arXiv 2103.06624), ResNet-2B, "
         "2/255",
+        "image_shape": CIFAR10,
         "published": {"clean": 0.6925, "pgd-100": 0.5482},
         "protocol": "a strong PGD, whose steps are not stated; here PGD-100",
         "attacks": ("pgd-100",),
     },
     "dat_cifar10": {
         "source": "Zhang et al., UAI 2022, arXiv 2206.06257: large batches, LALR, 8 bits",
+        "image_shape": CIFAR10,
         "published": {},
         "attacks": ("pgd-20",),
         "variants": _dat_variants(),
@@ -91,6 +96,7 @@ REPRODUCTIONS: dict[str, dict[str, Any]] = {
     },
     "rst_cifar10": {
         "source": "Carmon et al., NeurIPS 2019, arXiv 1905.13736: robust self-training",
+        "image_shape": CIFAR10,
         "published": {},
         "attacks": ("pgd-20",),
         "variants": {

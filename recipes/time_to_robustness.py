@@ -35,10 +35,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace) -> str:
-    """Make an entry, and say what it reaches."""
-    from dat_ds.bench.time_to_robustness import describe_entry, measure_entry
+def measure(options: argparse.Namespace) -> int:
+    """Make an entry and say what it reaches, or print the table of entries."""
+    from dat_ds.bench.time_to_robustness import describe_entry, leaderboard, measure_entry
 
+    if options.task is None:
+        print(leaderboard(options.leaderboard))
+        return 0
     config = options.deepspeed_config or CONFIGS / f"time_to_robustness_{options.task}.json"
     entry = measure_entry(
         config,
@@ -47,15 +50,12 @@ def measure(options: argparse.Namespace) -> str:
         overrides=options.set,
         output=options.output,
     )
-    return describe_entry(entry)
+    print(describe_entry(entry))
+    return 0
 
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.bench.time_to_robustness import leaderboard
-    from dat_ds.errors import UserError
+    from dat_ds.commands import carry_out
 
-    try:
-        print(leaderboard(options.leaderboard) if options.task is None else measure(options))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(carry_out(lambda: measure(options)))

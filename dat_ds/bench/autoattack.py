@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, default_collate
 from dat_ds.attacks import ThreatModel, parse_evaluation_attack
 from dat_ds.attacks.ensemble import ENSEMBLES, attack_names
 from dat_ds.bench.attack_strength import AUTOATTACK_NORMS
-from dat_ds.bench.records import write_record
+from dat_ds.bench.records import check_files, write_record
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation.ensemble import EnsembleEvaluation
 from dat_ds.evaluation.samples import Journal
@@ -65,11 +65,13 @@ def bench_autoattack(
         A markdown table.
 
     Raises:
-        ConfigError: For unknown parts, a missing library, or a file of another case.
+        ConfigError: For unknown parts, a missing library, or a file that cannot be
+            written or is of another case.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ConfigError(f"--parts {' '.join(unknown)}: write some of {', '.join(PARTS)}.")
+    check_files(output=output)
     if not isinstance(case.target.model, nn.Module):
         raise ConfigError(
             f"{case.target.name!r} is not a torch module, which the official tool needs."

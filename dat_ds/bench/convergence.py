@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dat_ds.attacks import ThreatModel
 from dat_ds.attacks.pgd import Pgd
-from dat_ds.bench.records import write_record
+from dat_ds.bench.records import check_files, write_record
 from dat_ds.compression import CODECS, build_codec
 from dat_ds.length import Length
 from dat_ds.objectives import Objective
@@ -148,6 +148,7 @@ def check_convergence(output: str | None = None, plot: str | None = None) -> str
         Two markdown tables: of codecs, the slope of the mean stationarity over the horizon in
         logarithms, and floors against predicted ones; of optimizers, the fall of stationarity.
     """
+    check_files(output=output, plot=plot)
     by_ranks = {str(ranks): on_ranks(_run_all, ranks) for ranks in RANKS}
     write_record(output, {"by_ranks": by_ranks}, torch.device("cpu"))
     if plot is not None:

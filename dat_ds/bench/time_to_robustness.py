@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dat_ds.bench.records import check_files
 from dat_ds.bench.timing import check_alone
 from dat_ds.commands import carry_out
 from dat_ds.config import RunConfig, load_config
@@ -87,12 +88,11 @@ def measure_entry(
 
     Raises:
         ConfigError: For mistakes in the config, and on a GPU that is shared.
-        UserError: Where a run fails, which has said why, or ``output`` cannot be written.
+        UserError: Where a run fails, which has said why, or ``output`` cannot be written any more.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: give at least 1, and {MIN_SEEDS} for an entry.")
-    if output is not None and not output.parent.is_dir():  # before hours of training
-        raise ConfigError(f"--output {output}: there is no folder {str(output.parent)!r}: make it.")
+    check_files(output=output)
     evaluation: dict[str, Any] = {
         "attacks": [],
         "num_examples": None,

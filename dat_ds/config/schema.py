@@ -42,6 +42,10 @@ class ThreatModelConfig(Section):
     upper: float = 1.0
     """Largest pixel value."""
 
+    def __str__(self) -> str:
+        """The ball as ``--threat`` takes it, such as ``linf:8/255``."""
+        return f"{self.norm}:{self.eps}"
+
     def problems(self) -> Iterator[str]:
         """A ball that is none."""
         try:

@@ -54,8 +54,7 @@ class Diagnosis:
     def table(self) -> str:
         """Status, check and what was found; for alarms the meaning and what to do."""
         width = max(len(finding.name) for finding in self.findings)
-        ball = f"{self.threat.norm}:{self.threat.eps}"
-        lines = [f"{self.target}, {ball}, {self.num_examples} images", ""]
+        lines = [f"{self.target}, {self.threat}, {self.num_examples} images", ""]
         indent = " " * (10 + 2 + width + 2)
         for finding in self.findings:
             first = f"{finding.status:<10}  {finding.name:<{width}}  "

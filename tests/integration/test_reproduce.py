@@ -14,9 +14,9 @@ import pytest
 import timm
 import torch
 
-from dat_ds.bench.tables.reproduction import Reproduction, reproduce, table_of
+from dat_ds.bench.tables.reproduction import Reference, Reproduction, reproduce, table_of
 from dat_ds.config import load_config
-from dat_ds.errors import ConfigError
+from dat_ds.errors import ConfigError, UserError
 from tests.integration.tiny_run import ROOT
 from tests.settings import without_launcher
 
@@ -93,6 +93,7 @@ def test_one_variant_labels_the_images_of_another_and_rows_come_one_by_one(tmp_p
     few = {"labelled_fraction": 0.5, "drop_unlabelled": True}
     what = Reproduction(
         source="",
+        image_shape=(1, 28, 28),
         published={},
         attacks=("pgd-2",),
         variants={
@@ -110,7 +111,7 @@ def test_one_variant_labels_the_images_of_another_and_rows_come_one_by_one(tmp_p
             what, config, tmp_path / "runs", data=data, seeds=1, num_examples=10, variants=variants
         )
 
-    with pytest.raises(ConfigError, match="--variants: pupil must be of teacher, self-training"):
+    with pytest.raises(ConfigError, match=r"--variants 'pupil' .* one of 'teacher', 'self-train"):
         rows("pupil")
     first = rows("teacher").splitlines()
     assert len(first) == 3  # header, rule, one row: nothing was published
@@ -125,12 +126,40 @@ def test_one_variant_labels_the_images_of_another_and_rows_come_one_by_one(tmp_p
     assert "`apgd-cw-10`, first 10 %" in both[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0, "num_examples": -1}, "--seeds 0: give at least 1.\n--num_examples -1: give"),
+        ({"image_shape": (3, 32, 32)}, r"images have the shape \(C, H, W\) = \(1, 28, 28\), those"),
+        ({"reference": Reference("published:network")}, "add --import published"),
+    ],
+    ids=["counts", "images", "reference"],
+)
+def test_mistakes_are_told_before_anything_is_trained(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    what = Reproduction(
+        source="",
+        image_shape=changes.pop("image_shape", (1, 28, 28)),
+        published={},
+        attacks=("pgd-2",),
+    )
+    config = next(path for path in CONFIGS if path.stem == "mnist_cnn")
+    asked = {
+        "data": {"name": "npz", "path": str(tiny_mnist(tmp_path / "tiny.npz"))},
+        "seeds": 1,
+        "num_examples": 10,
+        **changes,
+    }
+    with pytest.raises(UserError, match=message):
+        reproduce(what, config, tmp_path / "runs", **asked)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_valid_and_belongs_to_a_reproduction(config: Path) -> None:
     sys.path.insert(0, str(RECIPES))
     from reproduce import REPRODUCTIONS
-
-    from dat_ds.bench.tables.reproduction import Reproduction
 
     assert {path.stem for path in CONFIGS} == set(REPRODUCTIONS)
     what = Reproduction(**REPRODUCTIONS[config.stem])

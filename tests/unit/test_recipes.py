@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,29 @@ for recipe in sys.argv[1:]:
     found[recipe] = [code, told.getvalue(), sorted(heavy)]
 print(json.dumps(found))
 """
+MAKE_MISTAKES = """
+import contextlib, io, json, runpy, sys
+found = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            found.append([end.code, told.getvalue()])
+print(json.dumps(found))
+"""
+
+MISTAKES = {
+    "attack_independently": (["nowhere"], "Cannot read the run config 'nowhere/config.json'"),
+    "bench_speedup": (["--ranks", "0", "--output", "out"], "--ranks 0: give at least 1"),
+    "check_convergence": (["--output", "no/x.json"], "there is no folder 'no'"),
+    "compare_attacks": (["nowhere"], "Cannot read the run config 'nowhere/config.json'"),
+    "pretrain_finetune": (["rotation", "--labelled", "2"], "--labelled 2.0: give a fraction"),
+    "reproduce": (["mnist_cnn", "--data", "digits", "--seeds", "0"], "--seeds 0: give at least 1"),
+    "time_to_robustness": (["--leaderboard", "no.json"], "No entry at 'no.json'"),
+}
 
 
 def answers(recipes: list[Path]) -> dict[str, tuple[int, str, list[str]]]:
@@ -61,6 +85,27 @@ def test_the_others_load_torch_but_no_training_framework() -> None:
     for recipe, (code, told, heavy) in answers(others).items():
         assert says_what_it_does(recipe, code, told), recipe
         assert not {"deepspeed", "transformers"} & set(heavy), recipe
+
+
+def test_a_mistake_is_a_message_before_anything_is_trained(tmp_path: Path) -> None:
+    folder = RECIPES[0].parent
+    asked = [[str(folder / f"{name}.py"), *words] for name, (words, _) in MISTAKES.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", MAKE_MISTAKES, json.dumps(asked)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for (code, told), (name, (_, message)) in zip(
+        json.loads(done.stdout), MISTAKES.items(), strict=True
+    ):
+        assert code == 2, name
+        assert told.startswith("dat-ds: error: "), name
+        assert message in told, name
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_whole_script_for_transformers_says_what_it_does() -> None:

@@ -97,6 +97,14 @@ def test_a_row_of_a_step_is_timed_or_says_that_it_was_refused(
     assert (tmp_path / "vit_in_4_attacked_by_1.json").exists()
 
 
+def test_the_mistakes_of_both_speedup_tables_are_told_before_the_first() -> None:
+    speedup.check_options(CONFIGS, repetitions=5, ranks=[1, 2], mbit=[])
+    with pytest.raises(ConfigError, match="--repetitions 4: give at least 5"):
+        speedup.check_options(CONFIGS, repetitions=4, ranks=[1], mbit=[])
+    with pytest.raises(ConfigError, match="--ranks 0: give at least 1"):
+        speedup.check_options(CONFIGS, repetitions=5, ranks=[0], mbit=[])
+
+
 def test_every_row_has_words_for_its_training(tmp_path: Path) -> None:
     for dat in methods.rows_of(tmp_path).values():
         run = run_of(ZERO2, {"dat": dat})

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
-from dat_ds.bench.records import write_record
+from dat_ds.bench.records import check_files, write_record
 from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of
-from dat_ds.errors import ConfigError
+from dat_ds.config import RunConfig
+from dat_ds.data import DatasetMethod
+from dat_ds.errors import ConfigError, DataError
 from dat_ds.judge.evaluate import Question, evaluate_target
+from dat_ds.judge.target import open_case
 
 CLEAN = "clean"
 _KEPT = ("seed", "steps", "ranks", "config", "events")
@@ -30,6 +33,7 @@ class Reproduction:
 
     Args:
         source: Author, venue, place in the text.
+        image_shape: ``(C, H, W)`` of the images of the publication.
         published: Accuracies as fractions: ``"clean"``, names of evaluation attacks, ``"standard"``
             for an ensemble like AutoAttack.
         protocol: How the publication attacks, where it differs from the attack of that name.
@@ -41,6 +45,7 @@ class Reproduction:
     """
 
     source: str
+    image_shape: tuple[int, int, int]
     published: Mapping[str, float]
     attacks: tuple[str, ...]
     protocol: str = ""
@@ -92,13 +97,12 @@ def reproduce(
         A markdown table: accuracies in percent, mean and standard deviation over seeds.
 
     Raises:
-        UserError: For mistakes in the config or the data, and where a run was stopped.
+        UserError: For mistakes in what was asked for, before the first training, and where a run
+            was stopped.
     """
     chosen = list(variants or what.variants)
-    if unknown := [name for name in chosen if name not in what.variants]:
-        raise ConfigError(
-            f"--variants: {', '.join(unknown)} must be of {', '.join(what.variants)}."
-        )
+    _check_counts(what, chosen, seeds=seeds, num_examples=num_examples)
+    check_files(output=output)
 
     def run_folder(variant: str, seed: int) -> Path:
         return folder / _file_name(variant) / f"seed-{seed}"
@@ -108,9 +112,11 @@ def reproduce(
         extra = {} if labels is None else {"pseudo_labels": str(run_folder(labels, seed))}
         return _changes(what, variant, seed, {**data, **extra})
 
-    # Mistakes in a later variant are told before hours of training.
-    for variant in chosen:
-        run_of(config, changes_of(variant, 0))
+    # Mistakes in what comes later are told before hours of training.
+    runs = [run_of(config, changes_of(variant, 0)) for variant in chosen]
+    _check_images(what, runs[0])
+    if reference is not None:
+        _open(reference, runs[0])
     measured: dict[str, list[dict[str, Any]]] = {}
     for variant in chosen:
         measured[variant] = [
@@ -132,9 +138,51 @@ def reproduce(
         "measured": measured,
     }
     if reference is not None:
-        values["reference"] = _judge_reference(what, config, data, reference, num_examples, folder)
+        values["reference"] = _judge_reference(what, runs[0], reference, num_examples, folder)
     write_record(None if output is None else str(output), values, torch.device("cpu"))
     return table_of(values)
+
+
+def _check_counts(
+    what: Reproduction, variants: Sequence[str], *, seeds: int, num_examples: int
+) -> None:
+    problems = [
+        f"--{key} {count}: give at least 1."
+        for key, count in (("seeds", seeds), ("num_examples", num_examples))
+        if count < 1
+    ]
+    problems += [
+        f"--variants {name!r} is not valid. Write one of {', '.join(map(repr, what.variants))}."
+        for name in variants
+        if name not in what.variants
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_images(what: Reproduction, run: RunConfig) -> None:
+    found = run.dat.data.read_test(run.dat.seed).images.image_shape
+    if tuple(found) != what.image_shape:
+        raise DataError(
+            f"--data {_name_of(run.dat.data)}: its images have the shape (C, H, W) = "
+            f"{tuple(found)}, those of the publication {what.image_shape}."
+        )
+
+
+def _open(reference: Reference, run: RunConfig) -> None:
+    """Load the published network once, for the mistakes."""
+    open_case(
+        reference.target,
+        data=_name_of(run.dat.data),
+        threat=str(run.dat.threat_model),
+        imports=reference.imports,
+    )
+
+
+def _name_of(data: DatasetMethod) -> str:
+    """``"NAME"`` or ``"NAME:PATH"``, as command lines have it."""
+    path = getattr(data, "path", None)
+    return data.name if path is None else f"{data.name}:{path}"
 
 
 def _file_name(variant: str) -> str:
@@ -168,24 +216,16 @@ def _judged(
 
 
 def _judge_reference(
-    what: Reproduction,
-    config: Path,
-    data: Mapping[str, Any],
-    reference: Reference,
-    num_examples: int,
-    folder: Path,
+    what: Reproduction, run: RunConfig, reference: Reference, num_examples: int, folder: Path
 ) -> dict[str, Any]:
     """Accuracies of the published network under the same attacks."""
-    run = run_of(config, _changes(what, next(iter(what.variants)), 0, data))
-    ball = run.dat.threat_model
-    path = getattr(run.dat.data, "path", None)
 
     def ask(attacks: Sequence[str], count: int | None) -> dict[str, Any]:
         question = Question(
             target=reference.target,
             imports=reference.imports,
-            data=run.dat.data.name if path is None else f"{run.dat.data.name}:{path}",
-            threat=f"{ball.norm}:{ball.eps}",
+            data=_name_of(run.dat.data),
+            threat=str(run.dat.threat_model),
             attacks=attacks,
             num_examples=count,
             output=folder / "reference" / "+".join(attacks),

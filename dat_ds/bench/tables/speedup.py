@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from dat_ds.bench.scaling.measure import bench_scaling
-from dat_ds.bench.scaling.plan import Plan
+from dat_ds.bench.scaling.plan import Plan, points_of
 from dat_ds.bench.step_time import BACKWARD, STEP, TORCHATTACKS, bench_attack
 from dat_ds.bench.tables.runs import markdown, run_of
+from dat_ds.bench.timing import check_repetitions
 from dat_ds.config import RunConfig
 from dat_ds.errors import NumericsError, UserError
 
@@ -105,6 +106,24 @@ def rows_of(batch: int, on_gpu: bool) -> dict[str, dict[str, dict[str, Any]]]:
     return {"ViT": of_both | of_vit, "ResNet": of_both | of_resnet}
 
 
+def check_options(
+    configs: Path, *, repetitions: int, ranks: Sequence[int], mbit: Sequence[float]
+) -> None:
+    """Refuse what one of the tables would refuse, before the first is measured.
+
+    Args:
+        configs: Folder of the shipped run configs.
+        repetitions: Timed rounds of :func:`attack_table`.
+        ranks: Numbers of ranks of :func:`scaling_table`.
+        mbit: Speeds of its links.
+
+    Raises:
+        ConfigError: For the first kind of mistake, with every one of it.
+    """
+    check_repetitions(repetitions)
+    points_of(*_scaling(configs, ranks, mbit))
+
+
 def attack_table(configs: Path, folder: Path, *, repetitions: int) -> str:
     """Time a step of every row as ``dat-ds bench attack`` does.
 
@@ -146,9 +165,13 @@ def scaling_table(
     """
     if torch.cuda.is_available():
         return ""
-    run = run_of(configs / ON_CPU.config, ON_CPU.changes(ON_CPU.vit, {}))
-    plan = Plan(ranks=tuple(ranks), mbit=tuple(mbit))
+    run, plan = _scaling(configs, ranks, mbit)
     return bench_scaling(run, plan, output=str(folder / "scaling.json"))
+
+
+def _scaling(configs: Path, ranks: Sequence[int], mbit: Sequence[float]) -> tuple[RunConfig, Plan]:
+    run = run_of(configs / ON_CPU.config, ON_CPU.changes(ON_CPU.vit, {}))
+    return run, Plan(ranks=tuple(ranks), mbit=tuple(mbit))
 
 
 def _attack(**keys: Any) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dat_ds.files import why_unwritable
 from dat_ds.method import Section, above, at_least, option, parse_section
 
 # ---- what a run reports to
@@ -46,7 +46,7 @@ class Report(Section):
                 f"{path}.enabled=true, but the package {self.package[1]!r} is not installed: "
                 f"pip install {shlex.quote(self.package[0])}, or write {path}.enabled=false."
             )
-        if (place := self.folder()) is not None and (reason := _why_unwritable(place[1])):
+        if (place := self.folder()) is not None and (reason := why_unwritable(place[1])):
             yield (
                 f"{path}.{place[0]}={getattr(self, place[0])!r} cannot be written to ({reason}): "
                 f"name another place, or write {path}.enabled=false."
@@ -142,18 +142,6 @@ def is_installed(module: str) -> bool:
     """Whether a package can be imported; a mere folder of its name, such as wandb's, is none."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
-
-
-def _why_unwritable(folder: Path) -> str:
-    """Why no file can be written into a folder, which may have to be made; empty where it can."""
-    try:
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            return ""
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        return getattr(error, "strerror", None) or str(error)
 
 
 # ---- the others
