@@ -6,6 +6,8 @@ Takes any CLIP folder or hub id; without one, a tiny encoder of random weights s
 """
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +52,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", help="folder of folders of image files")
     parser.add_argument("--eps", default="4/255", help="l-infinity radius")
     parser.add_argument("--output", default="runs/hf_clip_fare")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.images is not None and not any(Path(options.images).glob("*/")):
+        parser.error(f"--images {options.images}: there is no folder with subfolders of images")
+    return options
 
 
 def build_encoder(name: str | None) -> "CLIPVisionModelWithProjection":
@@ -71,7 +76,7 @@ def build_encoder(name: str | None) -> "CLIPVisionModelWithProjection":
     return CLIPVisionModelWithProjection(config)
 
 
-def finetune(options: argparse.Namespace) -> None:
+def finetune(options: argparse.Namespace) -> int:
     """Fine-tune the encoder, and tell how far attacks move its features before and after."""
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -101,11 +106,11 @@ def finetune(options: argparse.Namespace) -> None:
     print("Squared distance of attacked features from the original ones, before and after:")
     print(f"{before['eval_robust_loss']:.4g}, {after['eval_robust_loss']:.4g}")
     trainer.save_model(options.output)
+    return 0
 
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import without_settled_warnings
+    from dat_ds.commands import carry_out
 
-    with without_settled_warnings():
-        finetune(options)
+    sys.exit(carry_out(lambda: finetune(options)))

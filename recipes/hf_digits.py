@@ -4,6 +4,7 @@ With ZeRO-2, or 3, on two ranks: deepspeed --num_accelerators 2 recipes/hf_digit
 """
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,13 +106,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--zero", type=int, help="ZeRO stage, under DeepSpeed")
     parser.add_argument("--epochs", type=float, default=20, help="length of each training")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.epochs <= 0:  # the Trainer would train nothing, without a word
+        parser.error(f"--epochs {options.epochs:g}: give a number above 0")
+    return options
+
+
+def train_both(options: argparse.Namespace) -> int:
+    """Train with every attack of the table above."""
+    for how, attack in ATTACKS.items():
+        train(how, attack, options)
+    return 0
 
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import without_settled_warnings
+    from dat_ds.commands import carry_out
 
-    with without_settled_warnings():
-        for how, attack in ATTACKS.items():
-            train(how, attack, options)
+    sys.exit(carry_out(lambda: train_both(options)))

@@ -7,6 +7,8 @@ python recipes/hf_image_classification.py    # a small ViT on digits, without a 
 """
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from dat_ds.commands import carry_out
 from dat_ds.integrations.hf import AdversarialTrainingCallback
 
 
@@ -104,11 +107,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", default="runs/hf_image_classification")
     parser.add_argument("--deepspeed", help="a DeepSpeed JSON, such as ZeRO-2's")
     parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if (options.model is None) != (options.data is None):
+        parser.error("--model and --data go together; without both, a small ViT learns digits")
+    if options.data is not None and not Path(options.data, "train").is_dir():
+        parser.error(f"--data {options.data}: there is no folder {options.data}/train/CLASS")
+    if options.epochs <= 0:  # the Trainer would train nothing, without a word
+        parser.error(f"--epochs {options.epochs:g}: give a number above 0")
+    return options
 
 
-if __name__ == "__main__":
-    options = parse()
+def finetune(options: argparse.Namespace) -> int:
+    """Fine-tune the model, keep the most robust epoch, and write its card."""
     arguments = TrainingArguments(
         output_dir=options.output,
         num_train_epochs=options.epochs,
@@ -150,3 +160,9 @@ if __name__ == "__main__":
         print(f"Best: {trainer.state.best_model_checkpoint}")
         clean, robust = (found[f"eval_{kind}_accuracy"] for kind in ("natural", "robust"))
         print(f"Clean {clean:.1%}, under PGD-10 {robust:.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    options = parse()
+    sys.exit(carry_out(lambda: finetune(options)))
