@@ -18,8 +18,9 @@ CONFIGS = Path(__file__).parents[1] / "ds_configs" / "reproduce"
 MNIST, CIFAR10 = (1, 28, 28), (3, 32, 32)
 
 BATCH = 32
-SGD_RATE, LALR_RATE = 0.05, 0.007
-"""Learning rates of a batch of 32."""
+SGD_RATE, LALR_RATE = 0.02, 0.005
+NORMALISED_SGD_RATE, NORMALISED_LALR_RATE = 0.05, 0.007
+"""Learning rates of a batch of 32, without and with BatchNorm."""
 LALR = {"name": "lamb", "preset": "paper", "weight_decay": 0.0001}
 FEW_NATURAL = "5,000 labelled images, no attack, 50 epochs"
 SELF_TRAINING = "the same and 45,000 that the first row's model labels, 10 epochs"
@@ -38,19 +39,19 @@ def _dat_variants() -> dict[str, dict[str, Any]]:
     def row(batch: int, optimizer: dict[str, Any], **dat: Any) -> dict[str, Any]:
         return {"train_batch_size": batch, "dat": {**dat, "optimizer": optimizer}}
 
-    def sgd(factor: float) -> dict[str, Any]:
-        return {"name": "sgd", "lr": SGD_RATE * factor, "weight_decay": 0.0005}
+    def sgd(factor: float, rate: float = SGD_RATE) -> dict[str, Any]:
+        return {"name": "sgd", "lr": rate * factor, "weight_decay": 0.0005}
 
-    def lalr(batch: int) -> dict[str, Any]:
-        return {**LALR, "lr": LALR_RATE * math.sqrt(batch / BATCH)}
+    def lalr(batch: int, rate: float = LALR_RATE) -> dict[str, Any]:
+        return {**LALR, "lr": rate * math.sqrt(batch / BATCH)}
 
     variants: dict[str, dict[str, Any]] = {}
-    for batch in (32, 256, 1024):
+    for batch in (8, 32, 64, 256, 1024):
         variants[f"PGD, batch {batch}, SGD"] = row(batch, sgd(batch / BATCH))
         variants[f"PGD, batch {batch}, LALR"] = row(batch, lalr(batch))
-    fgsm = {"attack": {"name": "fgsm", "fold_batch_norm": True}}
+    fgsm = {"attack": {"name": "fgsm"}}
+    variants["FGSM, batch 32, SGD"] = row(32, sgd(1), **fgsm)
     for batch in (32, 1024):
-        variants[f"FGSM, batch {batch}, SGD"] = row(batch, sgd(batch / BATCH), **fgsm)
         variants[f"FGSM, batch {batch}, LALR"] = row(batch, lalr(batch), **fgsm)
     smaller_rate = "PGD, batch 1024, SGD, rate by the square root"
     variants[smaller_rate] = row(1024, sgd(math.sqrt(1024 / BATCH)))
@@ -59,6 +60,14 @@ def _dat_variants() -> dict[str, dict[str, Any]]:
         variants[f"PGD, batch 256, LALR, 8 bits {sides}-sided"] = row(
             256, lalr(256), compression=codec
         )
+    normalised = {"model": {"name": "resnet6"}, "attack": {"fold_batch_norm": True}}
+    for batch in (32, 1024):
+        optimizers = {
+            "SGD": sgd(batch / BATCH, NORMALISED_SGD_RATE),
+            "LALR": lalr(batch, NORMALISED_LALR_RATE),
+        }
+        for name, optimizer in optimizers.items():
+            variants[f"BatchNorm, PGD, batch {batch}, {name}"] = row(batch, optimizer, **normalised)
     return variants
 
 
