@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from dat_ds.errors import (
     FAULT,
@@ -17,6 +18,7 @@ from dat_ds.errors import (
     UserError,
     is_out_of_memory,
 )
+from dat_ds.processes import adopt_slurm_step, end_process
 
 logger = logging.getLogger("dat_ds")
 
@@ -63,6 +65,16 @@ def carry_out(command: Callable[[], int]) -> int:
         )
     except KeyboardInterrupt:
         return _fail("Interrupted. Complete checkpoints are intact.", INTERRUPTED)
+
+
+def run_recipe(command: Callable[[], int]) -> NoReturn:
+    """Carry out what a recipe does, as :func:`carry_out`, on any ranks, and end the process.
+
+    Args:
+        command: Returns an exit code.
+    """
+    adopt_slurm_step()
+    end_process(carry_out(command))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dat_ds.errors import CheckpointError
+from dat_ds.errors import CheckpointError, ConfigError
 
 
 def sha256_of(path: Path) -> str:
@@ -81,6 +81,32 @@ def why_unwritable(folder: Path) -> str:
             return ""
     except (OSError, ValueError) as error:  # ValueError: a null character
         return getattr(error, "strerror", None) or str(error)
+
+
+def check_files(**files: str | Path | None) -> None:
+    """Refuse files that could not be written at the end, before anything is made for them.
+
+    Args:
+        files: Each by the option that names it; None where it was not given.
+
+    Raises:
+        ConfigError: With all of them.
+    """
+    problems = []
+    for option, file in files.items():
+        if file is None:
+            continue
+        folder = os.path.dirname(file) or "."
+        if not os.path.isdir(folder):
+            problems.append(f"--{option} {file}: there is no folder {folder!r}: make it.")
+        elif os.path.isdir(file):
+            problems.append(f"--{option} {file} is a folder: name a file.")
+        elif os.path.exists(file) and not os.access(file, os.W_OK):
+            problems.append(f"--{option} {file} may not be written: name another file.")
+        elif reason := why_unwritable(Path(folder)):
+            problems.append(f"--{option} {file} cannot be written ({reason}): name another file.")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 @contextlib.contextmanager

@@ -4,27 +4,32 @@ python recipes/attack_independently.py RUN RUN/natural_twin
 """
 
 import argparse
-import sys
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dat_ds.config import RunConfig
 
 STEPS, RESTARTS = 100, 5
 
 
-def attack(folder: Path) -> str:
+ATTACKS = {
+    "linf": "LinfProjectedGradientDescentAttack",
+    "l2": "L2ProjectedGradientDescentAttack",
+}
+
+
+def attack(folder: Path, run: "RunConfig") -> str:
     """One line on what a run's best model withstands on its whole test set."""
     import foolbox
     import torch
     from torch.utils.data import default_collate
 
-    from dat_ds import load_config, models
+    from dat_ds import models
     from dat_ds.assembly import build_data_of
 
-    attacks = {
-        "linf": foolbox.attacks.LinfProjectedGradientDescentAttack,
-        "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
-    }
-    run = load_config(folder / "config.json", here=False)
     test, threat = build_data_of(run).test, run.dat.threat_model
     x, y = default_collate([test[i] for i in range(len(test))])
     model = foolbox.PyTorchModel(models.load(folder), bounds=(threat.lower, threat.upper))
@@ -32,7 +37,7 @@ def attack(folder: Path) -> str:
     natural = correct.double().mean()
     torch.manual_seed(0)
     # An image is robust if it is classified correctly and withstands every restart.
-    steps = attacks[threat.norm](steps=STEPS)
+    steps = getattr(foolbox.attacks, ATTACKS[threat.norm])(steps=STEPS)
     for _ in range(RESTARTS):
         _, _, fooled = steps(model, x, y, epsilons=float(threat.eps))
         correct &= ~fooled
@@ -43,9 +48,18 @@ def attack(folder: Path) -> str:
 
 
 def attack_all(folders: Sequence[Path]) -> int:
-    """Print what each run withstands."""
-    for folder in folders:
-        print(attack(folder))
+    """Print what each run withstands; mistakes are told before the first is attacked."""
+    from dat_ds import load_config
+    from dat_ds.errors import ConfigError
+
+    if importlib.util.find_spec("foolbox") is None:
+        raise ConfigError("foolbox is not installed: pip install foolbox.")
+    runs = {folder: load_config(folder / "config.json", here=False) for folder in folders}
+    for folder, run in runs.items():
+        if run.dat.threat_model.norm not in ATTACKS:
+            raise ConfigError(f"{folder}: foolbox has no PGD in {run.dat.threat_model.norm}.")
+    for folder, run in runs.items():
+        print(attack(folder, run), flush=True)
     return 0
 
 
@@ -55,6 +69,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     options = parser.parse_args()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: attack_all(options.runs)))
+    run_recipe(lambda: attack_all(options.runs))

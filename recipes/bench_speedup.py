@@ -7,7 +7,6 @@ with --mbit (needs root) every rank sits behind a link of that speed.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -19,7 +18,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=10, help="timed rounds of each (>= 5)")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2], help="numbers of ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
     parser.add_argument("--mbit", type=float, nargs="*", default=[], help="link speeds, in Mbit/s")
     parser.add_argument("--only", choices=["attack", "scaling"], help="one of the two parts")
     parser.add_argument(
@@ -30,10 +29,14 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> int:
     """Measure both parts, and print their tables."""
-    from dat_ds.bench.tables.speedup import attack_table, check_options, scaling_table
+    from dat_ds.bench.tables.speedup import attack_table, check_scaling, scaling_table
+    from dat_ds.files import check_files
 
-    check_options(CONFIGS, repetitions=options.repetitions, ranks=options.ranks, mbit=options.mbit)
-    options.output.mkdir(parents=True, exist_ok=True)
+    if options.only != "attack":
+        check_scaling(CONFIGS, ranks=options.ranks, mbit=options.mbit)
+    if not options.output.is_dir():
+        check_files(output=options.output)
+        options.output.mkdir()
     if options.only != "scaling":
         print(attack_table(CONFIGS, options.output, repetitions=options.repetitions))
     if options.only != "attack":
@@ -43,6 +46,6 @@ def measure(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: measure(options)))
+    run_recipe(lambda: measure(options))

@@ -4,7 +4,6 @@ python recipes/check_convergence.py --output convergence.json --plot convergence
 """
 
 import argparse
-import sys
 
 
 def check(options: argparse.Namespace) -> int:
@@ -22,6 +21,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", metavar="FILE", help="write every step as JSON")
     parser.add_argument("--plot", metavar="FILE", help="write the curves as PNG")
     options = parser.parse_args()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: check(options)))
+    run_recipe(lambda: check(options))

@@ -8,7 +8,6 @@ Libraries: pip install foolbox pyautoattack && pip install --no-deps torchattack
 
 import argparse
 import runpy
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,13 @@ def network_of(path: Path) -> "tuple[Any, Tensor, Tensor, ThreatModel]":
     from dat_ds.assembly import build_data_of
     from dat_ds.attacks import ThreatModel
     from dat_ds.config import threat_of
+    from dat_ds.errors import ConfigError
 
     if path.is_file():
-        model, x, y, norm, eps = runpy.run_path(str(path))["network"]()
+        network = runpy.run_path(str(path)).get("network")
+        if network is None:
+            raise ConfigError(f"{path} has no network(), which returns (model, x, y, norm, eps).")
+        model, x, y, norm, eps = network()
         return model, x, y, ThreatModel(norm, eps)
     run = load_config(path / "config.json", here=False)
     test = build_data_of(run).test
@@ -54,6 +57,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("network", type=Path, metavar="RUN|FILE.py", help="what is attacked")
     options = parser.parse_args()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: compare(options.network)))
+    run_recipe(lambda: compare(options.network))

@@ -7,7 +7,6 @@ Runs stay in runs/compare_fast_training; one that is there already is not traine
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -36,6 +35,6 @@ def compare(chosen: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: compare(options)))
+    run_recipe(lambda: compare(options))

@@ -6,7 +6,6 @@ A row's run stays in runs/compare_methods/ROW; a row that is there already is no
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -31,6 +30,6 @@ def compare(rows: list[str]) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: compare(options.rows)))
+    run_recipe(lambda: compare(options.rows))

@@ -5,7 +5,6 @@ Runs stay in runs/compare_speedups; one that is there already is not trained aga
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -23,6 +22,6 @@ if __name__ == "__main__":
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(compare))
+    run_recipe(compare)

@@ -6,7 +6,6 @@ Takes any CLIP folder or hub id; without one, a tiny encoder of random weights s
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +52,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eps", default="4/255", help="l-infinity radius")
     parser.add_argument("--output", default="runs/hf_clip_fare")
     options = parser.parse_args()
-    if options.images is not None and not any(Path(options.images).glob("*/")):
-        parser.error(f"--images {options.images}: there is no folder with subfolders of images")
+    if options.images is not None and not any(Path(options.images).glob("*/*.*")):
+        parser.error(f"--images {options.images}: no image in a subfolder, as in DIR/all/1.jpg")
     return options
 
 
@@ -62,8 +61,13 @@ def build_encoder(name: str | None) -> "CLIPVisionModelWithProjection":
     """The encoder of a folder or hub id, or a tiny one of random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+    from dat_ds.errors import ModelError
+
     if name is not None:
-        return CLIPVisionModelWithProjection.from_pretrained(name)
+        try:
+            return CLIPVisionModelWithProjection.from_pretrained(name)
+        except OSError as error:
+            raise ModelError(f"--model {name}: {error}") from None
     config = CLIPVisionConfig(
         image_size=32,
         patch_size=8,
@@ -111,6 +115,6 @@ def finetune(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: finetune(options)))
+    run_recipe(lambda: finetune(options))

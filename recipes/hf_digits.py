@@ -4,7 +4,6 @@ With ZeRO-2, or 3, on two ranks: deepspeed --num_accelerators 2 recipes/hf_digit
 """
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--zero", type=int, help="ZeRO stage, under DeepSpeed")
+    parser.add_argument("--zero", type=int, choices=range(4), help="ZeRO stage, under DeepSpeed")
     parser.add_argument("--epochs", type=float, default=20, help="length of each training")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -121,6 +120,6 @@ def train_both(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: train_both(options)))
+    run_recipe(lambda: train_both(options))

@@ -7,7 +7,6 @@ python recipes/hf_image_classification.py    # a small ViT on digits, without a 
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from dat_ds.commands import carry_out
+from dat_ds.commands import run_recipe
+from dat_ds.errors import ModelError
 from dat_ds.integrations.hf import AdversarialTrainingCallback
 
 
@@ -58,14 +58,14 @@ def hub(model: str, folder: str) -> tuple[DatasetDict, Any, Any]:
     """An image folder, and a model of the hub (or of a folder) with a head for its classes."""
     data = load_dataset("imagefolder", data_dir=folder)
     names = data["train"].features["label"].names
-    processor = AutoImageProcessor.from_pretrained(model)
-    return (
-        data,
-        processor,
-        AutoModelForImageClassification.from_pretrained(
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+        classifier = AutoModelForImageClassification.from_pretrained(
             model, num_labels=len(names), id2label=dict(enumerate(names))
-        ),
-    )
+        )
+    except OSError as error:  # there is no such model
+        raise ModelError(f"--model {model}: {error}") from None
+    return data, processor, classifier
 
 
 def transforms(processor: Any) -> tuple[Any, Any]:
@@ -110,8 +110,9 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.model is None) != (options.data is None):
         parser.error("--model and --data go together; without both, a small ViT learns digits")
-    if options.data is not None and not Path(options.data, "train").is_dir():
-        parser.error(f"--data {options.data}: there is no folder {options.data}/train/CLASS")
+    for part in ("train", "validation") if options.data is not None else ():
+        if not any(Path(options.data, part).glob("*/*.*")):
+            parser.error(f"--data {options.data}: no image {options.data}/{part}/CLASS/FILE")
     if options.epochs <= 0:  # the Trainer would train nothing, without a word
         parser.error(f"--epochs {options.epochs:g}: give a number above 0")
     return options
@@ -165,4 +166,4 @@ def finetune(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    sys.exit(carry_out(lambda: finetune(options)))
+    run_recipe(lambda: finetune(options))

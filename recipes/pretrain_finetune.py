@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,14 +65,14 @@ def config_of(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> "Ru
     return load_config(config)
 
 
-def run(*what: Any, **dat: Any) -> dict[str, Any]:
+def run(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> dict[str, Any]:
     """Train what :func:`config_of` describes, and return the record."""
     from dat_ds.errors import UserError
     from dat_ds.training.run import train
 
-    record = train(config_of(*what, **dat))
+    record = train(config_of(folder, seed, labelled, **dat))
     if record is None:
-        raise UserError("Stopped: this seed is trained anew when the command is repeated.")
+        raise UserError(f"Stopped: go on with --seeds {seed} and those after it.")
     return record
 
 
@@ -90,20 +89,24 @@ def pretrained_then_at(method: str, labelled: float, seed: int, folder: Path) ->
 
 def compare(options: argparse.Namespace) -> int:
     """Print a line on every seed, and add its record to the file."""
-    from dat_ds.bench.records import check_files
-    from dat_ds.files import write_json
+    from dat_ds.bench.records import read_record
+    from dat_ds.files import check_files, write_json
 
-    config_of(Path(), 0, options.labelled)  # its mistakes before anything is trained
+    for seed in options.seeds:
+        config_of(Path(), seed, options.labelled)  # mistakes before anything is trained
     check_files(output=options.output)
+    runs: list[dict[str, Any]] = []
+    if options.output is not None and options.output.exists():
+        command = f"python recipes/pretrain_finetune.py {options.method} --output FILE"
+        runs = read_record(str(options.output), command).get("runs", [])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as temporary:
             record = pretrained_then_at(options.method, options.labelled, seed, Path(temporary))
         clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
         print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
-        if options.output:
-            known = json.loads(options.output.read_text()) if options.output.exists() else {}
-            runs = [*known.get("runs", []), record]
+        if options.output is not None:
+            runs = [known for known in runs if known["seed"] != seed] + [record]
             write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})
     return 0
 
@@ -118,9 +121,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the runs are added to those of this file"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="add the runs to this file",
     )
     options = parser.parse_args()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: compare(options)))
+    run_recipe(lambda: compare(options))

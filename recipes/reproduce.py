@@ -10,7 +10,6 @@ Runs stay in runs/reproduce/NAME; one that is there already is not trained again
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ def run(chosen: argparse.Namespace) -> int:
     from dat_ds.bench.tables.reproduction import Reference, Reproduction, reproduce
     from dat_ds.data.method import named_data
 
-    table = reproduce(
+    if table := reproduce(
         Reproduction(**REPRODUCTIONS[chosen.name]),
         CONFIGS / f"{chosen.name}.json",
         Path("runs/reproduce") / chosen.name,
@@ -161,13 +160,13 @@ def run(chosen: argparse.Namespace) -> int:
         variants=chosen.variants,
         reference=chosen.reference and Reference(chosen.reference, chosen.imports),
         output=chosen.output,
-    )
-    print(table)
+    ):
+        print(table)
     return 0
 
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: run(options)))
+    run_recipe(lambda: run(options))

@@ -8,7 +8,6 @@ The rules are in docs/time_to_robustness.md. Another entry is another config:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -56,6 +55,6 @@ def measure(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     options = parse()
-    from dat_ds.commands import carry_out
+    from dat_ds.commands import run_recipe
 
-    sys.exit(carry_out(lambda: measure(options)))
+    run_recipe(lambda: measure(options))

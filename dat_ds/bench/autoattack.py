@@ -6,7 +6,6 @@ All attack the same images in one process, one after the other.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from dat_ds.attacks import ThreatModel, parse_evaluation_attack
 from dat_ds.attacks.ensemble import ENSEMBLES, attack_names
 from dat_ds.bench.attack_strength import AUTOATTACK_NORMS
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import read_record, write_record
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation.ensemble import EnsembleEvaluation
 from dat_ds.evaluation.samples import Journal
@@ -71,11 +70,14 @@ def bench_autoattack(
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ConfigError(f"--parts {' '.join(unknown)}: write some of {', '.join(PARTS)}.")
-    check_files(output=output)
     if not isinstance(case.target.model, nn.Module):
         raise ConfigError(
             f"{case.target.name!r} is not a torch module, which the official tool needs."
         )
+    if OFFICIAL in parts:
+        _official_library()
+    if output is not None and Path(output).exists():
+        read_record(output, "dat-ds bench autoattack")
     count = min(num_examples, len(case.images))
     x, y = default_collate([case.images[i] for i in range(count)])
     with torch.no_grad():
@@ -104,23 +106,26 @@ def _kept(output: str | None, record: dict[str, Any]) -> dict[str, Any]:
     """Parts that a file of the same case holds already."""
     if output is None or not Path(output).exists():
         return {}
-    before = json.loads(Path(output).read_text(encoding="utf-8"))
+    before = read_record(output, "dat-ds bench autoattack")
     if [before.get(key) for key in _CASE] != [record[key] for key in _CASE]:
         raise ConfigError(f"--output {output} holds another case: choose another file.")
-    kept: dict[str, Any] = before["parts"]
+    kept: dict[str, Any] = before.get("parts", {})
     return kept
+
+
+def _official_library() -> Any:
+    try:
+        return importlib.import_module("pyautoattack.autoattack")
+    except ImportError:
+        raise ConfigError("The official tool is not installed: pip install pyautoattack.") from None
 
 
 def _official(
     model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, threat: ThreatModel, seed: int
 ) -> dict[str, Any]:
     """Outcomes of AutoAttack's standard version, part by part."""
-    try:
-        library: Any = importlib.import_module("pyautoattack.autoattack")
-    except ImportError:
-        raise ConfigError("The official tool is not installed: pip install pyautoattack.") from None
     counting = _Counting(model).eval()
-    tool = library.AutoAttack(
+    tool = _official_library().AutoAttack(
         counting, norm=AUTOATTACK_NORMS[threat.norm], eps=threat.eps, version="standard", seed=seed
     )
     names = list(tool.attacks_to_run)

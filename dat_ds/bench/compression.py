@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.bench.step_time import PlainSteps
 from dat_ds.bench.timing import check_repetitions, time_in_turn
 from dat_ds.compression import CODECS, Codec, build_codec
@@ -38,7 +38,6 @@ def bench_compression(run: RunConfig, *, repetitions: int, output: str | None = 
         ConfigError: Fewer than 5 repetitions.
     """
     check_repetitions(repetitions)
-    check_files(output=output)
     codecs = {name: codec_properties(build_codec(name)) for name in CODECS}
     numel, update = _add_times(codecs, run, repetitions)
     sent = bytes_by_stage(run)

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from dat_ds.attacks import ThreatModel
 from dat_ds.attacks.pgd import Pgd
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.compression import CODECS, build_codec
+from dat_ds.files import check_files
 from dat_ds.length import Length
 from dat_ds.objectives import Objective
 from dat_ds.optim import OPTIMIZERS
@@ -279,5 +280,5 @@ def _draw(by_ranks: Mapping[str, Any], path: str) -> None:
     axes[0].set_ylabel("stationarity, squared length of the gradient of f")
     axes[0].legend(title="codec (dashed: predicted floor, none)", fontsize=8, title_fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)

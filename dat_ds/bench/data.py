@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.bench.timing import (
     check_alone,
     check_drift,
@@ -51,7 +51,6 @@ def bench_data(run: RunConfig, *, repetitions: int, output: str | None = None) -
         ConfigError: Fewer than 5 repetitions, or a machine that was not steady.
     """
     check_repetitions(repetitions)
-    check_files(output=output)
     from dat_ds.bench.engines import optimizer_step, prepared_engine, training_loader
 
     engine, _, x, y = prepared_engine(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from dat_ds.errors import ConfigError
 from dat_ds.evaluation import commit, hardware, versions
-from dat_ds.files import why_unwritable, write_json
+from dat_ds.files import write_json
 
 
 def read_record(path: str, command: str) -> dict[str, Any]:
@@ -32,34 +31,6 @@ def read_record(path: str, command: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no numbers of a benchmark. Such a file is of: {command}")
     return values
-
-
-def check_files(**files: str | Path | None) -> None:
-    """Refuse files that could not be written at the end, before anything is measured.
-
-    Under a launcher rank 0 writes, and is the only one that looks.
-
-    Args:
-        files: Each by the option that names it; None where it was not given.
-
-    Raises:
-        ConfigError: With all of them.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    problems = []
-    for option, file in files.items():
-        if file is None:
-            continue
-        folder = Path(file).parent
-        if not folder.is_dir():
-            problems.append(f"--{option} {file}: there is no folder {str(folder)!r}: make it.")
-        elif Path(file).is_dir():
-            problems.append(f"--{option} {file} is a folder: name a file.")
-        elif reason := why_unwritable(folder):
-            problems.append(f"--{option} {file} cannot be written ({reason}): name another file.")
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def write_record(output: str | None, values: Mapping[str, Any], device: torch.device) -> None:

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat_ds.attacks import NoAttack
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.bench.timing import (
     check_alone,
     check_drift,
@@ -68,7 +68,6 @@ def bench_attack(run: RunConfig, *, repetitions: int, output: str | None = None)
             steady.
     """
     check_repetitions(repetitions)
-    check_files(output=output)
     if isinstance(run.dat.attack, NoAttack):
         raise ConfigError("dat.attack.name='none': there is no attack to time.")
     by_hand = {

@@ -18,14 +18,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from dat_ds.bench.records import check_files
 from dat_ds.bench.timing import check_alone
 from dat_ds.commands import carry_out
 from dat_ds.config import RunConfig, load_config
 from dat_ds.errors import ConfigError, DataError, UserError
 from dat_ds.evaluation import describe_training
 from dat_ds.evaluation.samples import EVALUATION
-from dat_ds.files import write_json
+from dat_ds.files import check_files, write_json
 from dat_ds.length import Length
 from dat_ds.processes import end_process
 

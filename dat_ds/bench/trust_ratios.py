@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.config import RunConfig, precision_of
 from dat_ds.errors import ConfigError
 from dat_ds.optim import OPTIMIZERS, Constant, TrustRatioOptimizer
@@ -54,7 +54,6 @@ def bench_trust_ratios(run: RunConfig, *, output: str | None = None) -> str:
     Raises:
         ConfigError: Without a layer-wise optimizer, or in another precision than float32.
     """
-    check_files(output=output)
     if run.dat.optimizer is None or not isinstance(run.dat.optimizer, TrustRatioMethod):
         names = ", ".join(
             n for n, method in OPTIMIZERS.items() if issubclass(method, TrustRatioMethod)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dat_ds.errors import UserError
+from dat_ds.files import check_files
 
 if TYPE_CHECKING:
     from dat_ds.config import RunConfig
@@ -115,17 +115,10 @@ def add_output_folder(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(makes_output=True)
 
 
-def check_folders(options: argparse.Namespace) -> None:
-    """Refuse files in folders that are not there, before anything is measured for them."""
+def check_output(options: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, before anything is measured for them."""
     flags = ["csv", "plot", "html", *([] if hasattr(options, "makes_output") else ["output"])]
-    files = {flag: getattr(options, flag, None) for flag in flags}
-    missing = [
-        f"--{flag} {file}: there is no folder {str(Path(file).parent)!r}: make it."
-        for flag, file in files.items()
-        if file is not None and not Path(file).parent.is_dir()
-    ]
-    if missing:
-        raise UserError("\n".join(missing))
+    check_files(**{flag: getattr(options, flag, None) for flag in flags})
 
 
 def load_run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> RunConfig:

@@ -23,7 +23,7 @@ from dat_ds.cli import (
     report,
     train,
 )
-from dat_ds.cli.arguments import check_folders
+from dat_ds.cli.arguments import check_output
 from dat_ds.commands import carry_out
 from dat_ds.processes import adopt_slurm_step, end_process
 
@@ -67,7 +67,7 @@ def main(
     options = _parser().parse_args(arguments)
 
     def command() -> int:
-        check_folders(options)
+        check_output(options)
         return int(options.run(options, dict(defaults or {})))
 
     return carry_out(command)

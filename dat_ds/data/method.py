@@ -62,6 +62,12 @@ def named_data(text: str) -> dict[str, str]:
     return {"name": name, **({"path": path} if colon else {})}
 
 
+def name_of_data(data: DatasetMethod) -> str:
+    """``"NAME"`` or ``"NAME:PATH"``, of which :func:`named_data` makes the keys."""
+    path = getattr(data, "path", None)
+    return data.name if path is None else f"{data.name}:{path}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetMethod(Method):
     """A dataset and how it is loaded; images reach the model as pixels in [0, 1].

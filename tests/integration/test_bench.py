@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dat_ds.bench.compression import codec_properties
-from dat_ds.bench.records import check_files
 from dat_ds.bench.timing import check_alone, check_drift, clock_drift, peak_bytes
 from dat_ds.cli.main import main
 from dat_ds.compression import CODECS, build_codec
@@ -117,31 +116,12 @@ def test_few_repetitions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "at least 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "table", ["attack", "compression", "data", "memory", "predict", "scaling", "trust-ratios"]
-)
+@pytest.mark.parametrize("table", ["attack", "compression", "data", "memory", "trust-ratios"])
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "missing" / "numbers.json"
-    assert main(["bench", table, "--preset", "zero0", "--output", str(file)]) == 2
-    assert f"--output {file}: there is no folder" in capsys.readouterr().err
-
-
-def test_every_file_that_cannot_be_written_is_named_and_rank_0_alone_looks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_files(output=tmp_path / "numbers.json", plot=None)
-    assert not list(tmp_path.iterdir())
-    files = {"output": tmp_path, "csv": tmp_path / "no" / "a.csv", "plot": "/proc/a.png"}
-    with pytest.raises(ConfigError) as found:
-        check_files(**files)
-    is_folder, no_folder, no_place = str(found.value).splitlines()
-    assert is_folder == f"--output {tmp_path} is a folder: name a file."
-    assert no_folder.endswith("make it.")
-    assert no_place.startswith("--plot /proc/a.png cannot be written (")
-    monkeypatch.setenv("RANK", "1")
-    check_files(**files)
+    assert main(["bench", table, "--preset", "zero0", "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} is a folder: name a file." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CODECS)

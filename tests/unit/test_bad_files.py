@@ -23,7 +23,7 @@ from dat_ds.data import build_data
 from dat_ds.data.decoding import read_image
 from dat_ds.data.unlabelled import image_files
 from dat_ds.errors import ConfigError, DataError
-from dat_ds.files import open_regular
+from dat_ds.files import check_files, open_regular
 
 pytestmark = pytest.mark.fast
 
@@ -59,6 +59,27 @@ def test_a_socket_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     make_socket(Path("s"))
     with pytest.raises(DataError, match="cannot read the image s "):
         read_image("s", "key")
+
+
+def test_every_file_that_could_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_files(output=tmp_path / "numbers.json", csv="here.csv", plot=None)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept.csv").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    long = tmp_path / ("n" * 300) / "x.html"  # no file system has such a name
+    files = {"output": tmp_path, "csv": tmp_path / "kept.csv", "html": long}
+    with pytest.raises(ConfigError) as found:
+        check_files(**files)
+    assert str(found.value).splitlines() == [
+        f"--output {tmp_path} is a folder: name a file.",
+        f"--csv {tmp_path / 'kept.csv'} may not be written: name another file.",
+        f"--html {long}: there is no folder {str(long.parent)!r}: make it.",
+    ]
+    monkeypatch.setattr("dat_ds.files.why_unwritable", lambda folder: "No space left on device")
+    with pytest.raises(ConfigError, match=r"cannot be written .No space left on device.: name an"):
+        check_files(plot=tmp_path / "new.png")
 
 
 def test_a_config_larger_than_any_is_not_parsed(tmp_path: Path) -> None:

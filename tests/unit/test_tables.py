@@ -46,7 +46,7 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
         "| --- | --- | --- | --- | --- | --- |",
         "| trades | 90.0 | 45.0 | 45.0 | 45.0 | 12 |",
     ]
-    with pytest.raises(ConfigError, match="No row tardes: "):
+    with pytest.raises(ConfigError, match=r"'tardes' is not valid. Write one of 'pgd', 'fgsm'"):
         methods.compare_methods(ZERO2, tmp_path, ["tardes"])
 
 
@@ -97,12 +97,14 @@ def test_a_row_of_a_step_is_timed_or_says_that_it_was_refused(
     assert (tmp_path / "vit_in_4_attacked_by_1.json").exists()
 
 
-def test_the_mistakes_of_both_speedup_tables_are_told_before_the_first() -> None:
-    speedup.check_options(CONFIGS, repetitions=5, ranks=[1, 2], mbit=[])
+def test_the_mistakes_of_both_speedup_tables_are_told_before_the_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--repetitions 4: give at least 5"):
-        speedup.check_options(CONFIGS, repetitions=4, ranks=[1], mbit=[])
+        speedup.attack_table(CONFIGS, tmp_path, repetitions=4)
+    speedup.check_scaling(CONFIGS, ranks=[1, 2], mbit=[])
     with pytest.raises(ConfigError, match="--ranks 0: give at least 1"):
-        speedup.check_options(CONFIGS, repetitions=5, ranks=[0], mbit=[])
+        speedup.check_scaling(CONFIGS, ranks=[0], mbit=[])
+    with pytest.raises(ConfigError, match="--ranks: give at least one number"):
+        speedup.check_scaling(CONFIGS, ranks=[], mbit=[10.0])
 
 
 def test_every_row_has_words_for_its_training(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dat_ds.bench.memory.moments import Ledger, Setting, memory_of
 from dat_ds.bench.memory.report import describe
 from dat_ds.bench.memory.state import optimizer_bytes
 from dat_ds.bench.memory.trace import Passes, Precisions, TracedModel
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.config import RunConfig, adapt_to_device, attack_of, precision_of, resolve_batch
 from dat_ds.config.deepspeed.precision import FLOAT16
 from dat_ds.errors import ConfigError
@@ -74,7 +74,6 @@ def bench_memory(
     on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     counts = [launched or 1] if not ranks else list(ranks)
     _check(counts, gpu_gib, measure, launched, on_cuda)
-    check_files(output=output)
     device_type = "cuda" if gpu_gib is not None or on_cuda else "cpu"
     memory = StepMemory(run, device_type)
     predicted = [memory.prediction(count, gpu_gib) for count in counts]

@@ -31,7 +31,7 @@ from dat_ds.bench.prediction.tables import (
     predict_steps,
 )
 from dat_ds.bench.prediction.target import Target
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.bench.scaling.report import read_scaling
 from dat_ds.compression import CODECS
 from dat_ds.errors import ConfigError
@@ -75,7 +75,6 @@ def bench_predict(
             in ``codecs`` that ``compression`` does not hold.
     """
     _check(target, ranks, gpus, stages, codecs)
-    check_files(output=output, plot=plot)
     values = read_scaling(scaling)
     costs = None
     if compression is not None:

@@ -219,5 +219,5 @@ def draw_prediction(
     crossing.set(xlabel="ranks", ylabel="Mbit/s", title="predicted: float32 within 10 %")
     crossing.legend(title="of", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 
-from dat_ds.bench.records import check_files, write_record
+from dat_ds.bench.records import write_record
 from dat_ds.bench.scaling.hosts import run_ranks
 from dat_ds.bench.scaling.links import slowest, time_collectives
 from dat_ds.bench.scaling.plan import Plan, Point, config_of, points_of
@@ -67,7 +67,6 @@ def bench_scaling(
     """
     launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     points = points_of(run, plan, launched)
-    check_files(output=output, csv=csv, plot=plot)
     configs = [config_of(run, point) for point in points]
     if launched is not None:
         measured = _measure_here(points, configs, plan.repetitions, is_whole_run=True)

@@ -84,6 +84,8 @@ def points_of(run: RunConfig, plan: Plan, launched: int | None = None) -> list[P
     problems += [f"--ranks {n}: give at least 1." for n in counts if n < 1]
     problems += [f"--stages {s}: ZeRO has 0, 1, 2, 3." for s in stages if s not in range(4)]
     problems += [f"--mode {m}: write weak, strong, or both." for m in modes if m not in MODES]
+    if not counts:
+        problems.append("--ranks: give at least one number.")
     problems += _link_problems(plan, counts, launched)
     one_bit = [name for name in codecs if name in ONE_BIT]
     if one_bit and 0 not in stages:
@@ -154,7 +156,7 @@ def _link_problems(plan: Plan, counts: Sequence[int], launched: int | None) -> l
             )
         if plan.mbit:
             problems.append("--mbit under a launcher: the links are what they are. Leave it out.")
-    elif plan.mbit and not problems and max(counts) > 1:
+    elif plan.mbit and not problems and max(counts, default=1) > 1:
         try:
             ShapedNetwork(max(counts), plan.mbit[0])
         except ConfigError as error:

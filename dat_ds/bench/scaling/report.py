@@ -245,5 +245,5 @@ def draw(values: Mapping[str, Any], path: str) -> None:
             axis.set_xticks(counts)
         speedup.legend(title="dashed: ideal", fontsize=8, title_fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)

@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of, spread
+from dat_ds.bench.tables.runs import (
+    judged_by,
+    markdown,
+    record_of,
+    run_of,
+    spread,
+    unknown_rows,
+)
+from dat_ds.errors import ConfigError
 from dat_ds.evaluation import commit
-from dat_ds.files import write_json
+from dat_ds.files import check_files, write_json
 
 JUDGES = ("pgd-20", "apgd-ce-50", "apgd-t-50")
 """Attacks that judge the models."""
@@ -66,7 +74,16 @@ def compare_fast_training(
 
     Returns:
         Markdown: mean and standard deviation of accuracies in percent, median seconds of training.
+
+    Raises:
+        ConfigError: For unknown rows, a length that is none, or a file that cannot be written,
+            before anything is trained.
     """
+    if problems := unknown_rows(names, ROWS):
+        raise ConfigError("\n".join(problems))
+    check_files(output=output)
+    for row in names or ROWS:
+        run_of(config, changes_of(row, SEEDS[0], epochs))
     cells, numbers = [], {}
     for row in names or ROWS:
         records = [

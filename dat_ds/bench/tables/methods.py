@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.attacks import ATTACKS, NoAttack
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of
+from dat_ds.bench.tables.runs import judged_by, markdown, record_of, unknown_rows
 from dat_ds.errors import ConfigError
 from dat_ds.objectives import OBJECTIVES, Objective
 
@@ -66,8 +66,8 @@ def compare_methods(config: Path, folder: Path, names: Sequence[str] = ()) -> st
         ConfigError: For a row that is not there.
     """
     rows = rows_of(folder)
-    if unknown := [name for name in names if name not in rows]:
-        raise ConfigError(f"No row {', '.join(unknown)}: {', '.join(rows)}.")
+    if problems := unknown_rows(names, rows):
+        raise ConfigError("\n".join(problems))
     cells = []
     for name in names or rows:
         changes = {"dat": {**rows[name], "evaluation": judged_by(JUDGES)}}

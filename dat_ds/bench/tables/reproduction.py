@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from dat_ds.bench.records import check_files, write_record
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of
+from dat_ds.bench.records import write_record
+from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of, unknown_rows
 from dat_ds.config import RunConfig
-from dat_ds.data import DatasetMethod
+from dat_ds.data.method import name_of_data
+from dat_ds.engine.launch import setup_ranks
 from dat_ds.errors import ConfigError, DataError
+from dat_ds.files import check_files
 from dat_ds.judge.evaluate import Question, evaluate_target
 from dat_ds.judge.target import open_case
 
@@ -81,6 +83,8 @@ def reproduce(
 ) -> str:
     """Train every variant with every seed, judge the models, and compare with what was published.
 
+    A collective under a launcher.
+
     Args:
         what: The result.
         config: The run that all variants change.
@@ -94,14 +98,15 @@ def reproduce(
         output: JSON file; None writes nothing.
 
     Returns:
-        A markdown table: accuracies in percent, mean and standard deviation over seeds.
+        A markdown table: accuracies in percent, mean and standard deviation over seeds. Empty on
+        other ranks than 0.
 
     Raises:
         UserError: For mistakes in what was asked for, before the first training, and where a run
             was stopped.
     """
     chosen = list(variants or what.variants)
-    _check_counts(what, chosen, seeds=seeds, num_examples=num_examples)
+    _check_request(what, chosen, seeds=seeds, num_examples=num_examples)
     check_files(output=output)
 
     def run_folder(variant: str, seed: int) -> Path:
@@ -114,9 +119,7 @@ def reproduce(
 
     # Mistakes in what comes later are told before hours of training.
     runs = [run_of(config, changes_of(variant, 0)) for variant in chosen]
-    _check_images(what, runs[0])
-    if reference is not None:
-        _open(reference, runs[0])
+    _check_images(what, runs[0], reference)
     measured: dict[str, list[dict[str, Any]]] = {}
     for variant in chosen:
         measured[variant] = [
@@ -139,11 +142,14 @@ def reproduce(
     }
     if reference is not None:
         values["reference"] = _judge_reference(what, runs[0], reference, num_examples, folder)
-    write_record(None if output is None else str(output), values, torch.device("cpu"))
-    return table_of(values)
+    ranks = setup_ranks()
+    with ranks.together():
+        if ranks.is_main:
+            write_record(None if output is None else str(output), values, torch.device("cpu"))
+    return table_of(values) if ranks.is_main else ""
 
 
-def _check_counts(
+def _check_request(
     what: Reproduction, variants: Sequence[str], *, seeds: int, num_examples: int
 ) -> None:
     problems = [
@@ -151,38 +157,33 @@ def _check_counts(
         for key, count in (("seeds", seeds), ("num_examples", num_examples))
         if count < 1
     ]
-    problems += [
-        f"--variants {name!r} is not valid. Write one of {', '.join(map(repr, what.variants))}."
-        for name in variants
-        if name not in what.variants
-    ]
+    problems += unknown_rows(variants, what.variants, "--variants ")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _check_images(what: Reproduction, run: RunConfig) -> None:
-    found = run.dat.data.read_test(run.dat.seed).images.image_shape
-    if tuple(found) != what.image_shape:
-        raise DataError(
-            f"--data {_name_of(run.dat.data)}: its images have the shape (C, H, W) = "
-            f"{tuple(found)}, those of the publication {what.image_shape}."
+def _check_images(what: Reproduction, run: RunConfig, reference: Reference | None) -> None:
+    """See that the images are those of the publication, and that its network takes them."""
+    name = name_of_data(run.dat.data)
+    if reference is None:
+        images = run.dat.data.read_test(run.dat.seed).images
+    else:
+        case = open_case(
+            reference.target,
+            data=name,
+            threat=str(run.dat.threat_model),
+            imports=reference.imports,
         )
-
-
-def _open(reference: Reference, run: RunConfig) -> None:
-    """Load the published network once, for the mistakes."""
-    open_case(
-        reference.target,
-        data=_name_of(run.dat.data),
-        threat=str(run.dat.threat_model),
-        imports=reference.imports,
-    )
-
-
-def _name_of(data: DatasetMethod) -> str:
-    """``"NAME"`` or ``"NAME:PATH"``, as command lines have it."""
-    path = getattr(data, "path", None)
-    return data.name if path is None else f"{data.name}:{path}"
+        images = case.images
+    if tuple(images.image_shape) != what.image_shape:
+        raise DataError(
+            f"--data {name}: its images have the shape (C, H, W) = {tuple(images.image_shape)}, "
+            f"those of the publication {what.image_shape}. Name the images of the publication, "
+            "such as --data npz:FILE."
+        )
+    if reference is not None:
+        with torch.no_grad():
+            case.target.model(images[0][0][None])
 
 
 def _file_name(variant: str) -> str:
@@ -224,7 +225,7 @@ def _judge_reference(
         question = Question(
             target=reference.target,
             imports=reference.imports,
-            data=_name_of(run.dat.data),
+            data=name_of_data(run.dat.data),
             threat=str(run.dat.threat_model),
             attacks=attacks,
             num_examples=count,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ def record_of(folder: Path, config: Path, changes: Mapping[str, Any]) -> dict[st
             raise UserError(f"Stopped in {folder}: repeat the command to go on from there.")
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return record
+
+
+def unknown_rows(names: Sequence[str], known: Collection[str], option: str = "") -> list[str]:
+    """A message for each name that is not one of ``known``, which an option asks for."""
+    words = ", ".join(map(repr, known))
+    return [f"{option}{n!r} is not valid. Write one of {words}." for n in names if n not in known]
 
 
 def judged_by(attacks: Sequence[str]) -> dict[str, Any]:

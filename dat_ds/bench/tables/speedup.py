@@ -106,22 +106,19 @@ def rows_of(batch: int, on_gpu: bool) -> dict[str, dict[str, dict[str, Any]]]:
     return {"ViT": of_both | of_vit, "ResNet": of_both | of_resnet}
 
 
-def check_options(
-    configs: Path, *, repetitions: int, ranks: Sequence[int], mbit: Sequence[float]
-) -> None:
-    """Refuse what one of the tables would refuse, before the first is measured.
+def check_scaling(configs: Path, *, ranks: Sequence[int], mbit: Sequence[float]) -> None:
+    """Refuse what :func:`scaling_table` would refuse, before another table is measured.
 
     Args:
         configs: Folder of the shipped run configs.
-        repetitions: Timed rounds of :func:`attack_table`.
-        ranks: Numbers of ranks of :func:`scaling_table`.
-        mbit: Speeds of its links.
+        ranks: Numbers of ranks.
+        mbit: Speeds of links.
 
     Raises:
-        ConfigError: For the first kind of mistake, with every one of it.
+        ConfigError: With every problem.
     """
-    check_repetitions(repetitions)
-    points_of(*_scaling(configs, ranks, mbit))
+    if not torch.cuda.is_available():
+        points_of(*_scaling(configs, ranks, mbit))
 
 
 def attack_table(configs: Path, folder: Path, *, repetitions: int) -> str:
@@ -134,7 +131,11 @@ def attack_table(configs: Path, folder: Path, *, repetitions: int) -> str:
 
     Returns:
         Markdown. A row that was refused says so; the log says why.
+
+    Raises:
+        ConfigError: Fewer than 5 repetitions.
     """
+    check_repetitions(repetitions)
     on_gpu = torch.cuda.is_available()
     bench = ON_GPU if on_gpu else ON_CPU
     models = {"ViT": bench.vit, "ResNet": bench.resnet}
