@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="folder to make (default: RUN/exports/FORMAT)"
     )
+    parser.set_defaults(makes_output=True)
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),
