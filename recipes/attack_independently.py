@@ -57,7 +57,10 @@ def attack_all(folders: Sequence[Path]) -> int:
     runs = {folder: load_config(folder / "config.json", here=False) for folder in folders}
     for folder, run in runs.items():
         if run.dat.threat_model.norm not in ATTACKS:
-            raise ConfigError(f"{folder}: foolbox has no PGD in {run.dat.threat_model.norm}.")
+            raise ConfigError(
+                f"{folder}: dat.threat_model.norm={run.dat.threat_model.norm!r}, but this script "
+                f"attacks in {' and '.join(ATTACKS)} alone."
+            )
     for folder, run in runs.items():
         print(attack(folder, run), flush=True)
     return 0

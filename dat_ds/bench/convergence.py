@@ -148,6 +148,9 @@ def check_convergence(output: str | None = None, plot: str | None = None) -> str
     Returns:
         Two markdown tables: of codecs, the slope of the mean stationarity over the horizon in
         logarithms, and floors against predicted ones; of optimizers, the fall of stationarity.
+
+    Raises:
+        ConfigError: For a file that could not be written at the end.
     """
     check_files(output=output, plot=plot)
     by_ranks = {str(ranks): on_ranks(_run_all, ranks) for ranks in RANKS}
