@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from dat_ds.config import RunConfig
+
 IMAGES, BATCH, STEPS = 1438, 64, 400
 PGD = {"steps": 3, "step_size": "1/16"}
 CONTRASTIVE = {"name": "contrastive", "flip": 0.0}  # a mirrored digit is not a digit
@@ -27,10 +30,6 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     },
     "contrastive_defaults": {"objective": CONTRASTIVE},
 }
-
-
-if TYPE_CHECKING:
-    from dat_ds.config import RunConfig
 
 
 def config_of(folder: Path, seed: int, labelled: float = 1.0, **dat: Any) -> "RunConfig":
@@ -106,7 +105,7 @@ def compare(options: argparse.Namespace) -> int:
         clean, robust = record["natural_acc"], record["robust_acc"]["pgd-20"]
         print(f"seed {seed}, {options.method}: clean {clean:.1%}, PGD-20 {robust:.1%}", flush=True)
         if options.output is not None:
-            runs = [known for known in runs if known["seed"] != seed] + [record]
+            runs = [*runs, record]
             write_json(options.output, {"runs": sorted(runs, key=lambda run: run["seed"])})
     return 0
 
@@ -121,10 +120,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="add the runs to this file",
+        "--output", type=Path, metavar="FILE", help="the runs are added to those of this file"
     )
     options = parser.parse_args()
     from dat_ds.commands import run_recipe
