@@ -132,16 +132,7 @@ def _build_model(
 ) -> PixelModel:
     config = run.dat.model
     channels, height, width = splits.image_shape
-    if config.num_classes is not None and config.num_classes < splits.num_classes:
-        raise ConfigError(
-            f"dat.model.num_classes={config.num_classes} is less than the {splits.num_classes} "
-            f"classes of {splits.name}: leave it out, or give at least {splits.num_classes}."
-        )
-    if config.img_size is not None and {height, width} != {config.img_size}:
-        raise ConfigError(
-            f"dat.model.img_size={config.img_size}, but the images have {height} x {width} pixels: "
-            f"leave it out, or resize the images with dat.data.img_size={config.img_size}."
-        )
+    _check_fit(run, splits)
     num_outputs = _num_outputs(run, splits)
     # Published weights expect the statistics they were trained with, not those of this data.
     own_statistics = (
@@ -157,14 +148,12 @@ def _build_model(
         **config.overrides(),
         head=run.dat.objective.head,
         pretrained=pretrained,
+        class_names=splits.class_names if run.dat.objective.head == "classes" else None,
         options=config.options,
         activation_checkpointing=config.activation_checkpointing,
         seed=seed,
     )
     check_takes_images(model, splits.image_shape)
-    if run.dat.objective.head == "classes" and splits.class_names is not None:
-        # For an evaluation on data whose classes stand in another order.
-        model.spec["class_names"] = list(splits.class_names)
     for side in splits.sides:
         try:
             check_takes_images(model, (channels, side, side))
@@ -177,6 +166,42 @@ def _build_model(
                 "any size."
             ) from None
     return model
+
+
+def _check_fit(run: RunConfig, splits: DataSplits) -> None:
+    """Refuse images of other channels, size or classes than ``dat.model`` is written for.
+
+    Raises:
+        ConfigError: With all that differ, and the keys to write.
+    """
+    config = run.dat.model
+    channels, height, width = splits.image_shape
+    problems = []
+    if config.mean is not None and len(config.mean) != channels:
+        problems.append(
+            f"dat.model.mean={config.mean} is for images of {len(config.mean)} channel(s), and "
+            f"those of {splits.name} have {channels}: write as many values into dat.model.mean and "
+            "dat.model.std, or null into both for those of the data."
+        )
+    if config.img_size is not None and {height, width} != {config.img_size}:
+        problems.append(
+            f"dat.model.img_size={config.img_size}, but the images of {splits.name} have "
+            f"{height} x {width} pixels: write dat.data.img_size={config.img_size}, which resizes "
+            "them, or leave dat.model.img_size out."
+        )
+    if config.num_classes is not None and config.num_classes != splits.num_classes:
+        more = (
+            f"; or, where its images lack some, dat.data.num_classes={config.num_classes}"
+            if config.num_classes > splits.num_classes
+            else ""
+        )
+        problems.append(
+            f"dat.model.num_classes={config.num_classes}, but {splits.name} has "
+            f"{splits.num_classes} classes: write dat.model.num_classes={splits.num_classes} or "
+            f"leave it out{more}."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _num_outputs(run: RunConfig, splits: DataSplits) -> int:

@@ -9,22 +9,12 @@ Libraries: pip install foolbox pyautoattack && pip install --no-deps torchattack
 import argparse
 import runpy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
+def compare(path: Path) -> int:
+    """Attack a network by every library, and print the tables."""
     from dat_ds.attacks import ThreatModel
-
-
-def network_of(path: Path) -> "tuple[Any, Tensor, Tensor, ThreatModel]":
-    """Model, images, labels and threat model of a finished run, or of a file's ``network()``."""
-    from torch.utils.data import default_collate
-
-    from dat_ds import load_config, models
-    from dat_ds.assembly import build_data_of
-    from dat_ds.attacks import ThreatModel
-    from dat_ds.config import threat_of
+    from dat_ds.bench.attack_strength import apgd_table, network_of_run, pgd_table
     from dat_ds.errors import ConfigError
 
     if path.is_file():
@@ -32,18 +22,9 @@ def network_of(path: Path) -> "tuple[Any, Tensor, Tensor, ThreatModel]":
         if network is None:
             raise ConfigError(f"{path} has no network(), which returns (model, x, y, norm, eps).")
         model, x, y, norm, eps = network()
-        return model, x, y, ThreatModel(norm, eps)
-    run = load_config(path / "config.json", here=False)
-    test = build_data_of(run).test
-    x, y = default_collate([test[i] for i in range(len(test))])
-    return models.load(path), x, y, threat_of(run.dat)
-
-
-def compare(path: Path) -> int:
-    """Attack a network by every library, and print the tables."""
-    from dat_ds.bench.attack_strength import apgd_table, pgd_table
-
-    model, x, y, threat = network_of(path)
+        threat = ThreatModel(norm, eps)
+    else:
+        model, x, y, threat = network_of_run(path)
     print(f"PGD-10, {threat.norm} eps {threat.eps:.4g}, {len(x)} images, 20 random starts\n")
     print(pgd_table(model, x, y, threat, steps=10, starts=20))
     print("\nAPGD-100, one random start: robust accuracy in %, seconds\n")

@@ -19,7 +19,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("rows", nargs="*", help="rows of the table; none for all")
     parser.add_argument("--epochs", type=float, help="length of the runs")
-    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
 """Every attack and objective on digits: clean and robust accuracy, and seconds of training.
 
 python recipes/compare_methods.py                 # all rows, about half a minute each on a CPU
-python recipes/compare_methods.py pgd trades      # some of them
-A row's run stays in runs/compare_methods/ROW; a row that is there already is not trained again.
+python recipes/compare_methods.py pgd trades --seeds 0 1 2 --output numbers.json
+Runs stay in runs/compare_methods; one that is there already is not trained again.
 """
 
 import argparse
@@ -17,14 +17,18 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="*", help="rows of the table; none for all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
     return parser.parse_args()
 
 
-def compare(rows: list[str]) -> int:
+def compare(chosen: argparse.Namespace) -> int:
     """Train and evaluate the rows, and print their table."""
     from dat_ds.bench.tables.methods import compare_methods
 
-    print(compare_methods(CONFIG, Path("runs/compare_methods"), rows))
+    folder = Path("runs/compare_methods")
+    words = {"seeds": chosen.seeds, "output": chosen.output}
+    print(compare_methods(CONFIG, folder, chosen.rows, **words))
     return 0
 
 
@@ -32,4 +36,4 @@ if __name__ == "__main__":
     options = parse()
     from dat_ds.commands import run_recipe
 
-    run_recipe(lambda: compare(options.rows))
+    run_recipe(lambda: compare(options))

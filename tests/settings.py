@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "npz": {"path": "data.npz"},
         "imagefolder": {"path": "data"},
         "timm": {"path": "data"},
+        "torchvision": {"path": "data", "dataset": "SVHN"},
         "huggingface": {"path": "data"},
         "webdataset": {"path": "data"},
         "synthetic": {"num_train": 8, "num_test": 4, "image_shape": [3, 8, 8]},

@@ -80,6 +80,20 @@ def finite_samples(gradient: Tensor) -> Tensor:
     return gradient.flatten(1).abs().amax(dim=1).isfinite()
 
 
+def _forward(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with a graph, and the leaf that they are differentiated by.
+
+    Raises:
+        ModelError: They have no gradient.
+    """
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(leaf)
+    if not logits.requires_grad:
+        raise ModelError(_NO_GRADIENT)
+    return logits, leaf
+
+
 def _agree_locally(flag: Tensor) -> bool:
     return bool(flag)
 
@@ -168,11 +182,7 @@ class InputGradient:
             For each column the margins ``(B,)`` float64 and their gradients like ``x``, zero for
             samples whose gradient is not finite.
         """
-        leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(leaf)
-        if not logits.requires_grad:
-            raise ModelError(_NO_GRADIENT)
+        logits, leaf = _forward(model, x)
         scale = 2.0**_LOG2_SCALE
         away = torch.zeros_like(logits).scatter_(1, y.unsqueeze(1), -scale)
         columns = others.unsqueeze(2).unbind(dim=1)
@@ -186,11 +196,7 @@ class InputGradient:
     def _gradient(
         self, model: Model, x: Tensor, y: Tensor, loss: InnerLoss, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(leaf)
-        if not logits.requires_grad:
-            raise ModelError(_NO_GRADIENT)
+        logits, leaf = _forward(model, x)
         cotangent, values = logit_gradient(logits, y, loss)
         cotangent = (cotangent * scale).to(logits.dtype)
         return self._pulled_back(logits, leaf, cotangent), values, logits.detach()

@@ -4,19 +4,67 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
+from dat_ds.assembly import build_data_of
 from dat_ds.attacks import SampleGenerator, ThreatModel, apgd, pgd
+from dat_ds.config import load_config, threat_of
+from dat_ds.models import load
 
 Attacker = Callable[[Tensor, Tensor, int], Tensor]
 """``(x, y, seed) -> x_adv``."""
 AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 """Norms by the names that AutoAttack's library gives them."""
+
+
+FOOLBOX_PGD = {
+    "linf": "LinfProjectedGradientDescentAttack",
+    "l2": "L2ProjectedGradientDescentAttack",
+}
+"""Names of foolbox's PGD by norm."""
+
+
+def network_of_run(folder: Path) -> tuple[nn.Module, Tensor, Tensor, ThreatModel]:
+    """Model, test images, their labels, and threat model of a finished run.
+
+    Raises:
+        UserError: If it is none.
+    """
+    run = load_config(folder / "config.json", here=False)
+    test = build_data_of(run).test
+    x, y = default_collate([test[i] for i in range(len(cast(Sized, test)))])
+    return load(folder), x, y, threat_of(run.dat)
+
+
+def foolbox_accuracies(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, steps: int, restarts: int
+) -> tuple[float, float]:
+    """Clean accuracy, and accuracy under the worst of several restarts of foolbox's own PGD.
+
+    Args:
+        model: Pixels ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, in eval mode.
+        x: Images.
+        y: Class indices ``(B,)``.
+        threat: Allowed perturbations, in a norm of :data:`FOOLBOX_PGD`.
+        steps: Gradient steps, of foolbox's default size.
+        restarts: Random starts.
+    """
+    foolbox = importlib.import_module("foolbox")
+    wrapped = foolbox.PyTorchModel(model, bounds=(threat.lower, threat.upper))
+    correct = wrapped(x).argmax(-1) == y
+    natural = float(correct.double().mean())
+    torch.manual_seed(0)
+    attack = getattr(foolbox.attacks, FOOLBOX_PGD[threat.norm])(steps=steps)
+    for _ in range(restarts):
+        correct &= ~attack(wrapped, x, y, epsilons=threat.eps)[2]
+    return natural, float(correct.double().mean())
 
 
 def pgd_table(
@@ -112,9 +160,7 @@ def _pgd_by_library(
     else:
         missing.append("torchattacks is not installed: pip install --no-deps torchattacks.")
     if (foolbox := _library("foolbox")) is not None:
-        kinds = foolbox.attacks
-        linf, l2 = kinds.LinfProjectedGradientDescentAttack, kinds.L2ProjectedGradientDescentAttack
-        run = (linf if norm == "linf" else l2)(abs_stepsize=size, steps=steps)
+        run = getattr(foolbox.attacks, FOOLBOX_PGD[norm])(abs_stepsize=size, steps=steps)
         wrapped = foolbox.PyTorchModel(model, bounds=(threat.lower, threat.upper))
         attackers["foolbox"] = lambda x, y, seed: run(wrapped, x, y, epsilons=eps)[1]
     else:

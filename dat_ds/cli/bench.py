@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     _add_autoattack(tables)
     _add_scaling(tables)
     _add_predict(tables)
-    summary = "peak memory of a rank by moment of a step, predicted and measured"
+    summary = "peak memory of a rank by phase of a step, predicted and measured"
     table = add_command(tables, "memory", _bench_memory, summary, description=_MEMORY)
     add_config(table)
     table.add_argument(

@@ -31,11 +31,7 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace, defaults: Mapping[str, Any]) -> int:
     run = load_run(options, defaults)
-    from dat_ds.presets import PRESETS, check_fits
     from dat_ds.training.run import train
-
-    if options.preset in PRESETS:
-        check_fits(run)
 
     record = train(run, resume=options.resume, changed=options.changed)
     return run.dat.fault.stop_code if record is None else 0

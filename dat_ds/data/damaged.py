@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import Dataset
 
 from dat_ds.data.transforms import Sample, fetch_raw, file_of
 from dat_ds.errors import DamagedImageError, DataError
+from dat_ds.files import replace_text
 
+DAMAGED = "damaged.txt"
 _MOST_IN_A_ROW = 100
 _FOUND: ContextVar[dict[str, str] | None] = ContextVar("_FOUND", default=None)
 
@@ -25,6 +29,38 @@ def collected_damage() -> Iterator[dict[str, str]]:
         yield found
     finally:
         _FOUND.reset(token)
+
+
+def write_damaged(path: Path, damaged: Mapping[str, str]) -> None:
+    """Write the list of damaged images, a line for each.
+
+    Args:
+        path: The file.
+        damaged: The reason, by image.
+    """
+    lines = (" ".join(words.split()) for words in damaged.values())
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def too_many_damaged(
+    damaged: Mapping[str, str], size: int, most: float, listed_in: Path
+) -> DataError | None:
+    """What to raise where more images are damaged than a run allows; else None.
+
+    Args:
+        damaged: The reason, by image.
+        size: Number of all images.
+        most: ``dat.data.most_damaged``.
+        listed_in: File that lists them.
+    """
+    allowed = math.floor(most * size if most < 1 else most)
+    if len(damaged) <= allowed:
+        return None
+    return DataError(
+        f"{len(damaged)} damaged training images were met, and dat.data.most_damaged={most:g} "
+        f"allows {allowed} of {size}: they are listed in {listed_in}. Replace them, or raise "
+        "dat.data.most_damaged; without them the data would be other data to a resumed run."
+    )
 
 
 class Readable(Dataset[Sample]):

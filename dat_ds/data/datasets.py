@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from dat_ds.data.unlabelled import (
 )
 from dat_ds.errors import DataError
 from dat_ds.method import parse_method
+
+logger = logging.getLogger("dat_ds")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     sides = _sides(dataset, shape)
     train, mixture = _training_part(dataset, source, kept, seed)
     total = dataset.num_classes or max(source.num_classes, num_labels)
+    if dataset.num_classes is None:
+        _warn_of_empty_classes(source, total)
     num_extra = 0
     if dataset.extra_fraction is not None:
         extra = _read_extra(dataset, source, total, seed)
@@ -244,6 +249,11 @@ def _training_part(
             f"dat.data.labelled_fraction={dataset.labelled_fraction} of {len(kept)} training "
             "images leaves no label at all: write a larger fraction."
         )
+    if not hidden and dataset.labelled_fraction < 1:
+        raise DataError(
+            f"dat.data.labelled_fraction={dataset.labelled_fraction} of {len(kept)} training "
+            "images leaves no image without a label: write a smaller fraction, or 1."
+        )
     labelled = _readable(dataset, Subset(source.train, [kept[i] for i in known]))
     unlabelled: list[Dataset[Any]] = []
     if not dataset.drop_unlabelled:
@@ -324,6 +334,21 @@ def _check_labels(source: Source, dataset: DatasetMethod) -> int:
             )
     raise_all(problems)
     return top + 1
+
+
+def _warn_of_empty_classes(source: Source, num_classes: int) -> None:
+    """Name the classes without a training image, which a model cannot learn."""
+    empty = sorted(set(range(num_classes)) - set(source.train.labels.tolist()))
+    if empty:
+        names = source.class_names
+        logger.warning(
+            "%d of %d classes have no training image: %s. Number the classes one after the other, "
+            "or write dat.data.num_classes=%d if it is meant.",
+            len(empty),
+            num_classes,
+            listed(str(i) if names is None else names[i] for i in empty),
+            num_classes,
+        )
 
 
 def _split(labels: Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -309,10 +309,15 @@ class EvaluationBatches:
 
     Iterating yields ``(x, y, indices)``: ``x`` float32 ``(B, C, H, W)`` in [0, 1], ``y`` int64
     ``(B,)``, dataset indices; ``B`` may be 0.
+
+    Attributes:
+        damaged: What was damaged in the batch handed out last, and the reason; images of a
+            :class:`dat_ds.data.Readable` dataset, which others stood for.
     """
 
     def __init__(self, dataset: Dataset[Any], shard: list[list[int]], num_workers: int) -> None:
         self._dataset, self._shard, self._num_workers = dataset, shard, num_workers
+        self.damaged: dict[str, str] = {}
 
     def __len__(self) -> int:
         """Number of batches, the same on every rank."""
@@ -329,7 +334,8 @@ class EvaluationBatches:
             pin_memory=False,
             generator=seeded_generator("evaluation"),
         )
-        for indices, ((x, y), _) in zip(self._shard, batches, strict=True):
+        for indices, ((x, y), damaged) in zip(self._shard, batches, strict=True):
+            self.damaged = damaged
             yield x, y, indices
 
     def empty_batch(self) -> tuple[Tensor, Tensor, list[int]]:

@@ -34,6 +34,7 @@ from dat_ds.config import (
     without_monitors,
 )
 from dat_ds.data import CollateFunction, Loader
+from dat_ds.data.transforms import KeyedDataset
 from dat_ds.engine import hooks
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.deepspeed_part import REFUSALS, check_deepspeed
@@ -46,8 +47,9 @@ from dat_ds.engine.validate import (
 )
 from dat_ds.errors import ConfigError, UserError
 from dat_ds.finetuning.plan import prepare
+from dat_ds.method import Section, shown
 from dat_ds.minmax import frozen_copy, settle
-from dat_ds.models import load
+from dat_ds.models import PixelModel, load
 from dat_ds.objectives import Objective
 from dat_ds.optim import (
     OPTIMIZERS,
@@ -114,6 +116,7 @@ def initialize(
     if ranks.is_main:
         for note in run.notes:
             logger.info("Note: %s", note)
+        _warn_of_unread_keys(run.dat, model, training_data)
     objective = run.dat.objective if objective is None else objective
     problems: list[str] = []
     if collate_fn is not None and training_data is None:
@@ -299,6 +302,37 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, run: RunConfig) ->
         check_one_bit(run.deepspeed, run.dat, problems)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+# What changes the images and weights that a run builds for itself.
+_OF_BUILT_DATA = (
+    *("augment", "rand_augment", "trivial_augment", "color_jitter", "random_erasing"),
+    *("mixup", "cutmix", "progressive_from", "img_size", "extra", "pseudo_labels", "damaged"),
+)
+_OF_BUILT_MODEL = ("pretrained", "activation_checkpointing", "stem")
+
+
+def _warn_of_unread_keys(
+    dat: DatConfig, model: nn.Module, training_data: Dataset[Any] | None
+) -> None:
+    """Name the keys that have no effect on a model and data of the user's own."""
+    given: list[tuple[str, Section, tuple[str, ...]]] = []
+    if training_data is not None and not isinstance(training_data, KeyedDataset):
+        given.append(("data", dat.data, _OF_BUILT_DATA))
+    if not isinstance(model, PixelModel):
+        given.append(("model", dat.model, _OF_BUILT_MODEL))
+    unread = [
+        f"dat.{section}.{key}={shown(getattr(values, key))}"
+        for section, values, keys in given
+        for key in keys
+        if getattr(values, key, None) != getattr(type(values)(), key, None)
+    ]
+    if unread:
+        logger.warning(
+            "%s: not read, since the model and training_data are passed to dat_ds.initialize. Make "
+            "them by dat_ds.models.build_model and dat_ds.data.build_data, or remove the keys.",
+            ", ".join(unread),
+        )
 
 
 def _warn_of_late_freeze(optimizer: CompressedOptimizer, total_steps: int) -> None:

@@ -158,7 +158,7 @@ def _prepare(order: Order) -> tuple[Format, Source]:
         missing = [name for name in form.needs if importlib.util.find_spec(name) is None]
         if missing:
             problems.append(
-                f"--to {order.to} needs {' and '.join(missing)}: pip install 'dat_ds[export]'."
+                f"--to {order.to} needs {' and '.join(missing)}: pip install 'dat-ds[export]'."
             )
     problems += _output_problems(order.output or default_output(order))
     if order.repository is not None:

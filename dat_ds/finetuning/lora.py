@@ -74,7 +74,7 @@ def add_adapters(network: nn.Module, config: LoraConfig, *, seed: int) -> None:
     except ImportError as error:
         raise ConfigError(
             f"dat.finetuning.lora needs peft ({error}): install it with "
-            'pip install "dat_ds[finetune]".'
+            'pip install "dat-ds[finetune]".'
         ) from None
     if any(hasattr(p, "ds_status") for p in network.parameters()):
         raise ConfigError(

@@ -52,7 +52,7 @@ class LoraConfig(Section):
 
     A layer with weight ``W`` computes ``(W + alpha / rank * B A) x``; ``A`` and ``B``, of ``rank``
     rows and columns, and the classifier are trained, and nothing else. Saved models hold the
-    merged weights. Needs ``pip install "dat_ds[finetune]"``. Default: null, no adapters.
+    merged weights. Needs ``pip install "dat-ds[finetune]"``. Default: null, no adapters.
     """
 
     rank: int = at_least(1, 8)

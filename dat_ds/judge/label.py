@@ -8,20 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from dat_ds.assembly import build_data_of
 from dat_ds.config import RunConfig
 from dat_ds.contracts import UNLABELLED
+from dat_ds.data.damaged import DAMAGED, too_many_damaged, write_damaged
 from dat_ds.engine.launch import setup_ranks
-from dat_ds.errors import DataError, ModelError
+from dat_ds.errors import DataError
 from dat_ds.evaluation import commit
 from dat_ds.evaluation.samples import Journal, clear_progress, open_folder
 from dat_ds.judge.target import load_target
-from dat_ds.training.pseudo_labels import ABOUT, PseudoLabels, label_images, write_labels
+from dat_ds.training.pseudo_labels import (
+    ABOUT,
+    PseudoLabels,
+    check_labeller,
+    label_images,
+    write_labels,
+)
 
 logger = logging.getLogger("dat_ds")
-_OF_TRAINING = ("pseudo_labels", "least_confidence", "num_workers", "pin_memory")
+_OF_TRAINING = (
+    *("pseudo_labels", "least_confidence", "num_workers", "pin_memory"),
+    *("damaged", "most_damaged"),
+)
 
 
 def label_run(
@@ -68,18 +76,7 @@ def label_run(
             in_chans=splits.image_shape[0],
             device=ranks.device,
         )
-        outputs = found.model(torch.zeros(1, *splits.image_shape, device=ranks.device)).shape[1]
-        if outputs != splits.num_classes:
-            raise ModelError(
-                f"{target!r} has {outputs} outputs, and the run has {splits.num_classes} classes: "
-                "name a model of these classes."
-            )
-        names = list(found.class_names or ()), list(splits.class_names or ())
-        if all(names) and names[0] != names[1]:
-            raise ModelError(
-                f"The classes of {target!r} stand in another order than those of the run: "
-                f"{_first_difference(*names)}. Write dat.data.class_map in the order of the model."
-            )
+        check_labeller(repr(target), found.model, found.class_names, splits, ranks.device)
         about: dict[str, Any] = {
             "target": target,
             "model_sha256": found.digest,
@@ -101,18 +98,24 @@ def label_run(
         num_workers=run.dat.data.num_workers,
         journal=Journal(output, ranks.rank),
     )
-    about |= {"class_names": names[1] or None, "commit": commit(), **_quality(labels)}
+    about |= {
+        "class_names": list(splits.class_names or ()) or None,
+        "commit": commit(),
+        **_quality(labels),
+    }
     with ranks.together():
+        if labels.damaged:
+            if ranks.is_main:
+                write_damaged(output / DAMAGED, labels.damaged)
+            most, size = run.dat.data.most_damaged, len(labels.classes)
+            error = too_many_damaged(labels.damaged, size, most, output / DAMAGED)
+            if error is not None:
+                raise error
         if ranks.is_main:
             write_labels(output, labels, images, about)
             clear_progress(output)
             logger.info("%s", _in_words(about, output))
     return about
-
-
-def _first_difference(ours: list[str], theirs: list[str]) -> str:
-    pairs = enumerate(zip(ours, theirs, strict=True))
-    return next(f"class {i} is {a!r} there and {b!r} here" for i, (a, b) in pairs if a != b)
 
 
 def _quality(labels: PseudoLabels) -> dict[str, Any]:
@@ -125,14 +128,16 @@ def _quality(labels: PseudoLabels) -> dict[str, Any]:
         "known_labels": len(right),
         "accuracy": float(right.mean()) if len(right) else None,
         "by_class": labels.classes.bincount().tolist(),
+        "damaged_images": len(labels.damaged),
     }
 
 
 def _in_words(about: Mapping[str, Any], output: Path) -> str:
-    right, known = about["accuracy"], about["known_labels"]
+    right, known, damaged = (about[k] for k in ("accuracy", "known_labels", "damaged_images"))
+    lost = f"; for {damaged} damaged ones another image was labelled" if damaged else ""
     words = f"; of the {known} whose label is known, {right:.1%} are right" if known else ""
     return (
         f"{about['num_images']} images labelled with a mean confidence of "
-        f"{about['mean_confidence']:.3f}{words}. To train with them: "
+        f"{about['mean_confidence']:.3f}{words}{lost}. To train with them: "
         f"dat.data.pseudo_labels={str(output)!r}."
     )

@@ -30,7 +30,7 @@ from dat_ds.data.method import named_data
 from dat_ds.errors import ConfigError, DataError, ModelError
 from dat_ds.method import import_methods, parse_method, parse_section
 from dat_ds.models import MODELS, PixelModel, build_model, load
-from dat_ds.models.pretrained import read_weights, statistics_of, unwrapped
+from dat_ds.models.pretrained import STATE_SUFFIXES, read_weights, statistics_of, unwrapped
 from dat_ds.models.saved import SPEC_NAME
 
 logger = logging.getLogger("dat_ds")
@@ -39,7 +39,6 @@ _KINDS = (
     "the folder of a run, a checkpoint or an export, a timm name, a Hugging Face folder, a state "
     "dict (.safetensors, .pt), an exported program (.pt2), or MODULE:CALLABLE with --import MODULE"
 )
-_STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -350,7 +349,7 @@ def _of_file(
 ) -> nn.Module:
     if path.suffix == ".pt2":
         return _of_program(path)
-    if path.suffix not in _STATE_SUFFIXES:
+    if not path.name.endswith(STATE_SUFFIXES):
         raise ModelError(f"{str(path)!r} is not a model: a target is {_KINDS}.")
     if path.with_name(SPEC_NAME).is_file() and path.name == "model.safetensors":
         return load(path)

@@ -22,7 +22,7 @@ from dat_ds.models.families.projection import use_projection_head
 from dat_ds.models.families.stem import use_cifar_stem
 from dat_ds.models.families.timm import TIMM_OVERRIDES, build_timm, timm_head_names
 from dat_ds.models.normalize import PixelModel
-from dat_ds.models.pretrained import Statistics, load_pretrained
+from dat_ds.models.pretrained import PUBLISHED, Statistics, load_pretrained
 from dat_ds.models.saved import SPEC_NAME, WEIGHTS_NAME, find_saved, read_spec
 
 logger = logging.getLogger("dat_ds")
@@ -67,6 +67,7 @@ def build_model(
     stem: Literal["default", "cifar"] = "default",
     head: Head = "classes",
     pretrained: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     activation_checkpointing: Checkpointing = "none",
     seed: int | None = None,
@@ -96,8 +97,10 @@ def build_model(
         stem: 'cifar' replaces the stem of a ResNet, for images of 32 pixels and less.
         head: Kind of outputs. 'projection' puts two layers in the place of the classifier;
             the others tell whether the classifier of a saved model serves the same purpose.
-        pretrained: A local checkpoint file, see ``load_pretrained``, or a saved model of ours, see
-            ``dat_ds.models.load``, whose head is taken over if it has the same purpose.
+        pretrained: A local checkpoint file, or 'timm', see ``load_pretrained``; or a saved model
+            of ours, see ``dat_ds.models.load``, whose head is taken over if it has the same purpose
+            and, where both are known, the same classes in the same order.
+        class_names: Names of the classes in the order of the outputs, where they are known.
         options: Further keyword arguments of the timm model, or fields of the Hugging Face
             config; JSON-serialisable.
         activation_checkpointing: Recompute activations in the backward pass. 'reentrant' works
@@ -132,6 +135,9 @@ def build_model(
         "seed": seed,
     }
     _check_choices(spec)
+    if class_names is not None:
+        # For an evaluation on data whose classes stand in another order.
+        spec["class_names"] = list(class_names)
     saved = _saved_folder(spec["pretrained"])
     saved_spec = {} if saved is None else read_spec(saved / SPEC_NAME)
     with contextlib.nullcontext() if seed is None else _seeded(seed):
@@ -191,9 +197,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _saved_folder(pretrained: str | None) -> Path | None:
     """Folder of the saved model of ours that ``pretrained`` names, if it does."""
-    if pretrained is None:
+    if pretrained in (None, PUBLISHED):
         return None
-    path = Path(pretrained).expanduser()
+    path = Path(str(pretrained)).expanduser()
     is_ours = path.name == WEIGHTS_NAME and path.with_name(SPEC_NAME).is_file()
     return find_saved(path) if path.is_dir() or is_ours else None
 
@@ -218,9 +224,16 @@ def _build_body(
     in_file = None
     if spec["pretrained"] is not None:
         file = spec["pretrained"] if saved is None else saved / WEIGHTS_NAME
-        skips_head = bool(saved_spec) and saved_spec.get("head", "classes") != spec["head"]
+        skips_head = bool(saved_spec) and not _has_the_head(saved_spec, spec)
         in_file = load_pretrained(network, file, classifier, skips_head=skips_head)
     return body, None if saved_spec else in_file
+
+
+def _has_the_head(saved: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
+    """Whether the head of a saved model does what that of a spec is to do."""
+    classes = [description.get("class_names") for description in (saved, spec)]
+    is_same_order = None in classes or classes[0] == classes[1]
+    return is_same_order and saved.get("head", "classes") == spec["head"]
 
 
 def _enable_checkpointing(body: nn.Module, reentrant: bool, name: str) -> None:

@@ -36,8 +36,10 @@ class ModelMethod(Method):
     img_size: int | None = above(0, None)
     """Side of the images that the network is built for. Default: that of the data's images."""
     pretrained: str | None = None
-    """Path of a local checkpoint (``.safetensors``, ``.pt``, ``.pth``, ``.bin``), or of a run: the
-    best model of a pre-training run, with a fresh classifier."""
+    """Weights to start from: a file (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.pth.tar``);
+    a run, of which the best model is taken; or ``timm`` for those that timm publishes under the
+    model's name, which are fetched. The classifier is taken over where it has as many classes, and,
+    of a run, the same ones in the same order; else it is a fresh one."""
     mean: list[float] | None = None
     """Mean of each channel that is subtracted inside the model, pixel units. Default: the data's;
     with ``pretrained`` and ``hf:``, the model's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
@@ -20,7 +22,10 @@ from torch import Tensor, nn
 from dat_ds.errors import ModelError
 
 logger = logging.getLogger("dat_ds")
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+PUBLISHED = "timm"
+"""In the place of a file: the weights that timm publishes under the model's name."""
+STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pth.tar")
+"""How the names of files of weights end."""
 # Where training scripts put the state dict; averages of the weights come first, as in timm.
 _CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
@@ -48,9 +53,8 @@ def load_pretrained(
 
     Args:
         model: The network, without normalisation.
-        path: A ``.pt``, ``.pth``, ``.bin`` (read with ``weights_only=True``) or
-            ``.safetensors`` file that holds a state dict, see :func:`read_weights`, possibly of a
-            wrapped model, see :func:`unwrapped`.
+        path: A file that holds a state dict, see :func:`read_weights`, possibly of a wrapped
+            model, see :func:`unwrapped`; or :data:`PUBLISHED`.
         head: Names of the modules that make up the classifier.
         skips_head: Leave the file's classifier out whatever its shape: it was trained for
             something else.
@@ -63,7 +67,9 @@ def load_pretrained(
             another shape, or fewer than half of the file's, or of the model's, fit.
     """
     target = model.state_dict()
-    everything = read_weights(Path(path).expanduser())
+    everything = (
+        _published(model) if str(path) == PUBLISHED else read_weights(Path(path).expanduser())
+    )
     weights = unwrapped(everything, target)
     if not _fits(weights, target, head):
         weights = _converted(weights, model, path)
@@ -97,15 +103,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     taken, as timm does, and a log message says so.
 
     Args:
-        path: A ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file.
+        path: A file with one of :data:`STATE_SUFFIXES`. Those of torch are read with
+            ``weights_only=True``; the ``argparse.Namespace`` that training scripts, timm's too,
+            put beside the weights is let in and dropped.
 
     Raises:
         ModelError: The file is missing, has another suffix, or does not hold a state dict.
     """
-    if path.suffix not in (*_TORCH_SUFFIXES, ".safetensors"):
+    if not path.name.endswith(STATE_SUFFIXES):
         raise ModelError(
             f"Cannot read weights from '{path}': name a file that ends in "
-            f"{', '.join(_TORCH_SUFFIXES)} or .safetensors."
+            f"{', '.join(STATE_SUFFIXES[:-1])} or {STATE_SUFFIXES[-1]}."
         )
     if not path.is_file():
         raise ModelError(f"Cannot read weights from '{path}': there is no such file.")
@@ -113,7 +121,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
             return tensors
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -128,6 +137,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "torch.save(model.state_dict(), path)."
         )
     return dict(content)
+
+
+def _published(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that timm publishes for a network, fetched where it is not cached.
+
+    Raises:
+        ModelError: The network is none of timm's, has no published weights, or they cannot be
+            fetched.
+    """
+    published = getattr(model, "pretrained_cfg", {})
+    name = ".".join(filter(None, (published.get("architecture"), published.get("tag"))))
+    if not name or not any(published.get(key) for key in ("hf_hub_id", "url", "file")):
+        raise ModelError(
+            f"dat.model.pretrained='{PUBLISHED}': timm publishes no weights of this network: write "
+            "a name of timm.list_models(pretrained=True) into dat.model.name, or a file."
+        )
+    try:
+        found: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of the network, the hub's library, and timm
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"dat.model.pretrained='{PUBLISHED}': the weights of {name!r} cannot be fetched "
+            f"({reason}). Fetch them where there is a network, and name the file."
+        ) from None
+    return found.state_dict()
 
 
 def _contained(content: Any, path: Path) -> Any:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from dat_ds.data import evaluation_batches
+from dat_ds.data import DataSplits, evaluation_batches
 from dat_ds.data.fingerprint import difference, fingerprint
 from dat_ds.data.readers.npz import load_npz
-from dat_ds.errors import DataError
+from dat_ds.errors import DataError, ModelError, UserError
 from dat_ds.evaluation.samples import Journal
 from dat_ds.files import write_json, writing
-from dat_ds.models import load
+from dat_ds.models import PixelModel, load
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
@@ -45,11 +46,13 @@ class PseudoLabels:
         confidence: Probability of that class, float32 ``(N,)``, in [0, 1].
         given: Label that the data have themselves, int64 ``(N,)``, ``UNLABELLED`` where none; None
             where labels were read from a folder.
+        damaged: Images in the place of which another one was labelled, and the reasons.
     """
 
     classes: Tensor
     confidence: Tensor
     given: Tensor | None = None
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
 
 def label_images(
@@ -78,7 +81,8 @@ def label_images(
         DataError: For an image that cannot be read, on all ranks.
     """
     size = len(cast(Any, images))
-    known = {} if journal is None else _rows(journal.entries())
+    entries = [] if journal is None else journal.entries()
+    known = _rows(entries)
     left = [i for i in range(size) if i not in known]
     batches = evaluation_batches(
         Subset(images, left),
@@ -99,15 +103,20 @@ def label_images(
                 "classes": best.indices.tolist(),
                 "confidence": best.values.float().tolist(),
                 "given": y.tolist(),
+                "damaged": batches.damaged,
             }
             if journal is not None:
                 journal.add(entry)
             own.append(entry)
-    for entries in cast("list[list[dict[str, Any]]]", ranks.gather(own)):
-        known |= _rows(entries)
+    for found in cast("list[list[dict[str, Any]]]", ranks.gather(own)):
+        known |= _rows(found)
+        entries += found
     classes, confidence, given = zip(*(known[i] for i in range(size)), strict=True)
     return PseudoLabels(
-        torch.tensor(classes), torch.tensor(confidence, dtype=torch.float32), torch.tensor(given)
+        torch.tensor(classes),
+        torch.tensor(confidence, dtype=torch.float32),
+        torch.tensor(given),
+        {image: words for entry in entries for image, words in entry.get("damaged", {}).items()},
     )
 
 
@@ -139,16 +148,73 @@ def write_labels(
     write_json(folder / ABOUT, {**about, "images": fingerprint(images)})
 
 
-def read_labels(folder: Path, images: Dataset[Any]) -> PseudoLabels:
+def check_labeller(
+    name: str,
+    model: Classifier,
+    class_names: Sequence[str] | None,
+    splits: DataSplits,
+    device: torch.device,
+) -> None:
+    """See that a model takes the images of a run and gives its classes.
+
+    Args:
+        name: What the model is called.
+        model: Pixels to logits, in eval mode.
+        class_names: Names of its classes in order, where they are known.
+        splits: The data of the run.
+        device: Where the model is.
+
+    Raises:
+        ModelError: It does not take the images, or has other classes, or them in another order.
+    """
+    shape = splits.image_shape
+    try:
+        with torch.no_grad():
+            outputs = model(torch.zeros(1, *shape, device=device)).shape[1]
+    except Exception as error:  # libraries raise whatever their layers do
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"{name} does not take the images of the run, of shape (C, H, W) = {shape} ({reason}): "
+            "name a model of such images."
+        ) from None
+    if outputs != splits.num_classes:
+        raise ModelError(
+            f"{name} has {outputs} outputs, and the run has {splits.num_classes} classes: name a "
+            "model of these classes."
+        )
+    _check_order(name, class_names, splits, ModelError)
+
+
+def _check_order(
+    name: str,
+    class_names: Sequence[str] | None,
+    splits: DataSplits,
+    kind: type[UserError],
+) -> None:
+    """Raise an error of that kind where classes have other names, or stand in another order."""
+    ours, theirs = list(splits.class_names or ()), list(class_names or ())
+    if not ours or not theirs or ours == theirs:
+        return
+    pairs = enumerate(zip_longest(theirs, ours, fillvalue="none"))
+    first = next(f"class {i} is {a!r} there and {b!r} here" for i, (a, b) in pairs if a != b)
+    raise kind(
+        f"The classes of {name} stand in another order than those of the run: {first}. Write "
+        "dat.data.class_map in the order of the former."
+    )
+
+
+def read_labels(folder: Path, splits: DataSplits) -> PseudoLabels:
     """Labels from a folder.
 
     Args:
         folder: As :func:`write_labels` wrote it.
-        images: Those that are to be labelled.
+        splits: Data with images without a label.
 
     Raises:
-        DataError: If it is damaged, or of other images.
+        DataError: If it is damaged, of other images, or of other classes.
     """
+    assert splits.mixture is not None
+    images = splits.mixture.unlabelled
     where = f"dat.data.pseudo_labels={str(folder)!r}"
     arrays = load_npz(folder / LABELS, where)
     try:
@@ -165,6 +231,7 @@ def read_labels(folder: Path, images: Dataset[Any]) -> PseudoLabels:
             f"({other}). "
             "Label these with dat-ds label, or name the data that were labelled."
         )
+    _check_order(where, about.get("class_names"), splits, DataError)
     classes, confidence = arrays.get("classes"), arrays.get("confidence")
     size = len(cast(Any, images))
     if (
@@ -179,6 +246,12 @@ def read_labels(folder: Path, images: Dataset[Any]) -> PseudoLabels:
             f"{where}: {LABELS} needs classes (integers) and confidence (floats), {size} of each. "
             "Write it again with dat-ds label."
         )
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or high >= splits.num_classes:
+        raise DataError(
+            f"{where}: its classes run from {low} to {high}, and the run has "
+            f"{splits.num_classes}. Label the images with a model of these classes."
+        )
     return PseudoLabels(
         torch.from_numpy(classes.astype(np.int64)),
         torch.from_numpy(confidence.astype(np.float32)),
@@ -186,23 +259,28 @@ def read_labels(folder: Path, images: Dataset[Any]) -> PseudoLabels:
 
 
 def labels_for(
-    images: Dataset[Any], source: str, ranks: Ranks, *, batch_size: int, num_workers: int
+    splits: DataSplits, source: str, ranks: Ranks, *, batch_size: int, num_workers: int
 ) -> PseudoLabels:
     """What ``dat.data.pseudo_labels`` gives to images: its labels, or its model's; a collective.
 
     Args:
-        images: Those without a label.
+        splits: Data with images without a label.
         source: A folder of labels, or a run, checkpoint or saved model that labels them now.
         ranks: The processes.
         batch_size: Largest batch of a rank.
         num_workers: Processes of each rank that read images.
 
     Raises:
-        UserError: For a folder that holds neither, on all ranks.
+        UserError: For a folder that holds neither, and for labels or a model of other classes or
+            images; on all ranks.
     """
+    assert splits.mixture is not None
+    images = splits.mixture.unlabelled
     with ranks.together():
         folder = Path(source)
         if (folder / LABELS).is_file():
-            return read_labels(folder, images)
+            return read_labels(folder, splits)
         model = load(source, map_location=ranks.device)
+        names = cast(PixelModel, model).spec.get("class_names")
+        check_labeller(f"dat.data.pseudo_labels={source!r}", model, names, splits, ranks.device)
     return label_images(images, model, ranks, batch_size=batch_size, num_workers=num_workers)

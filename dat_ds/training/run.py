@@ -23,7 +23,6 @@ from dat_ds.config import (
     threat_of,
 )
 from dat_ds.data import DatasetMethod, DataSplits, DistributedLoader
-from dat_ds.data.unlabelled import PartlyLabelled
 from dat_ds.engine.build import initialize
 from dat_ds.engine.checkpoint import REFERENCE
 from dat_ds.engine.deepspeed_part import check_deepspeed
@@ -203,7 +202,7 @@ def _train_one(
             clean_folder(output)
     checkpoint = find_checkpoint(output, resume.source, ranks)
     if splits.mixture is not None and run.dat.data.pseudo_labels is not None:
-        _label(splits.mixture, run, ranks)
+        _label(splits, run, ranks)
     engine, _, loader, _ = initialize(
         model=model, config=run, training_data=splits.train, ranks=ranks
     )
@@ -258,11 +257,12 @@ def _train_one(
     return record
 
 
-def _label(mixture: PartlyLabelled, run: RunConfig, ranks: Ranks) -> None:
+def _label(splits: DataSplits, run: RunConfig, ranks: Ranks) -> None:
     """Give the unlabelled images the labels that ``dat.data.pseudo_labels`` names."""
-    data = run.dat.data
+    data, mixture = run.dat.data, splits.mixture
+    assert mixture is not None
     labels = labels_for(
-        mixture.unlabelled,
+        splits,
         str(data.pseudo_labels),
         ranks,
         batch_size=run.dat.evaluation.batch_size,

@@ -19,11 +19,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dat_ds.assembly import build_schedule
 from dat_ds.checkpoints import CHECKPOINTS
 from dat_ds.data import DistributedLoader, PlannedBatch
+from dat_ds.data.damaged import DAMAGED, too_many_damaged, write_damaged
 from dat_ds.engine.adversarial import AdversarialEngine
 from dat_ds.engine.checkpoint import Checkpoints
 from dat_ds.errors import CheckpointError, DataError, ModelError, NumericsError
 from dat_ds.evaluation import Record
-from dat_ds.files import append_row, keep_rows_until, replace_text, sync_rows
+from dat_ds.files import append_row, keep_rows_until, sync_rows
 from dat_ds.minmax import FaultyBatchError
 from dat_ds.progress import PROGRESS
 from dat_ds.training.guard import Guard, GuardReading, stronger_attack
@@ -33,7 +34,7 @@ from dat_ds.training.stopping import StopSignal
 
 logger = logging.getLogger("dat_ds")
 
-METRICS, EVENTS, DAMAGED = "metrics.jsonl", "events.jsonl", "damaged.txt"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 _GO_ON, _DAMAGED, _SAVE, _STOP, _BAD_DATA = range(5)  # ranks follow the largest
 
 
@@ -198,14 +199,11 @@ class Trainer:
                 next(iter(met.values())),
                 self.output / DAMAGED,
             )
-        size, most = len(cast(Sized, self.loader.dataset)), self.run.dat.data.most_damaged
-        allowed = math.floor(most * size if most < 1 else most)
-        if len(self.damaged) <= allowed:
-            return None
-        return DataError(
-            f"{len(self.damaged)} damaged training images were met, and dat.data.most_damaged="
-            f"{most:g} allows {allowed} of {size}: they are listed in {self.output / DAMAGED}. "
-            "Replace or remove them, or raise dat.data.most_damaged."
+        return too_many_damaged(
+            self.damaged,
+            len(cast(Sized, self.loader.dataset)),
+            self.run.dat.data.most_damaged,
+            self.output / DAMAGED,
         )
 
     def _write_damaged(self) -> None:
@@ -213,8 +211,7 @@ class Trainer:
         path = self.output / DAMAGED
         with self.ranks.together():
             if self.ranks.is_main and (self.damaged or path.exists()):
-                lines = (" ".join(words.split()) for words in self.damaged.values())
-                replace_text(path, "".join(f"{line}\n" for line in lines))
+                write_damaged(path, self.damaged)
 
     def _drop_later_rows(self) -> None:
         """Cut the metrics of steps after the present one, which are about to be repeated."""

@@ -282,3 +282,34 @@ def test_the_tables_have_every_kind_and_door():
         cells = table(heading)
         assert list(cells) == list(kinds)
         assert all(list(row) == list(doors) for row in cells.values())
+
+
+def test_keys_that_a_model_and_data_of_ones_own_leave_unread_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "dat": {
+            "threat_model": {"eps": 0.05},
+            "attack": PGD,
+            "data": {"mixup": 0.8, "augment": "crop", "num_workers": 0},
+            "model": {"pretrained": "weights.pt"},
+            "schedule": {"max_steps": 4},
+        },
+    }
+    x, y = batch()
+    data = torch.utils.data.TensorDataset(x, y)
+    dat_ds.initialize(model=network(), config=config, training_data=data)
+    words = (
+        "dat.data.augment='crop', dat.data.mixup=0.8, dat.model.pretrained='weights.pt': not read"
+    )
+    assert words in caplog.text
+    caplog.clear()
+    splits = dat_ds.data.build_data("digits", augment="crop")
+    model = dat_ds.models.build_model(
+        "resnet18", num_classes=10, in_chans=1, options={"channels": [4] * 4}
+    )
+    config["dat"]["model"] = {}
+    dat_ds.initialize(model=model, config=config, training_data=splits.train)
+    assert "not read" not in caplog.text

@@ -216,19 +216,19 @@ def test_a_recipe_s_choices_do_not_reach_a_preset(capsys: pytest.CaptureFixture[
         ),
         (
             ["--preset", "fast_at", "--data", "synthetic", "--set", "dat.data.image_shape=[1,8,8]"],
-            "dat.model.mean=[0.4914, 0.4822, 0.4465] is for images of 3 channels",
+            "dat.model.mean=[0.4914, 0.4822, 0.4465] is for images of 3 channel(s)",
         ),
         (
             ["--preset", "fast_at", "--data", "synthetic", "--set", "dat.data.image_shape=[1,8,8]"],
-            "write --set dat.data.img_size=32",
+            "write dat.data.img_size=32",
         ),
         (
             ["--preset", "fast_at", "--data", "synthetic", "--set", "dat.data.num_classes=12"],
-            "synthetic has 12 classes: write --set dat.model.num_classes=12",
+            "synthetic has 12 classes: write dat.model.num_classes=12",
         ),
         (
             ["--preset", "fast_at", "--data", "synthetic", "--set", "dat.data.num_classes=3"],
-            "synthetic has 3 classes: write --set dat.model.num_classes=3",
+            "synthetic has 3 classes: write dat.model.num_classes=3",
         ),
     ],
 )

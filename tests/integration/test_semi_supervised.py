@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torchvision.io import write_png
 
 from dat_ds import load_config, models
 from dat_ds.assembly import build_data_of
@@ -63,8 +65,8 @@ def test_robust_self_training_takes_the_labellers_word(
     assert "112 training images (68 of them with pseudo-labels)" in capfd.readouterr().out
     config = load_config(run / "config.json")
     splits = build_data_of(config)
-    images, ranks = splits.mixture.unlabelled, setup_ranks()
-    given = labels_for(images, str(labeller), ranks, batch_size=8, num_workers=0).classes
+    ranks = setup_ranks()
+    given = labels_for(splits, str(labeller), ranks, batch_size=8, num_workers=0).classes
     x = torch.stack([x for x, _ in splits.mixture.unlabelled])
     assert torch.equal(given, models.load(labeller)(x).argmax(1))
     splits.mixture.label(given)
@@ -95,11 +97,12 @@ def test_labels_are_the_models_likeliest_classes_and_are_trained_on(
     words = ["label", str(labeller), "--deepspeed_config", str(config), "--output", str(output)]
     assert main(words) == 0
     printed = capfd.readouterr().out
-    images = build_data_of(load_config(config_of(tmp_path))).mixture.unlabelled
+    splits = build_data_of(load_config(config_of(tmp_path)))
+    images = splits.mixture.unlabelled
     pairs = [images[i] for i in range(len(images))]
     with torch.no_grad():
         shares = models.load(labeller)(torch.stack([x for x, _ in pairs])).double().softmax(1)
-    found, about = read_labels(output, images), json.loads((output / "labels.json").read_text())
+    found, about = read_labels(output, splits), json.loads((output / "labels.json").read_text())
     assert torch.equal(found.classes, shares.argmax(1))
     assert found.confidence.tolist() == pytest.approx(shares.amax(1).tolist(), rel=1e-5)
     truth = torch.tensor([y for _, y in pairs])
@@ -144,9 +147,8 @@ def test_labels_of_other_images_and_other_classes_are_refused(
     output = tmp_path / "labels"
     label_run(str(labeller), load_config(config_of(tmp_path)), output)
     other = load_config(config_of(tmp_path / "other"), overrides=["dat.seed=1"])
-    images = build_data_of(other).mixture.unlabelled
     with pytest.raises(DataError, match=r"labels of other images .*Label these with dat-ds label"):
-        read_labels(output, images)
+        read_labels(output, build_data_of(other))
     whole = config_of(tmp_path / "whole", labelled_fraction=1.0, pseudo_labels=None)
     with pytest.raises(DataError, match=r"has no image without a label: write dat\.data\.labelled"):
         label_run(str(labeller), load_config(whole), tmp_path / "none")
@@ -154,7 +156,7 @@ def test_labels_of_other_images_and_other_classes_are_refused(
     with pytest.raises(ModelError, match=r"has 4 outputs, and the run has 7 classes"):
         label_run(str(labeller), more, tmp_path / "seven")
     (output / "labels.npz").write_bytes(b"damaged")
-    same = build_data_of(load_config(config_of(tmp_path))).mixture.unlabelled
+    same = build_data_of(load_config(config_of(tmp_path)))
     with pytest.raises(DataError, match="is not a readable npz file"):
         read_labels(output, same)
     data = {**FEW, "pseudo_labels": str(labeller), "least_confidence": 0.9999999}
@@ -162,3 +164,50 @@ def test_labels_of_other_images_and_other_classes_are_refused(
     values["dat"]["data"] |= data
     path = tiny_run.write(tmp_path / "sure.json", values)
     assert main(["train", "--deepspeed_config", str(path)]) == 2
+
+
+def test_labels_and_models_of_other_classes_are_refused_in_training_too(
+    tmp_path: Path, labeller: Path
+) -> None:
+    output, ranks = tmp_path / "labels", setup_ranks()
+    run = load_config(config_of(tmp_path))
+    label_run(str(labeller), run, output)
+    splits = build_data_of(run)
+    named = dataclasses.replace(splits, class_names=("a", "b", "c", "d"))
+    about = json.loads((output / "labels.json").read_text())
+    tiny_run.write(output / "labels.json", {**about, "class_names": ["b", "a", "c", "d"]})
+    with pytest.raises(DataError, match=r"another order .*class 0 is 'b' there and 'a' here"):
+        read_labels(output, named)
+    fewer = dataclasses.replace(splits, num_classes=3)
+    with pytest.raises(DataError, match=r"its classes run from \d to 3, and the run has 3"):
+        read_labels(output, fewer)
+    with pytest.raises(ModelError, match="has 4 outputs, and the run has 3 classes"):
+        labels_for(fewer, str(labeller), ranks, batch_size=8, num_workers=0)
+    other = dataclasses.replace(splits, image_shape=(4, 8, 8))
+    with pytest.raises(ModelError, match="does not take the images of the run"):
+        labels_for(other, str(labeller), ranks, batch_size=8, num_workers=0)
+
+
+def test_a_damaged_unlabelled_image_is_listed_when_it_is_labelled(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    colour = {"image_shape": [3, 8, 8]}
+    data = {**FEW, **colour, "drop_unlabelled": True}
+    labeller = train(tmp_path / "labeller", data=data, attack={"name": "none"})
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(4):
+        pixels = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(i))
+        write_png(pixels.to(torch.uint8), str(folder / f"{i}.png"))
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    keys = {**colour, "labelled_fraction": 1.0, "unlabelled_path": str(folder), "damaged": "skip"}
+    config = load_config(config_of(tmp_path, **keys, most_damaged=1))
+    about = label_run(str(labeller), config, tmp_path / "labels")
+    assert about["damaged_images"] == 1
+    assert "for 1 damaged ones another image was labelled" in capfd.readouterr().out
+    assert str(folder / "1.png") in (tmp_path / "labels" / "damaged.txt").read_text()
+    classes = read_labels(tmp_path / "labels", build_data_of(config)).classes
+    assert classes[1] == classes[2], "the next readable image stands for it, as in training"
+    strict = load_config(config_of(tmp_path, **keys, most_damaged=0))
+    with pytest.raises(DataError, match=r"most_damaged=0 allows 0 of 4: they are listed in"):
+        label_run(str(labeller), strict, tmp_path / "strict")

@@ -241,6 +241,17 @@ def test_num_classes_may_exceed_the_labels_in_the_data(tmp_path):
     assert build_data("npz", path=tmp_path / "a.npz", num_classes=12).num_classes == 12
 
 
+def test_classes_without_a_training_image_are_named(tmp_path, caplog):
+    images, labels = np.zeros((12, 8, 8), np.uint8), np.array([0, 5, 2, 4] * 3)
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, (images, labels) * 2, strict=True)))
+    assert build_data("npz", path=tmp_path / "a.npz").num_classes == 6
+    assert "2 of 6 classes have no training image: 1, 3." in caplog.text
+    caplog.clear()
+    build_data("npz", path=tmp_path / "a.npz", num_classes=6)
+    assert caplog.text == ""
+
+
 def test_empty_splits_are_refused(tmp_path):
     empty = {"x_test": np.zeros((0, 6, 5, 3), dtype=np.uint8), "y_test": np.zeros(0, dtype=int)}
     write_npz(tmp_path / "a.npz", **empty)

@@ -161,9 +161,9 @@ def model_of(data: dict[str, Any], folder: Path, **model: Any) -> PixelModel:
 def test_a_run_builds_its_model_for_the_height_and_width_of_the_data(tmp_path: Path) -> None:
     data = npz(tmp_path, (6, 10), 4)
     assert model_of(data, tmp_path, patch_size=2)(torch.rand(2, 1, 6, 10)).shape == (2, 4)
-    with pytest.raises(ConfigError, match="but the images have 6 x 10 pixels: ") as caught:
+    with pytest.raises(ConfigError, match="but the images of npz have 6 x 10 pixels: ") as caught:
         model_of(data, tmp_path, patch_size=2, img_size=6)
-    assert str(caught.value).endswith("resize the images with dat.data.img_size=6.")
+    assert "write dat.data.img_size=6, which resizes them" in str(caught.value)
     model_of({**data, "img_size": 6}, tmp_path, patch_size=2, img_size=6)
 
 

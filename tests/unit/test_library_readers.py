@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from scipy.io import savemat
 
 from dat_ds.config import load_config
 from dat_ds.data import DistributedLoader, build_data, file_of
@@ -235,6 +236,66 @@ def test_timms_torchvision_folders_are_files(tmp_path):
     assert "have 12 images in common" in text or "classes of the parts differ" in text
 
 
+def write_food(root: Path) -> Path:
+    """A small Food101, as its archive unpacks."""
+    meta, images = root / "food-101" / "meta", root / "food-101" / "images"
+    meta.mkdir(parents=True)
+    for number, part in enumerate(("train", "test")):
+        listing = {name: [f"{name}/{part}{i}" for i in range(4)] for name in CLASSES}
+        (meta / f"{part}.json").write_text(json.dumps(listing))
+        for label, (name, files) in enumerate(listing.items()):
+            (images / name).mkdir(parents=True, exist_ok=True)
+            for i, file in enumerate(files):
+                data = encoded(100 * number + 10 * label + i, "JPEG")
+                (images / f"{file}.jpg").write_bytes(data)
+    return root
+
+
+def test_torchvisions_files_are_read_by_the_class_s_name(tmp_path):
+    write_food(tmp_path)
+    splits = build("torchvision", tmp_path, dataset="food101")
+    found = torchvision.datasets.Food101(tmp_path)
+    assert splits.class_names == CLASSES == tuple(found.classes)
+    assert (len(splits.train), len(splits.test), splits.num_classes) == (12, 12, 3)
+    for i in (0, 5, 11):
+        file = file_of(splits.train, i)
+        assert read_image(file, "").permute(1, 2, 0).tolist() == np.array(found[i][0]).tolist()
+        assert splits.train[i][1] == found[i][1]
+    check_ids(splits)
+    text = refusal("torchvision", tmp_path, dataset="Food101", test_split="validation")
+    assert "torchvision cannot open the part 'validation' (Unknown value 'validation'" in text
+
+
+def test_torchvisions_arrays_are_those_of_the_class(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
+    for part in ("train", "test"):
+        labels = np.arange(1, 21)[:, None] % 10 + 1  # 10 stands for the digit 0
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": images, "y": labels})
+    kind = torchvision.datasets.SVHN
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    splits = build("torchvision", tmp_path, dataset="SVHN", img_size=None)
+    found = kind(tmp_path)
+    assert splits.image_shape == (3, 32, 32)
+    assert torch.equal(splits.train[3][0], torch.from_numpy(found.data[3]) / 255)
+    assert [splits.train[i][1] for i in range(20)] == found.labels.tolist()
+    check_ids(splits)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"dataset": "Nothing"}, "'Nothing' is not a dataset of torchvision: write the name of"),
+        ({"dataset": "EuroSAT"}, "'EuroSAT' has no training and test part in torchvision"),
+        ({"dataset": "SVHN"}, "or write dat.data.download=true to fetch its files"),
+        ({}, "dataset is missing: 'torchvision' needs the name of a class"),
+        ({"dataset": "EMNIST", "options": {"train": True}}, "options.train is not allowed"),
+        ({"dataset": "EMNIST", "options": {"split": "x"}}, "Unknown value 'x' for argument split"),
+    ],
+)
+def test_what_torchvision_cannot_open_is_refused(tmp_path, keys, words):
+    assert words in refusal("torchvision", tmp_path, **keys)
+
+
 @pytest.mark.parametrize("dataset", ["torch/nothing", "hfds/no/such"])
 def test_names_that_timm_does_not_know_are_refused(tmp_path, dataset):
     assert f"dat.data.dataset={dataset!r}, dat.data.path=" in refusal(
@@ -403,7 +464,7 @@ def test_labels_of_text_need_a_class_map_which_also_reorders(tmp_path):
 def test_without_the_library_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert refusal("huggingface", tmp_path) == (
-        "dat.data.name='huggingface' needs the package 'datasets': pip install 'dat_ds[data]'."
+        "dat.data.name='huggingface' needs the package 'datasets': pip install 'dat-ds[data]'."
     )
 
 

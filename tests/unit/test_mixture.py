@@ -234,7 +234,9 @@ def write_npz(path: Path, count: int = 30, *, classes: int = 10, names=("x", "y"
     return path
 
 
-@pytest.mark.parametrize("names", [("x", "y"), ("images", "labels"), ("x_train", "y_train")])
+@pytest.mark.parametrize(
+    "names", [("x", "y"), ("images", "labels"), ("x_train", "y_train"), ("image", "label")]
+)
 def test_generated_images_come_from_an_npz_without_a_test_part(tmp_path, names):
     path = write_npz(tmp_path / "a.npz", names=names)
     splits = build_data(
@@ -369,6 +371,8 @@ def test_an_empty_unlabelled_set_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((0, 8, 8), np.uint8))
     with pytest.raises(DataError, match="holds no image"):
         build_data("digits", unlabelled_path=tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"labelled_fraction=0\.9999 .*no image without a label"):
+        build_data("digits", labelled_fraction=0.9999)
 
 
 def test_without_further_parts_plans_are_as_they_were():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
@@ -216,6 +218,66 @@ def test_a_pre_trained_model_is_taken_over_but_for_its_head(
     assert torch.equal(again(pixels()), before(pixels()))
 
 
+def test_a_saved_head_of_other_classes_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {**TINY_VIT, "num_classes": 3}
+    saved = build_model(**given, class_names=["cat", "dog", "owl"])
+    save_weights(tmp_path, saved.state_dict(), saved.spec)
+    fresh = build_model(**{**given, "seed": 7})
+    for names, source in (
+        (["cat", "dog", "owl"], saved),
+        (None, saved),
+        (["dog", "cat", "owl"], fresh),
+    ):
+        model = build_model(**{**given, "seed": 7}, class_names=names, pretrained=tmp_path)
+        assert torch.equal(model.body.head.weight, source.body.head.weight), names
+        assert torch.equal(model.body.pos_embed, saved.body.pos_embed)
+    assert "freshly initialised instead: head.bias, head.weight" in caplog.text
+
+
+def test_timms_own_weights_are_taken_by_the_model_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    published, asked = timm.create_model("vit_tiny_patch16_224", depth=2), []
+    create = timm.create_model
+
+    def fetched(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        if not pretrained:
+            return create(name, **options)
+        asked.append(name)
+        return published
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    model = build_model(name, num_classes=5, depth=2, img_size=32, pretrained="timm", seed=1)
+    assert asked == [name]
+    assert torch.equal(model.body.blocks[1].mlp.fc1.weight, published.blocks[1].mlp.fc1.weight)
+    assert model.body.head.weight.shape == (5, 192)
+    assert model.spec["mean"] == [0.5, 0.5, 0.5], "what timm publishes for this name"
+    with pytest.raises(ModelError, match="timm publishes no weights of this network"):
+        build_model("resnet50t", num_classes=5, pretrained="timm")
+
+
+def test_timms_own_weights_without_a_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def fetched(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            raise OSError("no network")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    with pytest.raises(ModelError, match=r"cannot be fetched \(no network\)"):
+        build_model("resnet18", num_classes=5, pretrained="timm")
+
+
+def test_a_checkpoint_of_a_training_script_is_read(vit: PixelModel, tmp_path: Path) -> None:
+    file = tmp_path / "model_best.pth.tar"
+    content = {"epoch": 3, "args": argparse.Namespace(lr=0.1), "state_dict": vit.body.state_dict()}
+    torch.save(content, file)
+    model = build_model(**{**TINY_VIT, "seed": 5}, pretrained=file)
+    assert torch.equal(model(pixels()), vit(pixels()))
+
+
 def test_a_projection_is_two_layers_of_the_width_of_the_features() -> None:
     model = build_model(**{**TINY_VIT, "num_classes": 16}, head="projection")
     hidden, _, out = model.body.head
@@ -340,7 +402,7 @@ def test_torchvisions_resnet_is_timms(tmp_path: Path, caplog: pytest.LogCaptureF
     ("name", "content", "message"),
     [
         ("absent.pt", None, "absent.pt': there is no such file"),
-        ("weights.ckpt", None, "name a file that ends in .pt, .pth, .bin or .safetensors"),
+        ("weights.ckpt", None, "ends in .safetensors, .pt, .pth, .bin or .pth.tar"),
         ("weights.pt", [1, 2], "does not hold a state dict"),
         ("object.pt", {"config": Path("x")}, "must hold tensors only"),
         ("weights.safetensors", b"not a header", "Cannot read weights"),

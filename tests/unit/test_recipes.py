@@ -53,6 +53,7 @@ MISTAKES = {
     "check_convergence": (["--output", "no/x.json"], "--output no/x.json: there is no folder"),
     "compare_fast_training": (["typo"], "'typo' is not valid. Write one of 'pgd', 'n_fgsm'"),
     "compare_methods": (["typo"], "'typo' is not valid. Write one of 'pgd', 'fgsm'"),
+    "compare_speedups": (["--output", "no/x.json"], "--output no/x.json: there is no folder"),
     "compare_attacks": (["nowhere"], "Cannot read the run config 'nowhere/config.json'"),
     "hf_clip_fare": (["--images", "nowhere"], "--images nowhere: no image in a"),
     "hf_digits": (["--epochs", "-1"], "--epochs -1: give a number above 0"),
@@ -114,8 +115,7 @@ def test_a_mistake_is_a_message_before_anything_is_trained(tmp_path: Path) -> No
         assert f"error: {message}" in told, name
     assert not list(tmp_path.iterdir())
     of_commands = {"train_cnn", "train_vit"}  # dat-ds train by another name
-    without_arguments = {"compare_speedups", "networks"}
-    assert set(MISTAKES) | of_commands | without_arguments == {recipe.stem for recipe in RECIPES}
+    assert set(MISTAKES) | of_commands | {"networks"} == {recipe.stem for recipe in RECIPES}
 
 
 def test_a_whole_script_for_transformers_says_what_it_does() -> None:

@@ -26,13 +26,14 @@ def write_record(folder: Path, judges: tuple[str, ...], natural: float = 0.9) ->
         "natural_acc": natural,
         "robust_acc": dict.fromkeys(judges, natural / 2),
         "seconds": {"train": 12.3},
+        "commit": "abc",
     }
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def test_every_method_that_learns_classes_has_a_row_that_resolves(tmp_path: Path) -> None:
     rows = methods.rows_of(tmp_path)
-    runs = [run_of(ZERO2, {"dat": dat}) for dat in rows.values()]
+    runs = [run_of(ZERO2, changes) for changes in rows.values()]
     assert {run.dat.attack.name for run in runs} == set(ATTACKS)
     assert {run.dat.objective.name for run in runs} == {
         name for name, kind in OBJECTIVES.items() if kind.head == "classes"
@@ -40,7 +41,7 @@ def test_every_method_that_learns_classes_has_a_row_that_resolves(tmp_path: Path
 
 
 def test_a_run_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
-    write_record(tmp_path / "trades", methods.JUDGES)
+    write_record(tmp_path / "trades 0", methods.JUDGES)
     assert methods.compare_methods(ZERO2, tmp_path, ["trades"]).splitlines() == [
         "| training | clean % | pgd-20 % | apgd-ce-50 % | apgd-dlr-50 % | train s |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -51,13 +52,17 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
 
 
 def test_robustness_of_cheaper_passes_is_a_mean_over_seeds(tmp_path: Path) -> None:
-    for kind, network in speedups_robust.NETWORKS.items():
-        for row in network.rows:
-            for seed in speedups_robust.SEEDS:
-                run_of(ZERO2, speedups_robust.changes_of(network, row, seed))
-                folder = tmp_path / f"{kind} {row} {seed}"
-                write_record(folder, speedups_robust.JUDGES, natural=0.8 + seed / 10)
-    table = speedups_robust.compare_speedups(ZERO2, tmp_path).splitlines()
+    for row, changes in speedups_robust.rows_of_all().items():
+        run_of(ZERO2, changes)
+        for seed in speedups_robust.SEEDS:
+            folder = tmp_path / f"{row} {seed}"
+            write_record(folder, speedups_robust.JUDGES, natural=0.8 + seed / 10)
+    output = tmp_path / "numbers.json"
+    table = speedups_robust.compare_speedups(ZERO2, tmp_path, output=output).splitlines()
+    written = json.loads(output.read_text(encoding="utf-8"))
+    assert written["table"].splitlines() == table
+    assert [run["natural_acc"] for run in written["rows"]["ViT, float32"]] == [0.8, 0.9, 1.0]
+    assert {run["commit"] for run in written["rows"]["ViT, float32"]} == {"abc"}
     assert "| ViT, attack in bf16 | 90.0 +- 10.0 | 45.0 +- 5.0 | 45.0 +- 5.0 | 12 |" in table
     assert len(table) == 2 + 6 + 5
 
@@ -108,8 +113,8 @@ def test_the_mistakes_of_both_speedup_tables_are_told_before_the_first(tmp_path:
 
 
 def test_every_row_has_words_for_its_training(tmp_path: Path) -> None:
-    for dat in methods.rows_of(tmp_path).values():
-        run = run_of(ZERO2, {"dat": dat})
+    for changes in methods.rows_of(tmp_path).values():
+        run = run_of(ZERO2, changes)
         words = describe_training(run.dat.to_dict())
         natural = run.dat.attack.name == "none"
         assert "natural" in words if natural else run.dat.attack.name in words

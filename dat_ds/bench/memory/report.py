@@ -13,11 +13,11 @@ MEASURED = {START: (START,), ATTACK: (ATTACK,), UPDATE: (UPDATE, REDUCTION), STE
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """A table of terms by moment for each number of ranks, and the measurement beside it."""
+    """A table of terms by phase for each number of ranks, and the measurement beside it."""
     lines = [
         f"{values['num_parameters'] / 1e6:.1f}M parameters, "
         f"ZeRO-{values['config']['zero_optimization']['stage']}. "
-        "Predicted MiB of a rank at the peak of each moment:",
+        "Predicted MiB of a rank at the peak of each phase:",
     ]
     for each in values["predicted"]:
         ledger = each["ledger"]

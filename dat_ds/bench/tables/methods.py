@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dat_ds.attacks import ATTACKS, NoAttack
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of, unknown_rows
-from dat_ds.errors import ConfigError
+from dat_ds.bench.tables.runs import compare_runs, run_folder
 from dat_ds.objectives import OBJECTIVES, Objective
 
 JUDGES = ("pgd-20", "apgd-ce-50", "apgd-dlr-50")
@@ -30,53 +29,57 @@ _SCHEDULES: dict[str, dict[str, Any]] = {"free": {"epochs": 15}}
 """``free`` learns from every replay, so it needs fewer epochs."""
 
 
-def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Changes of each row of the table in the ``dat`` section.
+def rows_of(folder: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Nested keys over the config of each row of the table.
 
     Args:
         folder: Where the runs lie: some learn from the model of another row.
+        seed: Of that model.
 
     Returns:
         A row for each attack and each objective that learns classes, and for what goes beside them.
     """
     attacks = {_row_of_attack(name): _of_attack(name) for name in ATTACKS}
+    helper = {"helper_model": str(run_folder(folder, NATURAL, seed))}
     objectives = {
         name: {
-            "objective": {"name": name, **_helper(kind.needs_helper_logits, folder)},
+            "objective": {"name": name, **(helper if kind.needs_helper_logits else {})},
             **_partner(kind),
         }
         for name, kind in OBJECTIVES.items()
         if kind.head == "classes" and name != OBJECTIVES.default
     }
-    return {**attacks, **objectives, **_beside(), **_few_labels(folder)}
+    labeller = run_folder(folder, NATURAL_ON_FEW_LABELS, seed)
+    rows = {**attacks, **objectives, **_beside(), **_few_labels(labeller)}
+    return {name: {"dat": changes} for name, changes in rows.items()}
 
 
-def compare_methods(config: Path, folder: Path, names: Sequence[str] = ()) -> str:
-    """Train and judge the rows of the table.
+def compare_methods(
+    config: Path,
+    folder: Path,
+    names: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] = (0,),
+    output: Path | None = None,
+) -> str:
+    """Train and judge the rows: see :func:`dat_ds.bench.tables.runs.compare_runs`.
 
     Args:
         config: The run that all rows change: its data, model and schedule.
-        folder: For the runs; one that is there already is not trained again.
+        folder: For the runs.
         names: Rows; none means all.
-
-    Returns:
-        Markdown: accuracies in percent, and seconds of training.
-
-    Raises:
-        ConfigError: For a row that is not there.
+        seeds: Of the runs.
+        output: File for the numbers of every run.
     """
-    rows = rows_of(folder)
-    if problems := unknown_rows(names, rows):
-        raise ConfigError("\n".join(problems))
-    cells = []
-    for name in names or rows:
-        changes = {"dat": {**rows[name], "evaluation": judged_by(JUDGES)}}
-        record = record_of(folder / name, config, changes)
-        accuracies = [record["natural_acc"], *(record["robust_acc"][judge] for judge in JUDGES)]
-        seconds = f"{record['seconds']['train']:.0f}"
-        cells.append([name, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), seconds])
-    header = ["training", "clean %", *(f"{judge} %" for judge in JUDGES), "train s"]
-    return markdown(header, cells)
+    return compare_runs(
+        config,
+        folder,
+        lambda seed: rows_of(folder, seed),
+        JUDGES,
+        names=names,
+        seeds=seeds,
+        output=output,
+    )
 
 
 def _row_of_attack(name: str) -> str:
@@ -86,10 +89,6 @@ def _row_of_attack(name: str) -> str:
 def _of_attack(name: str) -> dict[str, Any]:
     schedule = {"schedule": _SCHEDULES[name]} if name in _SCHEDULES else {}
     return {"attack": {"name": name, **_SETTINGS.get(name, {})}, **schedule}
-
-
-def _helper(needed: bool, folder: Path) -> dict[str, Any]:
-    return {"helper_model": str(folder / NATURAL)} if needed else {}
 
 
 def _partner(objective: type[Objective]) -> dict[str, Any]:
@@ -109,16 +108,16 @@ def _beside() -> dict[str, dict[str, Any]]:
     }
 
 
-def _few_labels(folder: Path) -> dict[str, dict[str, Any]]:
+def _few_labels(labeller: Path) -> dict[str, dict[str, Any]]:
     """Labels for a tenth of the images, with and without the other images."""
     few, labelled = {"labelled_fraction": 0.1}, {"labelled_fraction": 0.1, "drop_unlabelled": True}
-    trades, labeller = {"name": "trades"}, str(folder / NATURAL_ON_FEW_LABELS)
+    trades = {"name": "trades"}
     return {
         NATURAL_ON_FEW_LABELS: {"attack": {"name": "none"}, "data": labelled},
         "pgd 10% labels": {"data": labelled},
         "trades 10% labels and the other images": {"data": few, "objective": trades},
         "trades 10% labels and pseudo-labels": {
-            "data": {**few, "pseudo_labels": labeller},
+            "data": {**few, "pseudo_labels": str(labeller)},
             "objective": trades,
         },
     }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dat_ds.bench.records import write_record
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of, unknown_rows
+from dat_ds.bench.tables.runs import judged_by, markdown, record_of, run_of, spread, unknown_rows
 from dat_ds.config import RunConfig
 from dat_ds.data.method import name_of_data
 from dat_ds.engine.launch import setup_ranks
@@ -26,7 +26,8 @@ from dat_ds.judge.evaluate import Question, evaluate_target
 from dat_ds.judge.target import open_case
 
 CLEAN = "clean"
-_KEPT = ("seed", "steps", "ranks", "config", "events")
+# A run that was trained earlier has a commit and versions of its own.
+_KEPT = ("seed", "steps", "ranks", "config", "events", "commit", "versions", "hardware")
 
 
 @dataclass(frozen=True)
@@ -263,16 +264,10 @@ def table_of(values: Mapping[str, Any]) -> str:
     for variant, runs in measured.items():
         seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
         ranks = ", ".join(sorted({str(run["ranks"]) for run in runs}))
-        scores = [_spread([run[name] for run in runs]) for name in names]
+        scores = [spread([run[name] for run in runs], 2) for name in names]
         lines.append([variant, *scores, ranks, seconds])
     return markdown(["", *columns, "ranks", "train s"], lines)
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean in percent, with the standard deviation where there are several."""
-    mean = _percent(statistics.fmean(values))
-    return mean if len(values) < 2 else f"{mean} +- {100 * statistics.stdev(values):.2f}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dat_ds.bench.tables.runs import judged_by, markdown, record_of, spread
+from dat_ds.bench.tables.runs import compare_runs
 
 JUDGES = ("pgd-20", "apgd-ce-50")
 """Attacks that judge the models, in float32."""
@@ -65,39 +64,32 @@ NETWORKS = {
 """The networks of the table by name."""
 
 
-def changes_of(network: Network, row: str, seed: int) -> dict[str, Any]:
-    """Nested keys that a run of the table changes in its config."""
-    changes = network.rows[row]
-    dat = {
-        **changes.get("dat", {}),
-        "model": network.model,
-        "seed": seed,
-        "schedule": {"epochs": network.epochs},
-        "evaluation": judged_by(JUDGES),
+def rows_of_all() -> dict[str, dict[str, Any]]:
+    """Nested keys over the config, by network and row."""
+    return {
+        f"{kind}, {row}": {
+            **changes,
+            "dat": {
+                **changes.get("dat", {}),
+                "model": network.model,
+                "schedule": {"epochs": network.epochs},
+            },
+        }
+        for kind, network in NETWORKS.items()
+        for row, changes in network.rows.items()
     }
-    return {**changes, "dat": dat}
 
 
-def compare_speedups(config: Path, folder: Path) -> str:
-    """Train and judge every row with every seed.
+def compare_speedups(
+    config: Path, folder: Path, *, seeds: Sequence[int] = SEEDS, output: Path | None = None
+) -> str:
+    """Train and judge every row: see :func:`dat_ds.bench.tables.runs.compare_runs`.
 
     Args:
         config: The run that all rows change: its data, threat model and schedule.
-        folder: For the runs; one that is there already is not trained again.
-
-    Returns:
-        Markdown: mean and standard deviation of accuracies in percent, median seconds of training.
+        folder: For the runs.
+        seeds: Of the runs.
+        output: File for the numbers of every run.
     """
-    cells = []
-    for kind, network in NETWORKS.items():
-        for row in network.rows:
-            records = [
-                record_of(folder / f"{kind} {row} {seed}", config, changes_of(network, row, seed))
-                for seed in SEEDS
-            ]
-            accuracies = [[record["natural_acc"] for record in records]]
-            accuracies += [[record["robust_acc"][name] for record in records] for name in JUDGES]
-            seconds = statistics.median(record["seconds"]["train"] for record in records)
-            cells.append([f"{kind}, {row}", *map(spread, accuracies), f"{seconds:.0f}"])
-    header = ["training", "clean %", *(f"{judge} %" for judge in JUDGES), "train s"]
-    return markdown(header, cells)
+    rows = rows_of_all()
+    return compare_runs(config, folder, lambda _: rows, JUDGES, seeds=seeds, output=output)

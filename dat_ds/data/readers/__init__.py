@@ -8,6 +8,7 @@ from dat_ds.data.readers.imagefolder import ImageFolder
 from dat_ds.data.readers.npz import Npz
 from dat_ds.data.readers.synthetic import Synthetic
 from dat_ds.data.readers.timm import Timm
+from dat_ds.data.readers.torchvision import Torchvision
 from dat_ds.data.readers.webdataset import WebDataset
 from dat_ds.method import Table, table_of
 
@@ -21,6 +22,7 @@ DATASETS: Table[DatasetMethod] = table_of(
         Npz,
         ImageFolder,
         Timm,
+        Torchvision,
         HuggingFace,
         WebDataset,
         Synthetic,

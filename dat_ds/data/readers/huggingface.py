@@ -35,7 +35,7 @@ def import_datasets(needs: str) -> Any:
         import datasets
     except ImportError:
         raise DataError(
-            f"{needs} needs the package 'datasets': pip install 'dat_ds[data]'."
+            f"{needs} needs the package 'datasets': pip install 'dat-ds[data]'."
         ) from None
     return datasets
 

@@ -29,8 +29,14 @@ _TEST_LAYOUTS = (
     ("test_images", "test_labels"),
     ("x", "y"),
     ("images", "labels"),
+    ("image", "label"),
 )
-_TRAIN_LAYOUTS = (("x_train", "y_train"), ("images", "labels"), ("x", "y"))
+_TRAIN_LAYOUTS = (
+    ("x_train", "y_train"),
+    ("images", "labels"),
+    ("x", "y"),
+    ("image", "label"),  # of published images of diffusion models
+)
 _CHANNELS = (1, 2, 3, 4)
 
 
@@ -217,7 +223,7 @@ class Npz(FileDataset):
         return Source(train, test, measure_channels(train.images))
 
     def read_train(self, seed: int) -> Part:
-        """The training arrays, or the only ones: ``images labels`` or ``x y``."""
+        """The training arrays, or the only ones: ``images labels``, ``x y``, ``image label``."""
         where = f"dat.data.path={str(self.path)!r}"
         arrays = load_npz(self.path, where)
         layout = _layout_of(arrays, _TRAIN_LAYOUTS, where, "trained on")
@@ -226,7 +232,7 @@ class Npz(FileDataset):
         return Part(images_from_arrays(x, y, self.img_size))
 
     def read_test(self, seed: int) -> Part:
-        """The test arrays, or the only ones: also ``x y``, and floats in [0, 1]."""
+        """The test arrays, or the only ones as in :meth:`read_train`; also floats in [0, 1]."""
         where = f"dat.data.path={str(self.path)!r}"
         arrays = load_npz(self.path, where)
         layout = _layout_of(arrays, _TEST_LAYOUTS, where, "evaluated")

@@ -9,16 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from dat_ds.data.images import FolderImages, Images, TensorImages
-from dat_ds.data.method import StoredDataset
+from dat_ds.data.images import FolderImages, Images
 from dat_ds.data.readers.classes import listed, read_class_map
 from dat_ds.data.readers.huggingface import hub, import_datasets
-from dat_ds.data.readers.source import IMAGENET_STATISTICS, Part, Source, measure_channels
+from dat_ds.data.readers.library import KEY, LibraryDataset
+from dat_ds.data.readers.source import Part
 from dat_ds.data.rows import RowImages
 from dat_ds.data.tars import Member, Shard, TarImages
 from dat_ds.errors import DataError
 
-_KEY = "dat.data.path"
 _STREAMS = {
     "wds": "write dat.data.name='webdataset', which reads such shards in any order",
     "hfids": "write dat.data.name='huggingface', or dat.data.dataset='hfds/...'",
@@ -27,11 +26,10 @@ _STREAMS = {
 _ARRAYS = {
     f"torch/{n}" for n in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 }
-_CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timm(StoredDataset):
+class Timm(LibraryDataset):
     """What ``timm.data.create_dataset`` names: folders, tars, ``torch/...`` and ``hfds/...``.
 
     Labels are read without decoding images, and images are decoded as other files are.
@@ -51,8 +49,6 @@ class Timm(StoredDataset):
     class_map: str | None = None
     """File that fixes the classes and their order, of folders and tar files: one name a line, or
     JSON."""
-    download: bool = False
-    """Whether files may be fetched; else they have to be on this machine."""
 
     @property
     def prefix(self) -> str:
@@ -80,38 +76,6 @@ class Timm(StoredDataset):
                 f"class_map={self.class_map!r} is for folders and tar files; {self.dataset!r} has "
                 "classes of its own: remove it."
             )
-        if self.train_split == self.test_split:
-            yield (
-                f"test_split={self.test_split!r} is also dat.data.train_split: write another part."
-            )
-
-    def read(self, seed: int) -> Source:
-        """Both parts."""
-        train, test = self.read_train(seed), self.read_test(seed)
-        self._refuse_overlap(train.images, test.images)
-        if train.class_names != test.class_names:
-            names, others = set(train.class_names or ()), set(test.class_names or ())
-            raise DataError(
-                f"{self._where}: the classes of the parts differ. Only in {self.train_split}: "
-                f"{listed(names - others)}; only in {self.test_split}: {listed(others - names)}. "
-                "Make them the same, or write dat.data.class_map."
-            )
-        statistics = IMAGENET_STATISTICS
-        if isinstance(train.images, TensorImages):
-            statistics = measure_channels(train.images.images)
-        return Source(train.images, test.images, statistics, train.class_names, train.num_classes)
-
-    def read_train(self, seed: int) -> Part:
-        """The training part."""
-        return self._part(self.train_split, is_train=True)
-
-    def read_test(self, seed: int) -> Part:
-        """The test part."""
-        return self._part(self.test_split, is_train=False)
-
-    @property
-    def _where(self) -> str:
-        return f"dat.data.dataset={self.dataset!r}, dat.data.path={self.path!r}"
 
     def _part(self, split: str, *, is_train: bool) -> Part:
         names = None if self.class_map is None else read_class_map(self.class_map)
@@ -189,35 +153,6 @@ class Timm(StoredDataset):
                 "these, folders or .tar files, with dat.data.train_split and dat.data.test_split."
             )
 
-    def _of_torchvision(self, found: Any) -> tuple[Images, tuple[str, ...] | None]:
-        """Images and names of classes of a dataset of torchvision."""
-        names = tuple(
-            name if isinstance(name, str) else ", ".join(name)
-            for name in getattr(found, "classes", ())
-        )
-        samples = getattr(found, "samples", None) or getattr(found, "imgs", None)
-        if samples is None and hasattr(found, "all_categories"):  # INaturalist
-            names = tuple(found.all_categories)
-            samples = [
-                (os.path.join(found.root, names[label], file), label) for label, file in found.index
-            ]
-        if samples is not None:
-            pairs = [(str(file), int(label)) for file, label in samples]
-            return FolderImages(pairs, self.side, _KEY, self.crop_share), names or None
-        if not (hasattr(found, "data") and hasattr(found, "targets")):
-            raise DataError(
-                f"{self._where}: {type(found).__name__} of torchvision tells neither files nor "
-                "arrays of its images. Write them into an npz file or a folder."
-            )
-        images = torch.as_tensor(found.data)
-        if images.ndim == 3:
-            images = images[:, None]
-        elif images.shape[-1] in _CHANNELS:
-            images = images.permute(0, 3, 1, 2)
-        labels = torch.as_tensor(found.targets)
-        labels = labels[:, 0] if labels.ndim == 2 else labels  # of QMNIST with its other facts
-        return TensorImages(images.contiguous(), labels, self.img_size), names or None
-
     def _of_reader(self, reader: Any, split: str) -> tuple[Images, tuple[str, ...] | None]:
         """Images and names of classes of a reader of timm."""
         from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -228,7 +163,7 @@ class Timm(StoredDataset):
         names = tuple(sorted(classes, key=classes.__getitem__)) or None
         if isinstance(reader, ReaderImageFolder):
             pairs = [(str(file), int(label)) for file, label in reader.samples]
-            return FolderImages(pairs, self.side, _KEY, self.crop_share), names
+            return FolderImages(pairs, self.side, KEY, self.crop_share), names
         if is_tar:
             return self._of_tar(reader), names
         labels = torch.tensor(list(reader.iter_targets()))
@@ -255,25 +190,11 @@ class Timm(StoredDataset):
             for found, _, inner in reader.samples
         ]
         return TarImages(
-            [Shard.of(file, _KEY) for file in shards],
+            [Shard.of(file, KEY) for file in shards],
             [shards[file] for file in files],
             members,
             torch.as_tensor(reader.targets),
             self.side,
-            _KEY,
+            KEY,
             self.crop_share,
         )
-
-    def _refuse_overlap(self, train: Images, test: Images) -> None:
-        """Refuse parts with an image in common, which timm gives where it finds no part.
-
-        Raises:
-            DataError: With one of the images.
-        """
-        if isinstance(train, FolderImages) and isinstance(test, FolderImages):
-            both = set(train.files).intersection(test.files)
-            if both:
-                raise DataError(
-                    f"{self._where}: the parts {self.train_split!r} and {self.test_split!r} have "
-                    f"{len(both)} images in common, such as {min(both)}. Write other parts."
-                )

@@ -13,7 +13,6 @@ from dat_ds.evaluation.checks.probe import WHITE_BOX_STEPS, Probe
 from dat_ds.evaluation.checks.search import estimated_ascent, random_search, surrogate_of
 
 _NO_IMAGES = Measured("skipped", "no image is classified correctly")
-_NOTHING_LEFT = "the white-box attack breaks every image"
 _FEWEST = 3  # images that say more than chance
 _SHARE = 0.1
 _QUERIES = 150
