@@ -1,4 +1,4 @@
-"""What tells one dataset from another: its size, and digests of some of its samples."""
+"""What tells one dataset from another: its size, all its labels, and some of its samples."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from numbers import Number
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from dat_ds.data.mixture import part_ranges
+from dat_ds.data.damaged import Readable
+from dat_ds.data.images import StoredImages, TensorImages
+from dat_ds.data.mixture import Mixture, part_ranges
 from dat_ds.data.samples import is_stream
-from dat_ds.data.transforms import fetch_raw
+from dat_ds.data.transforms import KeyedDataset, fetch_raw
+from dat_ds.data.unlabelled import PartlyLabelled
 from dat_ds.errors import DataError
 
 _PROBES = 64
 
 
 def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
-    """Number of samples, and digests of up to 64 of each part, evenly spread, not augmented.
+    """Number of samples, and digests of all labels, and of up to 64 samples of each part.
+
+    Samples are evenly spread and not augmented. Labels are those that datasets of ours hold of
+    labelled images, without pseudo-labels.
 
     Each is read twice: where the two differ, as with random transforms of the user's own, samples
     cannot tell datasets apart and only the number is given.
@@ -30,8 +37,9 @@ def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
         dataset: Map-style dataset.
 
     Returns:
-        ``num_samples``, and ``samples``, digests by index; where parts have a fixed share of every
-        batch, ``parts``, the size of each. None for a stream.
+        ``num_samples``; ``samples``, digests by index; ``labels``, a digest, where they can be told
+        without reading images; where parts have a fixed share of every batch, ``parts``, the size
+        of each. None for a stream.
     """
     if is_stream(dataset):
         return None
@@ -44,7 +52,28 @@ def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
         first = second = []
     same = dict(zip(map(str, indices), first, strict=False)) if first == second else {}
     parts = {"parts": [len(part) for part in ranges]} if len(ranges) > 1 else {}
-    return {"num_samples": size, "samples": same, **parts}
+    known = _labels(dataset)
+    labels = {} if known is None else {"labels": _digest(known)}
+    return {"num_samples": size, "samples": same, **labels, **parts}
+
+
+def _labels(dataset: Dataset[Any]) -> Tensor | None:
+    """Labels of the labelled images in order; None for a dataset that does not hold them."""
+    if isinstance(dataset, KeyedDataset | Readable):
+        return _labels(dataset.dataset)
+    if isinstance(dataset, PartlyLabelled):
+        return _labels(dataset.labelled)
+    if isinstance(dataset, Subset):
+        whole = _labels(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    if isinstance(dataset, Mixture | ConcatDataset):
+        inner = (
+            [dataset.first, dataset.second] if isinstance(dataset, Mixture) else dataset.datasets
+        )
+        found = [_labels(part) for part in inner]
+        known = [labels for labels in found if labels is not None]
+        return torch.cat(known) if len(known) == len(found) else None
+    return dataset.labels if isinstance(dataset, TensorImages | StoredImages) else None
 
 
 def _spread(size: int) -> list[int]:
@@ -77,7 +106,8 @@ def difference(
     both = saved["samples"].keys() & now["samples"].keys()
     other = sorted((i for i in both if saved["samples"][i] != now["samples"][i]), key=int)
     if not other:
-        return None
+        known = "labels" in saved and "labels" in now
+        return "labels of some samples" if known and saved["labels"] != now["labels"] else None
     return f"sample {other[0]} and {len(other) - 1} more of {len(both)} that were compared"
 
 

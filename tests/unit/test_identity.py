@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from dat_ds.config import load_config
+from dat_ds.data import build_data
 from dat_ds.data.fingerprint import difference, fingerprint
 from dat_ds.data.transforms import Augmented
 from dat_ds.engine.identity import Identity
@@ -150,6 +152,33 @@ def test_one_other_label_among_the_samples_that_are_compared_is_found() -> None:
     assert difference(fingerprint(data), fingerprint(other)) == (
         "sample 29 and 0 more of 30 that were compared"
     )
+
+
+def test_one_other_label_among_thousands_is_found(tmp_path: Path) -> None:
+    x, y = np.zeros((2000, 4, 4), np.uint8), np.arange(2000) % 5
+    paths = [tmp_path / name for name in ("before.npz", "after.npz")]
+    for path in paths:
+        np.savez(path, x_train=x, y_train=y, x_test=x[:5], y_test=y[:5])
+        y[7] = 4  # none of the 64 samples that are compared
+    extra = {"extra": {"name": "npz", "path": str(paths[0])}, "extra_fraction": 0.5}
+    for keys in ({}, {"damaged": "skip"}, {"mixup": 0.1}, extra):
+        keys = {"validation_fraction": 0, **keys}
+        before, after, again = (
+            build_data("npz", path=path, **keys).train for path in (*paths, paths[0])
+        )
+        assert difference(fingerprint(before), fingerprint(after)) == "labels of some samples"
+        assert difference(fingerprint(before), fingerprint(again)) is None
+
+
+def test_pseudo_labels_are_not_part_of_a_fingerprint() -> None:
+    splits = build_data("digits", labelled_fraction=0.5)
+    before = fingerprint(splits.train)
+    assert splits.mixture is not None
+    splits.mixture.label(torch.zeros(splits.mixture.num_unlabelled, dtype=torch.int64))
+    after = fingerprint(splits.train)
+    assert before is not None
+    assert after is not None
+    assert before["labels"] == after["labels"]
 
 
 def test_fine_tuning_stays_as_it_was() -> None:
