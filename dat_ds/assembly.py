@@ -209,7 +209,7 @@ def _num_outputs(run: RunConfig, splits: DataSplits) -> int:
     objective, model = run.dat.objective, run.dat.model
     _, height, width = splits.image_shape
     problems: list[str] = []
-    num_classes = model.num_classes or splits.num_classes
+    num_classes = splits.num_classes  # those of dat.model are as many
     if objective.head == "classes" and num_classes < 2:
         problems.append(
             f"All labels of {splits.name} are 0, and a classifier needs at least two classes: add "

@@ -59,7 +59,7 @@ def too_many_damaged(
     return DataError(
         f"{len(damaged)} damaged training images were met, and dat.data.most_damaged={most:g} "
         f"allows {allowed} of {size}: they are listed in {listed_in}. Replace them, or raise "
-        "dat.data.most_damaged; without them the data would be other data to a resumed run."
+        "dat.data.most_damaged. Do not remove them: to go on, the data have to be the same."
     )
 
 

@@ -128,14 +128,14 @@ def splits_of(dataset: DatasetMethod, seed: int) -> DataSplits:
     sides = _sides(dataset, shape)
     train, mixture = _training_part(dataset, source, kept, seed)
     total = dataset.num_classes or max(source.num_classes, num_labels)
-    if dataset.num_classes is None:
-        _warn_of_empty_classes(source, total)
-    num_extra = 0
+    num_extra, known = 0, source.train.labels
     if dataset.extra_fraction is not None:
         extra = _read_extra(dataset, source, total, seed)
-        num_extra = len(extra.labels)
+        num_extra, known = len(extra.labels), torch.cat([known, extra.labels])
         key = "dat.data.extra_fraction"
         train = Mixture(train, _readable(dataset, extra), dataset.extra_fraction, key)
+    if dataset.num_classes is None:
+        _warn_of_empty_classes(known, total, source.class_names)
     augmented: Dataset[Any] = Augmented(
         train,
         dataset.augment,
@@ -336,17 +336,17 @@ def _check_labels(source: Source, dataset: DatasetMethod) -> int:
     return top + 1
 
 
-def _warn_of_empty_classes(source: Source, num_classes: int) -> None:
+def _warn_of_empty_classes(labels: Tensor, num_classes: int, names: tuple[str, ...] | None) -> None:
     """Name the classes without a training image, which a model cannot learn."""
-    empty = sorted(set(range(num_classes)) - set(source.train.labels.tolist()))
+    empty = sorted(set(range(num_classes)) - set(labels.tolist()))
+    known = names or ()
     if empty:
-        names = source.class_names
         logger.warning(
             "%d of %d classes have no training image: %s. Number the classes one after the other, "
             "or write dat.data.num_classes=%d if it is meant.",
             len(empty),
             num_classes,
-            listed(str(i) if names is None else names[i] for i in empty),
+            listed(str(i) if i >= len(known) else known[i] for i in empty),
             num_classes,
         )
 

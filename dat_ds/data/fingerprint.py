@@ -31,7 +31,7 @@ def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
     labelled images, without pseudo-labels.
 
     Each is read twice: where the two differ, as with random transforms of the user's own, samples
-    cannot tell datasets apart and only the number is given.
+    cannot tell datasets apart, and none is given.
 
     Args:
         dataset: Map-style dataset.

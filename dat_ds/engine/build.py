@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dat_ds.assembly import build_loader, build_schedule
 from dat_ds.attacks import Attack, CallableAttack, UserAttack, build_attack, misfits
@@ -316,22 +317,29 @@ def _warn_of_unread_keys(
     dat: DatConfig, model: nn.Module, training_data: Dataset[Any] | None
 ) -> None:
     """Name the keys that have no effect on a model and data of the user's own."""
-    given: list[tuple[str, Section, tuple[str, ...]]] = []
-    if training_data is not None and not isinstance(training_data, KeyedDataset):
-        given.append(("data", dat.data, _OF_BUILT_DATA))
-    if not isinstance(model, PixelModel):
-        given.append(("model", dat.model, _OF_BUILT_MODEL))
-    unread = [
-        f"dat.{section}.{key}={shown(getattr(values, key))}"
-        for section, values, keys in given
+    while isinstance(training_data, Subset):
+        training_data = training_data.dataset
+    if training_data is not None and not isinstance(training_data, KeyedDataset | ConcatDataset):
+        remedy = "training_data, which is passed: make it by dat_ds.data.build_data"
+        _warn_of_effect("data", dat.data, _OF_BUILT_DATA, remedy)
+    if not any(isinstance(module, PixelModel) for module in model.modules()):
+        remedy = "the model, which is passed: make it by dat_ds.models.build_model"
+        _warn_of_effect("model", dat.model, _OF_BUILT_MODEL, remedy)
+
+
+def _warn_of_effect(name: str, section: Section, keys: tuple[str, ...], remedy: str) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    given = [
+        f"dat.{name}.{key}={shown(getattr(section, key))}"
         for key in keys
-        if getattr(values, key, None) != getattr(type(values)(), key, None)
+        if key in defaults and getattr(section, key) != defaults[key]
     ]
-    if unread:
+    if given:
         logger.warning(
-            "%s: not read, since the model and training_data are passed to dat_ds.initialize. Make "
-            "them by dat_ds.models.build_model and dat_ds.data.build_data, or remove the keys.",
-            ", ".join(unread),
+            "%s: no effect on %s, or remove the key%s.",
+            ", ".join(given),
+            remedy,
+            "s"[len(given) == 1 :],
         )
 
 

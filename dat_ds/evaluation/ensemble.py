@@ -290,13 +290,8 @@ class EnsembleEvaluation:
 
     def _read_journal(self) -> dict[str, list[_Batch]]:
         """Batches that an interrupted evaluation has finished, by stage; a collective."""
-        with self.ranks.together():
-            self.journal.mend()
-        entries = self.journal.entries() if self.ranks.is_main else []
-        # Ranks may see the files of others at different times: rank 0 reads them for all.
-        entries = cast("list[dict[str, Any]]", self.ranks.gather(entries)[0])
         known: dict[str, list[_Batch]] = {}
-        for entry in entries:
+        for entry in self.journal.earlier(self.ranks):
             samples = [Sample(*row) for row in entry["rows"]]
             known.setdefault(entry["stage"], []).append(_Batch(samples, *entry["cost"]))
             self._gate.num_classes = entry["num_classes"]

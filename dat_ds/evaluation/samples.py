@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dat_ds.errors import CheckpointError
 from dat_ds.files import append_row, replace_text, write_json
+from dat_ds.ranks import Ranks
 
 PLAN = "plan.json"
 SAMPLES = "samples.jsonl"
@@ -112,6 +113,14 @@ class Journal:
                 with contextlib.suppress(ValueError):
                     found.append(json.loads(line))
         return found
+
+    def earlier(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """What an interrupted evaluation has found, ready to go on; a collective."""
+        with ranks.together():
+            self.mend()
+        entries = self.entries() if ranks.is_main else []
+        # Ranks may see the files of others at different times: rank 0 reads them for all.
+        return cast("list[dict[str, Any]]", ranks.gather(entries)[0])
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append an entry of this rank."""

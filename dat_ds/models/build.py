@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -229,11 +230,28 @@ def _build_body(
     return body, None if saved_spec else in_file
 
 
+def first_difference(there: Sequence[str] | None, here: Sequence[str] | None) -> str | None:
+    """The first class whose name differs, in words; None where none does, or names are unknown."""
+    if not there or not here:
+        return None
+    pairs = enumerate(zip_longest(there, here, fillvalue="none"))
+    words = (f"class {i} is {a!r} there and {b!r} here" for i, (a, b) in pairs if a != b)
+    return next(words, None)
+
+
 def _has_the_head(saved: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
     """Whether the head of a saved model does what that of a spec is to do."""
-    classes = [description.get("class_names") for description in (saved, spec)]
-    is_same_order = None in classes or classes[0] == classes[1]
-    return is_same_order and saved.get("head", "classes") == spec["head"]
+    if saved.get("head", "classes") != spec["head"]:
+        return False
+    other = first_difference(saved.get("class_names"), spec.get("class_names"))
+    if other is not None:
+        logger.warning(
+            "dat.model.pretrained='%s': its classifier is not taken over, since it is of other "
+            "classes: %s.",
+            spec["pretrained"],
+            other,
+        )
+    return other is None
 
 
 def _enable_checkpointing(body: nn.Module, reentrant: bool, name: str) -> None:

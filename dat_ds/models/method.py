@@ -38,8 +38,9 @@ class ModelMethod(Method):
     pretrained: str | None = None
     """Weights to start from: a file (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.pth.tar``);
     a run, of which the best model is taken; or ``timm`` for those that timm publishes under the
-    model's name, which are fetched. The classifier is taken over where it has as many classes, and,
-    of a run, the same ones in the same order; else it is a fresh one."""
+    model's name, which are fetched. The classifier is taken over where it has as many classes; that
+    of a run where it serves the same purpose, too, and its classes, if both are named, are the same
+    in the same order. Else it is a fresh one."""
     mean: list[float] | None = None
     """Mean of each channel that is subtracted inside the model, pixel units. Default: the data's;
     with ``pretrained`` and ``hf:``, the model's."""

@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from dat_ds.errors import DataError, ModelError, UserError
 from dat_ds.evaluation.samples import Journal
 from dat_ds.files import write_json, writing
 from dat_ds.models import PixelModel, load
+from dat_ds.models.build import first_difference
 from dat_ds.ranks import Ranks
 
 logger = logging.getLogger("dat_ds")
@@ -81,8 +81,9 @@ def label_images(
         DataError: For an image that cannot be read, on all ranks.
     """
     size = len(cast(Any, images))
-    entries = [] if journal is None else journal.entries()
-    known = _rows(entries)
+    # A damaged image may have been replaced since then.
+    earlier = [] if journal is None else [e for e in journal.earlier(ranks) if not e["damaged"]]
+    known = _rows(earlier)
     left = [i for i in range(size) if i not in known]
     batches = evaluation_batches(
         Subset(images, left),
@@ -108,15 +109,16 @@ def label_images(
             if journal is not None:
                 journal.add(entry)
             own.append(entry)
+    damaged: dict[str, str] = {}
     for found in cast("list[list[dict[str, Any]]]", ranks.gather(own)):
         known |= _rows(found)
-        entries += found
+        damaged |= {image: words for entry in found for image, words in entry["damaged"].items()}
     classes, confidence, given = zip(*(known[i] for i in range(size)), strict=True)
     return PseudoLabels(
         torch.tensor(classes),
         torch.tensor(confidence, dtype=torch.float32),
         torch.tensor(given),
-        {image: words for entry in entries for image, words in entry.get("damaged", {}).items()},
+        damaged,
     )
 
 
@@ -192,14 +194,17 @@ def _check_order(
     kind: type[UserError],
 ) -> None:
     """Raise an error of that kind where classes have other names, or stand in another order."""
-    ours, theirs = list(splits.class_names or ()), list(class_names or ())
-    if not ours or not theirs or ours == theirs:
+    first = first_difference(class_names, splits.class_names)
+    if first is None:
         return
-    pairs = enumerate(zip_longest(theirs, ours, fillvalue="none"))
-    first = next(f"class {i} is {a!r} there and {b!r} here" for i, (a, b) in pairs if a != b)
+    if sorted(class_names or ()) == sorted(splits.class_names or ()):
+        raise kind(
+            f"The classes of {name} stand in another order than those of the run: {first}. Write "
+            "their order into dat.data.class_map, where the dataset has one."
+        )
     raise kind(
-        f"The classes of {name} stand in another order than those of the run: {first}. Write "
-        "dat.data.class_map in the order of the former."
+        f"The classes of {name} have other names than those of the run: {first}. Name a model of "
+        "the same classes, under the same names."
     )
 
 

@@ -233,8 +233,13 @@ def test_a_recipe_s_choices_do_not_reach_a_preset(capsys: pytest.CaptureFixture[
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_key(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["train", *arguments]) == 2
     assert words in capsys.readouterr().err
 

@@ -250,6 +250,10 @@ def test_classes_without_a_training_image_are_named(tmp_path, caplog):
     caplog.clear()
     build_data("npz", path=tmp_path / "a.npz", num_classes=6)
     assert caplog.text == ""
+    np.savez(tmp_path / "more.npz", x=images[:4], y=np.arange(4))
+    more = {"name": "npz", "path": str(tmp_path / "more.npz")}
+    build_data("npz", path=tmp_path / "a.npz", extra=more, extra_fraction=0.5)
+    assert caplog.text == "", "the other images have these classes"
 
 
 def test_empty_splits_are_refused(tmp_path):

@@ -482,7 +482,7 @@ def test_a_missing_package_is_named(
     saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(FORMATS["onnx"]), "needs", ("no_such", "nor_this"))
-    with pytest.raises(ExportError, match=r"needs no_such and nor_this: pip install 'dat_ds\[exp"):
+    with pytest.raises(ExportError, match=r"needs no_such and nor_this: pip install 'dat-ds\[exp"):
         export(Order(target=saved["cnn"], to="onnx", output=tmp_path / "out"))
 
 

@@ -422,7 +422,7 @@ def test_without_peft_the_message_says_what_to_install(monkeypatch: pytest.Monke
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r'lora needs peft .*pip install "dat_ds\[finetune\]"'):
+    with pytest.raises(ConfigError, match=r'lora needs peft .*pip install "dat-ds\[finetune\]"'):
         prepare(tiny.vit(), finetuning(lora={}))
 
 

@@ -268,9 +268,10 @@ def test_torchvisions_files_are_read_by_the_class_s_name(tmp_path):
 
 def test_torchvisions_arrays_are_those_of_the_class(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
-    for part in ("train", "test"):
-        labels = np.arange(1, 21)[:, None] % 10 + 1  # 10 stands for the digit 0
-        savemat(tmp_path / f"{part}_32x32.mat", {"X": images, "y": labels})
+    labels = np.arange(1, 21)[:, None] % 10 + 1  # 10 stands for the digit 0
+    for part in ("train", "test", "extra"):
+        pixels = images if part == "train" else 255 - images
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": labels})
     kind = torchvision.datasets.SVHN
     monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
     splits = build("torchvision", tmp_path, dataset="SVHN", img_size=None)
@@ -279,6 +280,22 @@ def test_torchvisions_arrays_are_those_of_the_class(tmp_path, monkeypatch):
     assert torch.equal(splits.train[3][0], torch.from_numpy(found.data[3]) / 255)
     assert [splits.train[i][1] for i in range(20)] == found.labels.tolist()
     check_ids(splits)
+    text = refusal("torchvision", tmp_path, dataset="SVHN", train_split="extra")
+    assert "both parts are the same images" in text
+
+
+def test_a_part_of_torchvision_without_classes_is_refused(tmp_path, monkeypatch):
+    write_food(tmp_path)
+    kind, begin = torchvision.datasets.Food101, torchvision.datasets.Food101.__init__
+
+    def without_labels(self, root, split="train", **options):
+        begin(self, root, split, **options)
+        self._labels = None if split == "test" else self._labels
+
+    monkeypatch.setattr(kind, "__init__", without_labels)
+    assert "a part has images without a class" in refusal(
+        "torchvision", tmp_path, dataset="Food101"
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,6 +307,8 @@ def test_torchvisions_arrays_are_those_of_the_class(tmp_path, monkeypatch):
         ({}, "dataset is missing: 'torchvision' needs the name of a class"),
         ({"dataset": "EMNIST", "options": {"train": True}}, "options.train is not allowed"),
         ({"dataset": "EMNIST", "options": {"split": "x"}}, "Unknown value 'x' for argument split"),
+        ({"dataset": "SVHN", "options": {"split": "extra"}}, "is dat.data.train_split and dat.dat"),
+        ({"dataset": "QMNIST", "options": {"what": "nist"}}, "options.what is not allowed"),
     ],
 )
 def test_what_torchvision_cannot_open_is_refused(tmp_path, keys, words):

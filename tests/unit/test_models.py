@@ -234,6 +234,7 @@ def test_a_saved_head_of_other_classes_is_left_out(
         assert torch.equal(model.body.head.weight, source.body.head.weight), names
         assert torch.equal(model.body.pos_embed, saved.body.pos_embed)
     assert "freshly initialised instead: head.bias, head.weight" in caplog.text
+    assert "of other classes: class 0 is 'cat' there and 'dog' here" in caplog.text
 
 
 def test_timms_own_weights_are_taken_by_the_model_s_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,10 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"'tardes' is not valid. Write one of 'pgd', 'fgsm'"):
         methods.compare_methods(ZERO2, tmp_path, ["tardes"])
+    with pytest.raises(ConfigError, match="--seeds 0 0: give at least one, each once"):
+        methods.compare_methods(ZERO2, tmp_path, ["trades"], seeds=[0, 0])
+    with pytest.raises(ConfigError, match=r"dat\.seed=-1"):
+        methods.compare_methods(ZERO2, tmp_path, ["trades"], seeds=[0, -1])
 
 
 def test_robustness_of_cheaper_passes_is_a_mean_over_seeds(tmp_path: Path) -> None:

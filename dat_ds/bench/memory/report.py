@@ -72,7 +72,7 @@ def _comparison(values: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Measured on {len(measured)} rank{'s' * (len(measured) != 1)}, two optimizer steps, MiB:",
         "",
-        "| moment | predicted | " + " | ".join(f"rank {i}" for i in range(len(measured))) + " |",
+        "| phase | predicted | " + " | ".join(f"rank {i}" for i in range(len(measured))) + " |",
         "|" + " --- |" * (2 + len(measured)),
     ]
     for name, together in MEASURED.items():

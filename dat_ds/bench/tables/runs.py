@@ -101,6 +101,8 @@ def compare_runs(
             anything is trained.
     """
     rows = {seed: rows_of(seed) for seed in seeds}
+    if not rows or len(rows) < len(seeds):
+        raise ConfigError(f"--seeds {' '.join(map(str, seeds))}: give at least one, each once.")
     known = rows[seeds[0]]
     if problems := unknown_rows(names, known):
         raise ConfigError("\n".join(problems))
@@ -113,7 +115,8 @@ def compare_runs(
 
     chosen = list(names or known)
     for row in chosen:
-        run_of(config, changes_of(row, seeds[0]))
+        for seed in seeds:
+            run_of(config, changes_of(row, seed))
     records = {
         row: [
             record_of(run_folder(folder, row, seed), config, changes_of(row, seed))

@@ -17,11 +17,11 @@ from dat_ds.data.readers.classes import listed
 from dat_ds.data.readers.source import IMAGENET_STATISTICS, Part, Source, measure_channels
 from dat_ds.errors import DataError
 
-KEY = "dat.data.path"
+PATH_KEY = "dat.data.path"
 _CHANNELS = (1, 3, 4)
 # Where torchvision's datasets keep pairs of files and labels, or one list of each.
 _PAIRS = ("samples", "imgs", "_samples")
-_LISTS = (("_image_files", "_labels"), ("_images", "_labels"))
+_LISTS = (("_image_files", "_labels"), ("_images", "_labels"), ("data", "targets"))
 _ARRAYS = (("data", "targets"), ("data", "labels"))
 
 
@@ -63,7 +63,7 @@ class LibraryDataset(StoredDataset):
             raise DataError(
                 f"{self._where}: the classes of the parts differ. Only in {self.train_split}: "
                 f"{listed(names - others)}; only in {self.test_split}: {listed(others - names)}. "
-                "Make them the same, or write dat.data.class_map."
+                "Make them the same."
             )
         statistics = IMAGENET_STATISTICS
         if isinstance(train.images, TensorImages):
@@ -100,8 +100,13 @@ class LibraryDataset(StoredDataset):
         else:
             pairs = _pairs_of(found)
         if pairs is not None:
+            if any(label is None for _, label in pairs):
+                raise DataError(
+                    f"{self._where}: a part has images without a class. Write another one into "
+                    "dat.data.train_split or dat.data.test_split."
+                )
             samples = [(str(file), int(label)) for file, label in pairs]
-            return FolderImages(samples, self.side, KEY, self.crop_share), names or None
+            return FolderImages(samples, self.side, PATH_KEY, self.crop_share), names or None
         arrays = next((pair for pair in _ARRAYS if all(hasattr(found, key) for key in pair)), None)
         if arrays is None:
             raise DataError(
@@ -122,7 +127,12 @@ class LibraryDataset(StoredDataset):
         Raises:
             DataError: With one of the images.
         """
-        if isinstance(train, FolderImages) and isinstance(test, FolderImages):
+        if isinstance(train, TensorImages) and isinstance(test, TensorImages):
+            if torch.equal(train.images, test.images):
+                raise DataError(
+                    f"{self._where}: both parts are the same images. Write other parts."
+                )
+        elif isinstance(train, FolderImages) and isinstance(test, FolderImages):
             both = set(train.files).intersection(test.files)
             if both:
                 raise DataError(
@@ -138,6 +148,9 @@ def _pairs_of(found: Any) -> Sequence[tuple[Any, Any]] | None:
         lists = next((pair for pair in _LISTS if all(hasattr(found, key) for key in pair)), None)
         if lists is None:
             return None
-        pairs = list(zip(*(getattr(found, key) for key in lists), strict=True))
+        files, labels = (getattr(found, key) for key in lists)
+        if not isinstance(files, Sequence):  # an array
+            return None
+        pairs = list(zip(files, [None] * len(files) if labels is None else labels, strict=True))
     holds_files = all(len(pair) == 2 and isinstance(pair[0], str | Path) for pair in pairs)
     return pairs if holds_files else None

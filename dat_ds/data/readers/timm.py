@@ -12,7 +12,7 @@ import torch
 from dat_ds.data.images import FolderImages, Images
 from dat_ds.data.readers.classes import listed, read_class_map
 from dat_ds.data.readers.huggingface import hub, import_datasets
-from dat_ds.data.readers.library import KEY, LibraryDataset
+from dat_ds.data.readers.library import PATH_KEY, LibraryDataset
 from dat_ds.data.readers.source import Part
 from dat_ds.data.rows import RowImages
 from dat_ds.data.tars import Member, Shard, TarImages
@@ -163,7 +163,7 @@ class Timm(LibraryDataset):
         names = tuple(sorted(classes, key=classes.__getitem__)) or None
         if isinstance(reader, ReaderImageFolder):
             pairs = [(str(file), int(label)) for file, label in reader.samples]
-            return FolderImages(pairs, self.side, KEY, self.crop_share), names
+            return FolderImages(pairs, self.side, PATH_KEY, self.crop_share), names
         if is_tar:
             return self._of_tar(reader), names
         labels = torch.tensor(list(reader.iter_targets()))
@@ -190,11 +190,11 @@ class Timm(LibraryDataset):
             for found, _, inner in reader.samples
         ]
         return TarImages(
-            [Shard.of(file, KEY) for file in shards],
+            [Shard.of(file, PATH_KEY) for file in shards],
             [shards[file] for file in files],
             members,
             torch.as_tensor(reader.targets),
             self.side,
-            KEY,
+            PATH_KEY,
             self.crop_share,
         )

@@ -16,6 +16,8 @@ _ARRAYS = {
     *("svhn", "stl10", "usps"),
 }
 _OWN = ("root", "train", "transform", "transforms", "target_transform", "download", "loader")
+# These choose another part than dat.data.train_split says, or other labels than are read.
+_UNREAD = ("what", "target_types")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Torchvision(LibraryDataset):
             yield "dataset is missing: 'torchvision' needs the name of a class, such as 'SVHN'."
         for key in sorted(set(_OWN) & set(self.options)):
             yield f"options.{key} is not allowed: it is given by other keys of dat.data."
+        for key in sorted(set(_UNREAD) & set(self.options)):
+            yield f"options.{key} is not allowed: parts and labels are those of the class itself."
 
     def _part(self, split: str, *, is_train: bool) -> Part:
         found = self._open(split, is_train=is_train)
@@ -82,6 +86,11 @@ class Torchvision(LibraryDataset):
         if "train" in known or issubclass(kind, datasets.MNIST):  # EMNIST hands it on
             arguments["train"] = is_train
         elif "split" in known:
+            if "split" in arguments:
+                raise DataError(
+                    f"dat.data.options.split={arguments['split']!r} of {self.dataset!r} is "
+                    "dat.data.train_split and dat.data.test_split: write these, and remove it."
+                )
             arguments["split"] = split
         else:
             raise DataError(
