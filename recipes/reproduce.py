@@ -1,7 +1,7 @@
 """Published results on real data, trained and judged again.
 
 python recipes/reproduce.py mnist_cnn --data npz:mnist.npz --output mnist_cnn.json
-deepspeed --num_gpus 2 recipes/reproduce.py NAME --data NAME:PATH     # on several ranks
+deepspeed --num_accelerators 2 recipes/reproduce.py NAME --data NAME:PATH     # on several ranks
     --variants NAME ...                               only these rows, such as those for 4 ranks
     --reference MODULE:CALLABLE --import MODULE       the published network, judged beside ours
 
