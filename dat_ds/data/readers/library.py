@@ -82,6 +82,18 @@ class LibraryDataset(StoredDataset):
     def _where(self) -> str:
         return f"dat.data.dataset={self.dataset!r}, dat.data.path={self.path!r}"
 
+    def _unopened(
+        self, library: str, split: str, error: Exception, *, can_fetch: bool = True
+    ) -> DataError:
+        """What to raise for a part that a library cannot open."""
+        reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
+        fetches = can_fetch and not self.download
+        remedy = ", or write dat.data.download=true to fetch its files" if fetches else ""
+        return DataError(
+            f"{self._where}: {library} cannot open the part {split!r} ({reason}). Correct the "
+            f"name, the path or the part{remedy}."
+        )
+
     def _of_torchvision(self, found: Any) -> tuple[Images, tuple[str, ...] | None]:
         """Images and names of classes of a dataset of torchvision, without decoding images.
 

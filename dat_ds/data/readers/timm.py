@@ -125,12 +125,7 @@ class Timm(LibraryDataset):
                 return create_dataset(self.dataset, root=self.path, split=split, **options)
         # timm asserts, and the libraries under it raise errors of every class.
         except Exception as error:
-            reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
-            remedy = "" if self.download else ", or write dat.data.download=true to fetch its files"
-            raise DataError(
-                f"{self._where}: timm cannot open the part {split!r} ({reason}). Correct the "
-                f"name or the path{remedy if self.prefix else ''}."
-            ) from error
+            raise self._unopened("timm", split, error, can_fetch=bool(self.prefix)) from error
 
     def _refuse_whole(self, split: str) -> None:
         """Refuse a folder without the part, of which timm would take all images.

@@ -103,9 +103,4 @@ class Torchvision(LibraryDataset):
             return kind(self.path, **arguments)
         # The datasets raise errors of every class for files that are missing or damaged.
         except Exception as error:
-            reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
-            remedy = "" if self.download else ", or write dat.data.download=true to fetch its files"
-            raise DataError(
-                f"{self._where}: torchvision cannot open the part {split!r} ({reason}). Correct "
-                f"the path or the part{remedy}."
-            ) from error
+            raise self._unopened("torchvision", split, error) from error
