@@ -198,9 +198,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _saved_folder(pretrained: str | None) -> Path | None:
     """Folder of the saved model of ours that ``pretrained`` names, if it does."""
-    if pretrained in (None, PUBLISHED):
+    if pretrained is None or pretrained == PUBLISHED:
         return None
-    path = Path(str(pretrained)).expanduser()
+    path = Path(pretrained).expanduser()
     is_ours = path.name == WEIGHTS_NAME and path.with_name(SPEC_NAME).is_file()
     return find_saved(path) if path.is_dir() or is_ours else None
 
